@@ -1,0 +1,232 @@
+"""The op table: for every op of ``torch.ops.compaware`` its schema, reference body, fake and gradient, once.
+
+The reference body is plain PyTorch and runs on any device. The C++ library, where it is built, registers faster
+bodies for a dispatch key (CPU, CUDA) over it; nothing else changes. The ops check shapes only. Values (finite
+weights, non-negative thresholds) are checked by the public functions of :mod:`compaware_kernels.prox`.
+
+Conventions: ``W`` is ``[..., m, n]`` and every ``tau`` holds one number, or one per matrix (``W.shape[:-2]``).
+fp16 and bf16 are computed in fp32. In-place ops take a ragged list and one threshold per entry, write nothing
+until every result is known, and take weights of any strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["compute_dtype", "schemas"]
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype an op computes in: fp32 for fp16 and bf16, otherwise the dtype itself."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _promote(W: Tensor, *taus: Tensor) -> tuple[Tensor, ...]:
+    """W and its thresholds in the compute dtype; thresholds get two trailing axes to broadcast over matrices."""
+    dtype = compute_dtype(W.dtype)
+    return W.to(dtype), *(tau.to(dtype)[..., None, None] for tau in taus)
+
+
+def _to_tau(grad: Tensor, tau: Tensor) -> Tensor:
+    """Sum a per-matrix gradient down to the shape of tau (one number, or one per matrix)."""
+    return grad.sum_to_size(tau.shape).to(tau.dtype)
+
+
+# --- svt: P = U max(S - tau, 0) V^T ---------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("compaware::svt", mutates_args=())
+def svt(W: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    X, t = _promote(W, tau)
+    U, s, Vh = torch.linalg.svd(X, full_matrices=False)
+    s = (s - t[..., 0]).clamp_min(0)
+    return ((U * s[..., None, :]) @ Vh).to(W.dtype), s
+
+
+@svt.register_fake
+def _(W, tau):
+    s = W.new_empty(*W.shape[:-2], min(W.shape[-2:]), dtype=compute_dtype(W.dtype))
+    return W.new_empty(W.shape), s
+
+
+def _svt_save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _svt_backward(ctx, grad_P: Tensor, grad_s: Tensor) -> tuple[Tensor, Tensor]:
+    """Daleckii-Krein derivative of an odd spectral function f(s) = max(s - tau, 0).
+
+    With A = U^T G V the symmetric part of A is weighted by (f_i - f_j) / (s_i - s_j), the skew part by
+    (f_i + f_j) / (s_i + s_j), and what lies outside the thin factors by f_i / s_i. All three quotients have a finite
+    limit at repeated and at zero singular values, so there is nothing to divide by zero.
+    """
+    W, tau = ctx.saved_tensors
+    X, G, t = *_promote(W), grad_P.to(compute_dtype(W.dtype)), tau.to(compute_dtype(W.dtype))[..., None]
+    U, s, Vh = torch.linalg.svd(X, full_matrices=False)
+    V = Vh.mT
+    f, slope = (s - t).clamp_min(0), ((s > t) | (t == 0)).to(s.dtype)
+
+    def quotient(num: Tensor, den: Tensor, at_zero: Tensor) -> Tensor:
+        zero = den == 0
+        return torch.where(zero, at_zero, num / torch.where(zero, 1, den))
+
+    si, sj, fi, fj = s[..., :, None], s[..., None, :], f[..., :, None], f[..., None, :]
+    minus = quotient(fi - fj, si - sj, slope[..., :, None])
+    plus = quotient(fi + fj, si + sj, slope[..., :, None])
+    ratio = quotient(f, s, slope)
+
+    A = U.mT @ G @ V
+    core = 0.5 * (minus * (A + A.mT) + plus * (A - A.mT)) + torch.diag_embed(grad_s.to(s.dtype) * slope)
+    left = (G - U @ (U.mT @ G)) @ V * ratio[..., None, :]
+    right = ratio[..., :, None] * (U.mT @ (G - (G @ V) @ Vh))
+    grad_W = U @ (core @ Vh + right) + left @ Vh
+    grad_t = -((A.diagonal(dim1=-2, dim2=-1) + grad_s.to(s.dtype)) * (s > t)).sum(-1)
+    return grad_W.to(W.dtype), _to_tau(grad_t, tau)
+
+
+svt.register_autograd(_svt_backward, setup_context=_svt_save)
+
+
+# --- soft_threshold: sign(w) max(|w| - tau, 0) ----------------------------------------------------------------------
+
+
+@torch.library.custom_op("compaware::soft_threshold", mutates_args=())
+def soft_threshold(W: Tensor, tau: Tensor) -> Tensor:
+    X, t = _promote(W, tau)
+    return _soft(X, t).to(W.dtype).contiguous()
+
+
+def _soft(X: Tensor, t: Tensor) -> Tensor:
+    return X - X.clamp(-t, t)  # in this form NaN stays NaN
+
+
+def _soft_backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    W, tau = ctx.saved_tensors
+    X, t = _promote(W, tau)
+    grad_W, grad_t = _soft_vjp(X, t, grad.to(X.dtype))
+    return grad_W.to(W.dtype), _to_tau(grad_t, tau)
+
+
+def _soft_vjp(X: Tensor, t: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+    active = (X.abs() > t) | (t == 0)
+    return G * active, -(G * X.sign() * active).sum((-2, -1))
+
+
+# --- group_shrink: max(1 - tau / ||w||_2, 0) w, for every row w -----------------------------------------------------
+
+
+@torch.library.custom_op("compaware::group_shrink", mutates_args=())
+def group_shrink(W: Tensor, tau: Tensor) -> Tensor:
+    X, t = _promote(W, tau)
+    return _group(X, t).to(W.dtype).contiguous()
+
+
+def _group(X: Tensor, t: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(X, dim=-1, keepdim=True)
+    return X * torch.where(norm <= t, 0, 1 - t / norm)
+
+
+def _group_backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    W, tau = ctx.saved_tensors
+    X, t = _promote(W, tau)
+    grad_W, grad_t = _group_vjp(X, t, grad.to(X.dtype))
+    return grad_W.to(W.dtype), _to_tau(grad_t, tau)
+
+
+def _group_vjp(X: Tensor, t: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+    norm = torch.linalg.vector_norm(X, dim=-1, keepdim=True)
+    alive = (norm > t).to(X.dtype)
+    unit = X / torch.where(norm > t, norm, 1) * alive
+    along = (unit * G).sum(-1, keepdim=True)
+    kept = t / torch.where(norm > t, norm, 1)
+    identity = torch.where(t == 0, torch.ones_like(alive), alive)
+    return identity * G - kept * (alive * G - unit * along), -along.sum((-2, -1))
+
+
+# --- sparse_group_shrink: group_shrink(soft_threshold(W, l1), tau) --------------------------------------------------
+
+
+@torch.library.custom_op("compaware::sparse_group_shrink", mutates_args=())
+def sparse_group_shrink(W: Tensor, l1: Tensor, tau: Tensor) -> Tensor:
+    X, a, t = _promote(W, l1, tau)
+    return _group(_soft(X, a), t).to(W.dtype).contiguous()
+
+
+def _sparse_group_backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    W, l1, tau = ctx.saved_tensors
+    X, a, t = _promote(W, l1, tau)
+    grad_soft, grad_t = _group_vjp(_soft(X, a), t, grad.to(X.dtype))
+    grad_W, grad_a = _soft_vjp(X, a, grad_soft)
+    return grad_W.to(W.dtype), _to_tau(grad_a, l1), _to_tau(grad_t, tau)
+
+
+def _save_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+for _op, _backward in (
+    (soft_threshold, _soft_backward),
+    (group_shrink, _group_backward),
+    (sparse_group_shrink, _sparse_group_backward),
+):
+    _op.register_fake(lambda W, *taus: W.new_empty(W.shape))
+    _op.register_autograd(_backward, setup_context=_save_inputs)
+
+
+# --- in-place forms: every layer in one call ------------------------------------------------------------------------
+
+
+@torch.library.custom_op("compaware::svt_", mutates_args={"weights"})
+def svt_(weights: Sequence[Tensor], tau: Tensor) -> Tensor:
+    """Returns the shrunk singular values of all weights, flattened and concatenated, in fp64."""
+    results = [svt._opoverload(W, t) for W, t in _pairs(weights, tau)]
+    for W, (P, _) in zip(weights, results, strict=True):
+        W.copy_(P)
+    return torch.cat([s.flatten().double() for _, s in results]) if results else tau.new_empty(0, dtype=torch.float64)
+
+
+@svt_.register_fake
+def _(weights, tau):
+    count = sum(W.shape[:-2].numel() * min(W.shape[-2:]) for W in weights)
+    return (weights[0] if weights else tau).new_empty(count, dtype=torch.float64)
+
+
+@torch.library.custom_op("compaware::soft_threshold_", mutates_args={"weights"})
+def soft_threshold_(weights: Sequence[Tensor], tau: Tensor) -> None:
+    _write(weights, [soft_threshold._opoverload(W, t) for W, t in _pairs(weights, tau)])
+
+
+@torch.library.custom_op("compaware::group_shrink_", mutates_args={"weights"})
+def group_shrink_(weights: Sequence[Tensor], tau: Tensor) -> None:
+    _write(weights, [group_shrink._opoverload(W, t) for W, t in _pairs(weights, tau)])
+
+
+@torch.library.custom_op("compaware::sparse_group_shrink_", mutates_args={"weights"})
+def sparse_group_shrink_(weights: Sequence[Tensor], l1: Tensor, tau: Tensor) -> None:
+    taus = zip(_pairs(weights, l1), _pairs(weights, tau), strict=True)
+    _write(weights, [sparse_group_shrink._opoverload(W, a, t) for (W, a), (_, t) in taus])
+
+
+def _pairs(weights: Sequence[Tensor], tau: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return [(W, t.to(W.device)) for W, t in zip(weights, tau.unbind(), strict=True)]
+
+
+def _write(weights: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    for W, P in zip(weights, results, strict=True):
+        W.copy_(P)
+
+
+for _op in (soft_threshold_, group_shrink_, sparse_group_shrink_):
+    _op.register_fake(lambda *args: None)
+
+
+schemas: dict[str, str] = {
+    op._name.removeprefix("compaware::"): str(op._opoverload._schema)
+    for op in (
+        svt, soft_threshold, group_shrink, sparse_group_shrink,
+        svt_, soft_threshold_, group_shrink_, sparse_group_shrink_,
+    )
+}  # fmt: skip

@@ -1,0 +1,132 @@
+"""Folds: a layer's weight as a matrix (per group), by name.
+
+A convolution ``[O, C/G, *K]`` (``K`` the kernel axes) becomes ``G`` matrices by sending the first ``k`` kernel axes to
+the rows, with the output channels, and the others to the columns, with the input channels::
+
+    M[g] : (O/G prod(K[:k])) x (C/G prod(K[k:]))
+
+    name      k        rank-r factors (first, then second convolution)
+    paper     0        K -> then 1 x 1              Alvarez & Salzmann, NIPS 2017; Denton et al., 2014 ("scheme 1")
+    spatial   1        1 x kw -> then kh x 1        Alvarez & Petersson, DecomposeMe, 2016; Jaderberg et al., 2014
+    input     all      1 x 1 -> then K
+
+A Linear weight ``[O, I]`` is its own fold under every name. A 1-D convolution has one kernel axis, so its spatial fold
+is the paper's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+FOLDS = ("paper", "spatial", "input")
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def row_axes(fold: str, kernel_axes: int) -> int:
+    """How many kernel axes the fold sends to the rows.  Raises ValueError for an unknown name."""
+    if fold not in FOLDS:
+        raise ValueError(f"fold must be one of {', '.join(FOLDS)}; got {fold!r}")
+    return {"paper": 0, "spatial": min(1, kernel_axes - 1), "input": kernel_axes}[fold] if kernel_axes else 0
+
+
+def to_matrix(weight: Tensor, fold: str = "paper", groups: int = 1) -> Tensor:
+    """``[O, C/G, *K]`` -> ``[G, m, n]``.  A view where the strides allow it (always, for contiguous ``paper``).
+
+    Raises:
+        ValueError: unknown fold, fewer than two axes, or O not divisible by ``groups``.
+    """
+    k = row_axes(fold, weight.ndim - 2)
+    if weight.ndim < 2:
+        raise ValueError(f"a fold needs a weight of two or more axes [O, C, ...]; got {list(weight.shape)}")
+    O, C, *K = weight.shape
+    if groups < 1 or O % groups:
+        raise ValueError(f"groups must divide the {O} output channels; got {groups}")
+    W = weight.unflatten(0, (groups, O // groups)).movedim(2, 2 + k)  # [G, O/G, *K[:k], C, *K[k:]]
+    return W.flatten(2 + k).flatten(1, 1 + k)
+
+
+def from_matrix(M: Tensor, shape: Sequence[int], fold: str = "paper") -> Tensor:
+    """``[G, m, n]`` -> the weight of ``shape`` ``[O, C/G, *K]``: the inverse of :func:`to_matrix`."""
+    O, C, *K = shape
+    k = row_axes(fold, len(K))
+    G = M.shape[0]
+    return M.reshape(G, O // G, *K[:k], C, *K[k:]).movedim(2 + k, 2).reshape(*shape)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that folds: its name in the model, the module, and its parameter ``weight``."""
+
+    name: str
+    module: nn.Module
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.module.weight
+
+    @property
+    def groups(self) -> int:
+        return getattr(self.module, "groups", 1)
+
+    def matrix(self, fold: str = "paper") -> Tensor:
+        """The folded weight ``[G, m, n]``."""
+        return to_matrix(self.weight, fold, self.groups)
+
+
+def foldable_layers(model: nn.Module, skip: Sequence[str] = ()) -> tuple[list[Layer], dict[str, str]]:
+    """The layers of ``model`` that fold to matrices, and every other layer with weights, with the reason it does not.
+
+    Args:
+        skip: name patterns (``fnmatch``: ``"head"``, ``"layer4.*"``) of layers to leave alone.
+
+    Raises:
+        ValueError: a pattern of ``skip`` matches no layer (most likely a typing error).
+    """
+    layers, skipped = [], {}
+    owners: dict[int, str] = {}
+    for name, module in _weighted_modules(model):
+        reason = _not_foldable(module)
+        if any(fnmatchcase(name, pattern) for pattern in skip):
+            reason = "skipped by name"
+        elif reason is None and id(module.weight) in owners:
+            reason = f"shares its weight with {owners[id(module.weight)]}"
+        if reason is None:
+            owners[id(module.weight)] = name
+            layers.append(Layer(name, module))
+        else:
+            skipped[name] = reason
+    require_matches(skip, [layer.name for layer in layers] + list(skipped), "skip")
+    return layers, skipped
+
+
+def require_matches(patterns: Sequence[str], names: Sequence[str], what: str) -> None:
+    """Raise ValueError for the first pattern that matches none of the names."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"{what}: the pattern {pattern!r} matches no layer; layers: {', '.join(names) or 'none'}")
+
+
+def _weighted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that own a parameter of two or more axes, each once, not looking inside parametrizations."""
+    for name, module in model.named_modules():
+        if isinstance(module, parametrize.ParametrizationList) or ".parametrizations." in f".{name}.":
+            continue
+        own = [p for p in module.parameters(recurse=False) if p.ndim >= 2 or nn.parameter.is_lazy(p)]
+        if own or parametrize.is_parametrized(module):
+            yield name, module
+
+
+def _not_foldable(module: nn.Module) -> str | None:
+    kind = type(module).__name__
+    if parametrize.is_parametrized(module):
+        return f"{kind}: its weight is parametrized; remove the parametrization first"
+    if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
+        return f"{kind}: not initialised yet; run the model once first"
+    if not isinstance(module, (nn.Linear, *CONVS)):
+        return f"{kind}: only Linear, Conv1d, Conv2d and Conv3d fold to matrices"
+    return None

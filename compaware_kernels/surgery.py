@@ -1,0 +1,71 @@
+"""The same layer in another size: what removing neurons and loading a compressed model both need."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .folds import CONVS
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def sizes(module: nn.Module) -> tuple[int, int]:
+    """(inputs, outputs) of a Linear, convolution or batch norm, in features or channels."""
+    if isinstance(module, NORMS):
+        return module.num_features, module.num_features
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return module.in_channels, module.out_channels
+
+
+def resized(module: nn.Module, inputs: int, outputs: int, bias: bool | None = None) -> nn.Module:
+    """An empty layer of the same class, geometry, device, dtype and mode, with other sizes (weights uninitialised)."""
+    state = next(iter(module.state_dict().values()), torch.empty(0))
+    place = {"device": state.device, "dtype": state.dtype if state.is_floating_point() else None}
+    if isinstance(module, NORMS):
+        new = type(module)(outputs, module.eps, module.momentum, module.affine, module.track_running_stats, **place)
+    else:
+        bias = module.bias is not None if bias is None else bias
+        place["dtype"] = module.weight.dtype
+        if isinstance(module, nn.Linear):
+            new = nn.utils.skip_init(nn.Linear, inputs, outputs, bias, **place)
+        else:
+            geometry = (module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
+            new = nn.utils.skip_init(type(module), inputs, outputs, *geometry, bias, module.padding_mode, **place)
+    for name, parameter in new.named_parameters():
+        parameter.requires_grad_(getattr(getattr(module, name), "requires_grad", True))
+    return new.train(module.training)
+
+
+@torch.no_grad()
+def keep_outputs(module: nn.Module, keep: Tensor) -> nn.Module:
+    """The layer with only the output neurons (for a norm: channels) whose indices are in ``keep``."""
+    inputs, _ = sizes(module)
+    new = resized(module, inputs, len(keep))
+    for name, tensor in module.state_dict().items():
+        new.state_dict()[name].copy_(tensor[keep] if tensor.ndim else tensor)
+    return new
+
+
+@torch.no_grad()
+def keep_inputs(module: nn.Module, keep: Tensor, constant: Tensor) -> nn.Module:
+    """The layer reading only the inputs in ``keep``; what the others gave, always ``constant``, goes into the bias.
+
+    Args:
+        keep: indices of the inputs that stay.
+        constant: ``[inputs]`` the value of each input that goes; zero for those that stay.
+    """
+    _, outputs = sizes(module)
+    shift = module.weight.detach().flatten(2).sum(2) if module.weight.ndim > 2 else module.weight.detach()
+    shift = shift.double() @ constant.double()
+    new = resized(module, len(keep), outputs, bias=module.bias is not None or bool(shift.any()))
+    new.weight.copy_(module.weight[:, keep])
+    if new.bias is not None:
+        new.bias.copy_(shift if module.bias is None else module.bias.double() + shift)
+    return new
+
+
+def is_resizable(module: nn.Module) -> bool:
+    """Exactly a Linear, an ungrouped convolution or a batch norm (subclasses may do anything in their forward)."""
+    return type(module) in (nn.Linear, *NORMS) or (type(module) in CONVS and module.groups == 1)

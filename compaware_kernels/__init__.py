@@ -1,0 +1,31 @@
+"""Compression-aware training: networks whose layers become low-rank while they learn, and then run small.
+
+    weights --prox--> shrunk weights --ranks--> ranks --factorize--> two small weights --layers--> inference
+"""
+
+from . import _library, folds, ops, ranks
+from .checkpoint import CheckpointError, load, save
+from .compress import CompressReport, LayerReport, compress
+from .info import info
+from .layers import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear
+from .prox import (
+    SvtInfo,
+    group_shrink,
+    group_shrink_,
+    soft_threshold,
+    soft_threshold_,
+    sparse_group_shrink,
+    sparse_group_shrink_,
+    svt,
+    svt_,
+)
+from .training import ProximalReport, ProximalStep
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError", "CompressReport", "LayerReport", "LowRankConv1d", "LowRankConv2d", "LowRankConv3d",
+    "LowRankLinear", "ProximalReport", "ProximalStep", "SvtInfo", "compress", "folds", "group_shrink", "group_shrink_",
+    "info", "load", "ranks", "save", "soft_threshold", "soft_threshold_", "sparse_group_shrink",
+    "sparse_group_shrink_", "svt", "svt_",
+]  # fmt: skip

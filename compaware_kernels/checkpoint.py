@@ -1,0 +1,117 @@
+"""Save and load compressed models: one safetensors file, the structure as JSON in its header; no code is executed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from .layers import LOW_RANK, _LowRank, low_rank_type
+from .surgery import NORMS, resized, sizes
+
+FORMAT = "compaware_kernels/1"
+
+
+class CheckpointError(ValueError):
+    """A model file that is missing, damaged, not ours, or made from another architecture."""
+
+
+def save(model: nn.Module, path: str | os.PathLike) -> None:
+    """Write a compressed model to one ``.safetensors`` file, atomically.
+
+    The header holds, for every Linear, convolution, batch norm and low-rank layer, its class, sizes, rank and fold:
+    what :func:`load` needs to give a fresh dense model the same structure.
+
+    Raises:
+        OSError: the folder is missing or cannot be written; nothing is left behind.
+    """
+    path = Path(path)
+    metadata = {"format": FORMAT, "layers": json.dumps(_structure(model))}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_model(model, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike, model: nn.Module) -> nn.Module:
+    """Read a compressed model.
+
+    Args:
+        path: a file that :func:`save` wrote.
+        model: the dense model of the same architecture, untrained or not; it is not changed.
+
+    Returns:
+        a copy of ``model`` with the saved structure and weights.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, not written by :func:`save`, or of another architecture.
+    """
+    structure = _read_structure(path)
+    model = copy.deepcopy(model)
+    for name, entry in structure.items():
+        _restructure(model, name, entry, path)
+    try:
+        load_model(model, path, strict=True)
+    except (RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: its weights do not fit the model: {error}") from error
+    return model
+
+
+def _structure(model: nn.Module) -> dict[str, dict]:
+    structure = {}
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if isinstance(module, _LowRank):
+            inside = (*inside, f"{name}.") if name else inside
+            inputs, outputs = sizes(module.first)[0], sizes(module.second)[1]
+            structure[name] = {"class": type(module).__name__, "inputs": inputs, "outputs": outputs, "rank": module.rank,
+                               "bias": module.bias is not None, "fold": getattr(module, "fold", "paper")}  # fmt: skip
+        elif isinstance(module, (*LOW_RANK, *NORMS)):
+            inputs, outputs = sizes(module)
+            structure[name] = {"class": type(module).__name__, "inputs": inputs, "outputs": outputs,
+                               "bias": module.bias is not None}  # fmt: skip
+    return structure
+
+
+def _read_structure(path: str | os.PathLike) -> dict[str, dict]:
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a safetensors file, or damaged: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a compressed model ({FORMAT}); format: {metadata.get('format', 'none')}")
+    try:
+        return dict(json.loads(metadata["layers"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its description of the layers is damaged: {error}") from error
+
+
+def _restructure(model: nn.Module, name: str, entry: dict, path: str | os.PathLike) -> None:
+    """Give one layer of the dense model the saved class, sizes and rank."""
+    try:
+        dense = model.get_submodule(name)
+        if isinstance(dense, _LowRank) or not isinstance(dense, (*LOW_RANK, *NORMS)):
+            raise TypeError(f"a dense layer is wanted in the model; it has {type(dense).__name__}")
+        low_rank = entry.get("rank") is not None
+        wanted = low_rank_type(dense).__name__ if low_rank else type(dense).__name__
+        if entry["class"] != wanted:
+            raise TypeError(f"the file has {entry['class']}, the model {type(dense).__name__}")
+        changed = sizes(dense) != (entry["inputs"], entry["outputs"]) or (dense.bias is not None) != entry["bias"]
+        layer = resized(dense, entry["inputs"], entry["outputs"], entry["bias"]) if changed else dense
+        layer = low_rank_type(layer).like(layer, entry["rank"], entry["fold"]) if low_rank else layer
+        if layer is not dense:
+            model.set_submodule(name, layer.train(dense.training))
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: layer {name} does not fit the model: {error}") from error

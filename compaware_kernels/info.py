@@ -1,0 +1,57 @@
+"""Which op runs where, and why: the facts behind ``compaware info``."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+
+import torch
+
+from . import _library, ops
+
+KERNEL, REFERENCE = "C++ kernel", "reference (plain PyTorch)"
+
+
+def info() -> dict:
+    """Versions, devices, how the library was built, and the body each op has for each device."""
+    from . import __version__  # here, not above: the package imports this module first
+
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "devices": _devices(),
+        "threads": torch.get_num_threads(),
+        "build": _build(),
+        "library": _library.missing or str(_library.PATH),
+        "ops": {name: {key: _body(name, key) for key in ("CPU", "CUDA")} for name in ops.schemas},
+    }
+
+
+def _body(name: str, key: str) -> str:
+    # The reference body is registered for the alias CompositeExplicitAutograd: the key itself stays free.
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"compaware::{name}", key)
+    return KERNEL if registered else REFERENCE
+
+
+def _devices() -> list[str]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return [f"{_cpu()} ({torch.backends.cpu.get_cpu_capability()})", *gpus]
+
+
+def _cpu() -> str:
+    """The processor's name; Python's own answer is empty or just "x86_64" on Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _build() -> dict:
+    """What setup.py decided, and why."""
+    try:
+        return json.loads(Path(__file__).with_name("_build.json").read_text())
+    except FileNotFoundError:
+        return {"mode": "none", "reason": "imported from a source tree that was never installed"}

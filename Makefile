@@ -1,0 +1,37 @@
+# make test PYTHON=python3.12 picks the interpreter of .venv; COMPAWARE_BUILD=auto|cuda|cpu|none what is compiled.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := setup.py $(shell find csrc -type f)
+
+.PHONY: demo test bench lint gpu-check clean
+.DEFAULT_GOAL := test
+
+demo: .venv/built
+	$(BIN)/compaware demo
+
+test: .venv/built
+	$(BIN)/pytest
+
+bench: .venv/built
+	$(BIN)/pytest bench
+
+lint: .venv/pins
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Exit status 5, "no tests were selected", is no failure.
+gpu-check: .venv/built
+	$(BIN)/pytest -m gpu -rs || [ $$? -eq 5 ]
+
+clean:
+	rm -rf .venv build dist *.egg-info compaware_kernels/_C.abi3.so compaware_kernels/_build.json
+
+.venv/pins: requirements-dev.txt
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install -q -r requirements-dev.txt
+	touch $@
+
+# Editable, without build isolation: the library is compiled in place, against the torch of .venv.
+.venv/built: .venv/pins pyproject.toml $(SOURCES)
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	touch $@

@@ -1,4 +1,5 @@
-# make test PYTHON=python3.12 picks the interpreter of .venv; COMPAWARE_BUILD=auto|cuda|cpu|none what is compiled.
+# PYTHON=python3.12 picks the interpreter of .venv, COMPAWARE_BUILD=auto|cuda|cpu|none what is compiled (see setup.py);
+# to change either, make clean first.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py $(shell find csrc -type f)
@@ -13,7 +14,8 @@ test: .venv/built
 	$(BIN)/pytest
 
 bench: .venv/built
-	$(BIN)/pytest bench
+	mkdir -p bench/results
+	$(BIN)/pytest bench --benchmark-json bench/results/$$($(BIN)/python bench/workloads.py).json
 
 lint: .venv/pins
 	$(BIN)/ruff check .

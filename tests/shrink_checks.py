@@ -38,7 +38,8 @@ def weight(shape, dtype, device, seed=0):
 
 def thresholds(count, batch, dtype=torch.float64, device="cpu", seed=1):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.rand(batch, generator=generator, dtype=torch.float64).to(device, dtype) * (i + 1) for i in range(count)]
+    taus = [(i + 1) * torch.rand(batch, generator=generator, dtype=torch.float64) for i in range(count)]
+    return [tau.to(device, dtype) for tau in taus]
 
 
 def assert_as_good(got, name, W, taus):
@@ -61,7 +62,7 @@ def check_values(name, dtype, device):
                 taus = thresholds(OPS[name], batch, ops.compute_dtype(dtype), device)
                 V = layout(W)
                 got = op(name)(V, *taus)
-                assert got.is_contiguous() and torch.equal(V, W), "the input was changed, or the output is not contiguous"
+                assert got.is_contiguous() and torch.equal(V, W), "input changed, or output not contiguous"
                 assert not got.numel() or got.data_ptr() != V.data_ptr()
                 assert_as_good(got, name, W, taus)
 
@@ -146,6 +147,6 @@ def check_refusals(name, device):
         assert torch.equal(W, before[0]) and torch.equal(entry, before[1])
     for taus in (torch.ones(3), torch.ones(()), torch.ones(2, 2)):
         W = good.clone()
-        with pytest.raises(RuntimeError, match="one per weight|one number"):
+        with pytest.raises(RuntimeError, match=r"one per weight|one number"):
             op(name + "_")([W, W.clone()], *[taus] * count)
         assert torch.equal(W, good)

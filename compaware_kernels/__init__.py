@@ -1,6 +1,6 @@
 """Compression-aware training: networks whose layers become low-rank while they learn, and then run small.
 
-    weights --prox--> shrunk weights --ranks--> ranks --factorize--> two small weights --layers--> inference
+weights --prox--> shrunk weights --ranks--> ranks --factorize--> two small weights --layers--> inference
 """
 
 from . import _library, folds, ops, ranks

@@ -72,14 +72,16 @@ def _structure(model: nn.Module) -> dict[str, dict]:
             continue
         if isinstance(module, _LowRank):
             inside = (*inside, f"{name}.") if name else inside
-            inputs, outputs = sizes(module.first)[0], sizes(module.second)[1]
-            structure[name] = {"class": type(module).__name__, "inputs": inputs, "outputs": outputs, "rank": module.rank,
-                               "bias": module.bias is not None, "fold": getattr(module, "fold", "paper")}  # fmt: skip
+            size = sizes(module.first)[0], sizes(module.second)[1]
+            structure[name] = _entry(module, *size, rank=module.rank, fold=getattr(module, "fold", "paper"))
         elif isinstance(module, (*LOW_RANK, *NORMS)):
-            inputs, outputs = sizes(module)
-            structure[name] = {"class": type(module).__name__, "inputs": inputs, "outputs": outputs,
-                               "bias": module.bias is not None}  # fmt: skip
+            structure[name] = _entry(module, *sizes(module))
     return structure
+
+
+def _entry(module: nn.Module, inputs: int, outputs: int, **more: object) -> dict:
+    kind = {"class": type(module).__name__, "inputs": inputs, "outputs": outputs}
+    return kind | {"bias": module.bias is not None} | more
 
 
 def _read_structure(path: str | os.PathLike) -> dict[str, dict]:

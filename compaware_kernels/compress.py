@@ -197,7 +197,8 @@ def _layer_report(layer: Layer, now: nn.Module, macs_before, macs, removed, note
     full = min(Layer(layer.name, layer.module).matrix(getattr(now, "fold", "paper")).shape[-2:])
     return LayerReport(
         layer.name, type(layer.module).__name__, params_before, params, macs_before.get(layer.name, 0),
-        macs.get(layer.name, 0), bytes_before, bytes_, rank, full, removed.get(layer.name, 0), notes.get(layer.name, ""),
+        macs.get(layer.name, 0), bytes_before, bytes_, rank, full, removed.get(layer.name, 0),
+        notes.get(layer.name, ""),
     )  # fmt: skip
 
 

@@ -88,9 +88,7 @@ class LowRankLinear(_LowRank):
     def to_dense(self) -> nn.Linear:
         """One ``nn.Linear`` with weight ``U V``."""
         place = {"device": self.first.weight.device, "dtype": self.first.weight.dtype}
-        layer = nn.utils.skip_init(
-            nn.Linear, self.in_features, self.out_features, bias=self.bias is not None, **place
-        )
+        layer = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, bias=self.bias is not None, **place)
         return self._copy_to(layer, self.second.weight @ self.first.weight)
 
     def extra_repr(self) -> str:

@@ -199,8 +199,8 @@ def _through_module(model, graph, user, module, shapes, node, axis, constant, pe
 
 
 def _normalised(norm: nn.Module, constant: Tensor) -> Tensor:
-    out = F.batch_norm(constant[None].to(norm.running_mean), norm.running_mean, norm.running_var, norm.weight, norm.bias,
-                       training=False, eps=norm.eps)  # fmt: skip
+    mean, var = norm.running_mean, norm.running_var
+    out = F.batch_norm(constant[None].to(mean), mean, var, norm.weight, norm.bias, training=False, eps=norm.eps)
     return out[0].detach().cpu()
 
 
@@ -238,8 +238,14 @@ def _resizable(model: nn.Module, graph: fx.Graph, node: fx.Node) -> nn.Module:
     if not is_resizable(module):
         raise _Kept(f"{node.target} is a {type(module).__name__}" + (" with groups" if type(module) in CONVS else ""))
     calls = sum(other.op == "call_module" and other.target == node.target for other in graph.nodes)
-    owners = [m for m in model.modules() if any(p is q for p in m.parameters(recurse=False) for q in module.parameters())]
-    if calls > 1 or len(owners) > 1 or any(n.op == "get_attr" and n.target.startswith(node.target) for n in graph.nodes):
+    owners = [
+        m for m in model.modules() if any(p is q for p in m.parameters(recurse=False) for q in module.parameters())
+    ]
+    if (
+        calls > 1
+        or len(owners) > 1
+        or any(n.op == "get_attr" and n.target.startswith(node.target) for n in graph.nodes)
+    ):
         raise _Kept(f"{node.target} is used more than once")
     return module
 

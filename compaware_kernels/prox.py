@@ -61,7 +61,7 @@ def svt(W: Tensor, tau: float | Tensor, *, return_info: bool = False) -> Tensor 
 
     Differentiable in W and tau, with finite gradients at repeated and at zero singular values.
 
-    Source: Cai, Candes & Shen, SIAM J. Optim. 20(4), 2010, theorem 2.1; in training: Alvarez & Salzmann, NIPS 2017, 3.2.
+    Source: Cai, Candes & Shen, SIAM J. Optim. 20(4), 2010, theorem 2.1; Alvarez & Salzmann, NIPS 2017, 3.2.
     """
     W, tau = _checked(W, tau)
     P, s = torch.ops.compaware.svt(W, tau)
@@ -164,7 +164,7 @@ def group_shrink_(
 def soft_threshold_(
     weights: Sequence[Tensor], tau: float | Sequence[float] | Tensor, *, names: Sequence[str] | None = None
 ) -> None:
-    """Elementwise soft-thresholding of every tensor, in place.  Arguments and errors as :func:`svt_`; all or nothing."""
+    """Elementwise soft-thresholding of every tensor, in place; arguments and errors as :func:`svt_`, all or nothing."""
     tau = _checked_list(weights, tau, names, axes=0)
     _apply_rows(torch.ops.compaware.soft_threshold_, weights, tau)
 

@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[int] = (), title: str | None = None):
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[int] = (), title: str | None = None
+):
     """A rich table of ``rows`` under ``columns``; the columns numbered in ``right`` are aligned to the right."""
     result = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", show_edge=False)
     for i, column in enumerate(columns):

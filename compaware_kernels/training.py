@@ -54,7 +54,7 @@ class ProximalStep:
 
     with t the learning rate that W's parameter group has now (or 1), and ramp the warm-up factor. A neuron's group is
     its weights and its bias, ``P_l`` their number. With plain SGD this is the proximal gradient method of the source;
-    with momentum or an adaptive optimizer the step is decoupled from the optimizer's metric, as weight decay is in AdamW.
+    with momentum or an adaptive optimizer the step is decoupled from its metric, as weight decay is in AdamW.
 
     Args:
         model: its Linear, Conv1d, Conv2d and Conv3d layers are treated; the rest is listed in ``skipped``.
@@ -108,13 +108,18 @@ class ProximalStep:
         self.layers, self.skipped = foldable_layers(model, skip)
         names = [layer.name for layer in self.layers]
         self.strengths = {
-            name: {penalty: _strength(spec, name, penalty) for penalty, spec in zip(PENALTIES, (nuclear, group, l1), strict=True)}
+            name: {
+                penalty: _strength(spec, name, penalty)
+                for penalty, spec in zip(PENALTIES, (nuclear, group, l1), strict=True)
+            }
             for name in names
         }
         for penalty, spec in zip(PENALTIES, (nuclear, group, l1), strict=True):
             require_matches(list(spec) if isinstance(spec, Mapping) else [], names, penalty)
         if not self._trained():
-            raise ValueError("the optimizer holds no weight of a Linear or convolution of this model: nothing to shrink")
+            raise ValueError(
+                "the optimizer holds no weight of a Linear or convolution of this model: nothing to shrink"
+            )
         self.steps = self.applied = 0
         self._hook = optimizer.register_step_post_hook(self._after_optimizer_step)
 
@@ -184,7 +189,9 @@ class ProximalStep:
             alive = layer.weight.flatten(1).any(1).double().mean().item()
             rank = int(numerical_rank(s, M.dtype).max())
             sums = (float(s.sum()), float(s.max()), alive)
-            report.append(LayerSpectrum(layer.name, tuple(M.shape), rank, s.shape[-1], *sums, thresholds.get(layer.name, {})))
+            report.append(
+                LayerSpectrum(layer.name, tuple(M.shape), rank, s.shape[-1], *sums, thresholds.get(layer.name, {}))
+            )
         return report
 
     def state_dict(self) -> dict[str, int]:
@@ -194,14 +201,21 @@ class ProximalStep:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Restore :meth:`state_dict`.  Raises ValueError for anything else."""
         wanted = self.state_dict().keys()
-        if not isinstance(state, Mapping) or state.keys() != wanted or any(not isinstance(v, int) for v in state.values()):
+        if (
+            not isinstance(state, Mapping)
+            or state.keys() != wanted
+            or any(not isinstance(v, int) for v in state.values())
+        ):
             raise ValueError(f"wanted a ProximalStep state with whole numbers {', '.join(wanted)}; got {state!r}")
         self.steps, self.applied = state["steps"], state["applied"]
 
 
 def _group(layers: list[Layer], copies: list[list[Tensor | None]], taus: list[float]) -> None:
     """Group lasso over neurons [weights, bias]; the shrunk rows go back to both."""
-    rows = [weight.flatten(1) if bias is None else torch.cat([weight.flatten(1), bias[:, None]], 1) for weight, bias in copies]
+    rows = [
+        weight.flatten(1) if bias is None else torch.cat([weight.flatten(1), bias[:, None]], 1)
+        for weight, bias in copies
+    ]
     prox.group_shrink_(rows, taus, names=[layer.name for layer in layers])
     for (weight, bias), row in zip(copies, rows, strict=True):
         weight.copy_(row[:, : weight[0].numel()].reshape(weight.shape))
@@ -215,7 +229,11 @@ def _l1(layers: list[Layer], copies: list[list[Tensor | None]], taus: list[float
 
 def _strength(spec: Strength, name: str, penalty: str) -> float:
     """The strength of one layer, from one number or from a mapping of name patterns."""
-    value = next((v for pattern, v in spec.items() if fnmatchcase(name, pattern)), 0.0) if isinstance(spec, Mapping) else spec
+    value = (
+        next((v for pattern, v in spec.items() if fnmatchcase(name, pattern)), 0.0)
+        if isinstance(spec, Mapping)
+        else spec
+    )
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{penalty}: wanted a finite strength >= 0; got {value!r} for {name}")
     return float(value)

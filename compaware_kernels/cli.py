@@ -1,0 +1,184 @@
+"""The command line: ``compaware demo | info | compress``, also ``python -m compaware_kernels``."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from . import checkpoint, ranks
+from . import compress as compress_model
+from . import info as gather_info
+from .tables import table
+
+app = typer.Typer(
+    help="Compression-aware training: networks that become low-rank while they learn, and then run small.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+console = Console(stderr=True)
+
+
+def main() -> None:
+    """Run the command line.  Exit codes: 0 done, 1 it failed (one line says why), 2 wrong usage."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        text = " ".join(str(error).split())
+        print(f"compaware: error: {text or type(error).__name__}", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command()
+def demo(
+    data: Annotated[Path | None, typer.Option(help="Folder with IDX files (MNIST, Fashion-MNIST), gzipped or not. "
+                                                   "Default: scikit-learn's digits.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the report, the results and the models.")] = Path("out/demo"),
+    seeds: Annotated[int, typer.Option(min=1, help="Networks trained per arm.")] = 3,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of training.")] = 30,
+    tune_epochs: Annotated[int, typer.Option(min=0, help="Epochs of fine-tuning after compression; 0: none.")] = 3,
+    nuclear: Annotated[float, typer.Option(min=0, help="Strength of the nuclear norm (low rank).")] = 2.0,
+    group: Annotated[float, typer.Option(min=0, help="Strength of the group lasso (whole neurons).")] = 0.05,
+    threads: Annotated[int, typer.Option(min=1, help="Threads; for the small digits one is fastest.")] = 1,
+) -> None:  # fmt: skip
+    """Train a small convolutional network plainly and compression-aware, compress both, and compare.
+
+    Ends with a table, an HTML report with the accuracy-against-size curves, and the compressed network.
+    """
+    from .demo import data as images
+    from .demo import experiment, report
+
+    torch.set_num_threads(threads)
+    dataset = images.idx_folder(data) if data else images.digits()
+    out.mkdir(parents=True, exist_ok=True)
+    settings = experiment.Settings(seeds=seeds, epochs=epochs, tune_epochs=tune_epochs, nuclear=nuclear, group=group)
+    with _progress() as progress:
+        task = progress.add_task("starting", total=experiment.units(settings))
+        result = experiment.run(dataset, settings, lambda what: progress.update(task, advance=1, description=what))
+    paths = report.write(result, out)
+    checkpoint.save(result.dense, out / "dense.safetensors")
+    paths["compression-aware network before compression (seed 0)"] = out / "dense.safetensors"
+    if result.model is not None:
+        checkpoint.save(result.model, out / "small.safetensors")
+        paths["the same compressed, within 1 point of plain"] = out / "small.safetensors"
+    columns = ("rank rule", "training", "multiply-adds", "parameters", "accuracy, %", "fine-tuned, %")
+    screen = Console()
+    screen.print(
+        table(
+            columns, report.summary_rows(result), right=range(2, 6), title=f"{dataset.name}, means of {seeds} seed(s)"
+        )
+    )
+    print("\nAt the plain network's held-out accuracy less 1 point:")
+    for tuned in (False, True) if tune_epochs else (False,):
+        print(f"  {report.need_line(experiment.need(result, tuned))}")
+    print("\nWritten:")
+    for name, path in paths.items():
+        print(f"  {name}: {path}")
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Say which kernel runs which op here, and why."""
+    facts = gather_info()
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    keys = list(next(iter(facts["ops"].values())))
+    rows = [(f"compaware::{op}", *(where[key] for key in keys)) for op, where in facts["ops"].items()]
+    for name, value in facts.items():
+        if name != "ops":
+            print(f"{name}: {', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value}")
+    print()
+    Console().print(table(("op", *keys), rows))
+
+
+@app.command()
+def compress(
+    weights: Annotated[Path, typer.Argument(help="Trained weights: a .safetensors file, or a torch state dict (.pt).")],
+    model: Annotated[str, typer.Option(help="How to build the dense network: MODULE:FUNCTION without arguments. "
+                                            "The module is imported, so it runs: name only code you trust.")],
+    input: Annotated[str, typer.Option(help="Shape of one input, for example 1,3,224,224.")],
+    out: Annotated[Path, typer.Option(help="Where to write the compressed model (.safetensors).")],
+    rank: Annotated[str, typer.Option(help="Rank rule: energy:0.99, nuclear:0.9, threshold:1e-3, relative:0.05, "
+                                           "fixed:16, share:0.25.")] = "energy:0.99",
+    fold: Annotated[str, typer.Option(help="How convolutions become matrices: paper, spatial or input.")] = "paper",
+    skip: Annotated[list[str] | None, typer.Option(help="Layers to leave alone (name pattern, repeatable).")] = None,
+    report: Annotated[Path | None, typer.Option(help="Also write the report as JSON.")] = None,
+) -> None:  # fmt: skip
+    """Factorise the low-rank layers of a trained network, remove its dead neurons, and save the result.
+
+    Read it back with ck.load(OUT, dense_model).  Files are read without executing code.
+    """
+    rule, shape = ranks.parse(rank), _shape(input)
+    network = _build(model)
+    state = _read_weights(weights)
+    try:
+        network.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{weights}: does not fit {model}: {error}") from error
+    small, summary = compress_model(network, rule, (torch.zeros(shape),), fold=fold, skip=skip or ())
+    checkpoint.save(small, out)
+    if report:
+        temporary = report.with_name(f".{report.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(summary.to_dict(), indent=1))
+        os.replace(temporary, report)
+    print(summary)
+    print(f"\nWritten: {out}" + (f", {report}" if report else ""))
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise typer.BadParameter(
+            f"wanted whole numbers >= 1 with commas between, 1,3,224,224; got {text!r}", param_hint="--input"
+        )
+    return shape
+
+
+def _build(spec: str) -> nn.Module:
+    module, _, function = spec.partition(":")
+    if not module or not function:
+        raise typer.BadParameter(
+            f"wanted MODULE:FUNCTION, for example torchvision.models:resnet18; got {spec!r}", param_hint="--model"
+        )
+    sys.path.insert(0, os.getcwd())
+    factory = getattr(importlib.import_module(module), function, None)
+    network = factory() if callable(factory) else None
+    if not isinstance(network, nn.Module):
+        raise ValueError(
+            f"--model {spec}: wanted a function that returns a torch.nn.Module; got {type(network).__name__}"
+        )
+    return network
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """A state dict, read without executing code."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError, UnpicklingError) as error:
+        raise ValueError(f"{path}: not a readable state dict: {error}") from error
+
+
+def _progress() -> Progress:
+    return Progress(TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                    TextColumn("left"), TimeRemainingColumn(), console=console)  # fmt: skip

@@ -1,0 +1,1 @@
+"""``compaware demo``: the main job from data to report."""

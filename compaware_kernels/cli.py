@@ -21,7 +21,7 @@ from torch import nn
 from . import checkpoint, ranks
 from . import compress as compress_model
 from . import info as gather_info
-from .tables import table
+from .tables import text_table
 
 app = typer.Typer(
     help="Compression-aware training: networks that become low-rank while they learn, and then run small.",
@@ -73,12 +73,8 @@ def demo(
         checkpoint.save(result.model, out / "small.safetensors")
         paths["the same compressed, within 1 point of plain"] = out / "small.safetensors"
     columns = ("rank rule", "training", "multiply-adds", "parameters", "accuracy, %", "fine-tuned, %")
-    screen = Console()
-    screen.print(
-        table(
-            columns, report.summary_rows(result), right=range(2, 6), title=f"{dataset.name}, means of {seeds} seed(s)"
-        )
-    )
+    print(f"{dataset.name}, means over {seeds} seed(s)\n")
+    print(text_table(columns, report.summary_rows(result), right=range(2, 6)))
     print("\nAt the plain network's held-out accuracy less 1 point:")
     for tuned in (False, True) if tune_epochs else (False,):
         print(f"  {report.need_line(experiment.need(result, tuned))}")
@@ -100,7 +96,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
         if name != "ops":
             print(f"{name}: {', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value}")
     print()
-    Console().print(table(("op", *keys), rows))
+    print(text_table(("op", *keys), rows))
 
 
 @app.command()

@@ -26,13 +26,13 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _promote(W: Tensor, *taus: Tensor) -> tuple[Tensor, ...]:
     """W and its thresholds in the compute dtype; thresholds get two trailing axes to broadcast over matrices."""
-    dtype = compute_dtype(W.dtype)
-    return W.to(dtype), *(tau.to(dtype)[..., None, None] for tau in taus)
+    dtype, batch = compute_dtype(W.dtype), W.shape[:-2]
+    return W.to(dtype), *(tau.to(dtype).reshape(() if tau.numel() == 1 else batch)[..., None, None] for tau in taus)
 
 
 def _to_tau(grad: Tensor, tau: Tensor) -> Tensor:
     """Sum a per-matrix gradient down to the shape of tau (one number, or one per matrix)."""
-    return grad.sum_to_size(tau.shape).to(tau.dtype)
+    return (grad.sum() if tau.numel() == 1 else grad).reshape(tau.shape).to(tau.dtype)
 
 
 # --- svt: P = U max(S - tau, 0) V^T ---------------------------------------------------------------------------------
@@ -64,7 +64,8 @@ def _svt_backward(ctx, grad_P: Tensor, grad_s: Tensor) -> tuple[Tensor, Tensor]:
     limit at repeated and at zero singular values, so there is nothing to divide by zero.
     """
     W, tau = ctx.saved_tensors
-    X, G, t = *_promote(W), grad_P.to(compute_dtype(W.dtype)), tau.to(compute_dtype(W.dtype))[..., None]
+    X, t = _promote(W, tau)
+    G, t = grad_P.to(X.dtype), t[..., 0]
     U, s, Vh = torch.linalg.svd(X, full_matrices=False)
     V = Vh.mT
     f, slope = (s - t).clamp_min(0), ((s > t) | (t == 0)).to(s.dtype)

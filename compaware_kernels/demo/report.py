@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import platform
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +16,7 @@ from jinja2 import Environment
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from ..info import info
 from .experiment import ARMS, Need, Result, Run, need
 
 COLOURS = dict(zip(ARMS, ("#5b6b7b", "#d1495b"), strict=True))
@@ -44,12 +44,8 @@ def write(result: Result, folder: Path) -> dict[str, Path]:
 
 def machine() -> str:
     """Processor, threads and versions, for every figure."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                 if line.startswith("model name")]  # fmt: skip
-        cpu = names[0] if names else cpu
-    return f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+    facts = info()
+    return f"{facts['devices'][0]}, {facts['threads']} thread(s), torch {facts['torch']}, Python {facts['python']}"
 
 
 def summary_rows(result: Result) -> list[tuple[str, ...]]:

@@ -187,7 +187,9 @@ class Need:
         spread = f" +- {stdev(self.ratios):.2f}" if len(self.ratios) > 1 else ""
         missing = len(self.macs[ARMS[0]]) - len(self.ratios)
         note = f"; {missing} seed(s) did not reach the accuracy" if missing else ""
-        return f"{mean(self.ratios):.2f}{spread} over {len(self.ratios)} seeds{note}" if self.ratios else "not reached"
+        if not self.ratios:
+            return "an unknown share (no seed reached the accuracy)"
+        return f"{mean(self.ratios):.2f}{spread} over {len(self.ratios)} seed(s){note}"
 
 
 def need(result: Result, tuned: bool, points_lost: float = 1.0) -> Need:

@@ -77,7 +77,7 @@ def _tuned(result: Result) -> bool:
 
 def _curves(result: Result, axis: str, label: str) -> Figure:
     """Accuracy against size: a dot per network, a line through the means of each strength."""
-    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    figure = Figure(figsize=(6.4, 5), layout="constrained")
     ax = figure.subplots()
     for arm in ARMS:
         runs, colour = _runs(result, arm), COLOURS[arm]
@@ -97,7 +97,7 @@ def _curves(result: Result, axis: str, label: str) -> Figure:
     ax.set(xscale="log", xlabel=label, ylabel="held-out accuracy, %", ylim=(max(0, plain - 20), min(100, plain + 2)))
     _log_axis(ax.xaxis)
     ax.grid(alpha=0.25, which="both")
-    ax.legend(fontsize=9, loc="lower right", bbox_to_anchor=(1, 0.02), framealpha=0.95)
+    figure.legend(fontsize=9, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 

@@ -157,7 +157,7 @@ def _follow(
                 _read(_resizable(model, graph, user), user, shapes[node], *here, walk)
                 continue
             here = _through_module(model, graph, user, module, shapes, node, *here, walk)
-        elif user.op in ("call_function", "call_method") and user.args[0] is node:
+        elif user.op in ("call_function", "call_method") and user.args and user.args[0] is node:
             here = _through_call(user, shapes, node, *here)
         else:
             raise _Kept("they feed the model's output" if user.op == "output" else f"they feed {user.name}")

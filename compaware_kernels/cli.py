@@ -123,6 +123,11 @@ def compress(
         network.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{weights}: does not fit {model}: {error}") from error
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(shape))
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(f"--input {input}: {model} cannot run on it: {error}") from error
     small, summary = compress_model(network, rule, (torch.zeros(shape),), fold=fold, skip=skip or ())
     checkpoint.save(small, out)
     if report:

@@ -1,0 +1,88 @@
+"""The command line: what it writes, exit codes, errors as one line."""
+
+import gzip
+import json
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import compaware_kernels as ck
+from compaware_kernels.demo.networks import small_convnet
+
+NETWORK = ["--model", "compaware_kernels.demo.networks:small_convnet", "--input", "1,1,8,8"]
+
+
+def run(*args):
+    command = [sys.executable, "-m", "compaware_kernels", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_info():
+    facts = json.loads(run("info", "--json").stdout)
+    assert set(facts["ops"]) == set(ck.ops.schemas) and facts["version"] == ck.__version__
+
+
+def test_compress_writes_a_model_that_loads(tmp_path):
+    torch.save(small_convnet().state_dict(), tmp_path / "dense.pt")
+    out, report = tmp_path / "small.safetensors", tmp_path / "report.json"
+    done = run("compress", tmp_path / "dense.pt", *NETWORK, "--rank", "fixed:4", "--out", out, "--report", report)
+    assert done.returncode == 0, done.stderr
+    totals = json.loads(report.read_text())
+    small = ck.load(out, small_convnet())
+    assert sum(p.numel() for p in small.parameters()) == totals["params"] < totals["params_before"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"weights": "absent.pt"}, "absent.pt: no such file"),
+        ({"weights": "damaged.pt"}, "damaged.pt: not a readable state dict"),
+        ({"--rank": "magic:1"}, "rank rule is written"),
+        ({"--fold": "crane"}, "got 'crane'"),
+        ({"--model": "torch.nn:Identity"}, "does not fit torch.nn:Identity"),
+        ({"--model": "no_such_module:f"}, "No module named"),
+        ({"--input": "1,3,8,8"}, "3 channels"),
+    ],
+    ids=str,
+)
+def test_errors_are_one_line(tmp_path, change, words):
+    torch.save(small_convnet().state_dict(), tmp_path / "dense.pt")
+    (tmp_path / "damaged.pt").write_bytes(b"garbage")
+    options = dict(zip(NETWORK[::2], NETWORK[1::2], strict=True)) | {"--rank": "energy:0.9", "--fold": "paper"} | change
+    weights = tmp_path / options.pop("weights", "dense.pt")
+    done = run("compress", weights, "--out", tmp_path / "out", *[x for option in options.items() for x in option])
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("compaware: error: ") and words in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_usage_errors_exit_2(tmp_path):
+    assert run("compress", "w.pt", "--out", "o", "--model", "nocolon", "--input", "1,2").returncode == 2
+    assert run("demo", "--seeds", "0").returncode == 2
+
+
+def idx(array):
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def test_demo_on_idx_files_writes_report_results_and_models(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 40), ("t10k", 20)):
+        images = rng.integers(0, 256, (count, 8, 8), dtype=np.uint8)
+        (tmp_path / f"{split}-images-idx3-ubyte").write_bytes(idx(images))
+        labels = gzip.compress(idx((np.arange(count) % 10).astype(np.uint8)))
+        (tmp_path / f"{split}-labels-idx1-ubyte.gz").write_bytes(labels)
+    out = tmp_path / "out"
+    done = run("demo", "--data", tmp_path, "--seeds", 1, "--epochs", 1, "--tune-epochs", 1, "--out", out)
+    assert done.returncode == 0, done.stderr
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == 3 and "<script" not in page and "<link" not in page
+    assert len(json.loads((out / "results.json").read_text())["runs"]) == 2
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03")
+    assert "not an IDX file" in run("demo", "--data", tmp_path, "--out", out).stderr
+    (tmp_path / "t10k-images-idx3-ubyte").unlink()
+    assert "no such file" in run("demo", "--data", tmp_path, "--out", out).stderr

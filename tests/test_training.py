@@ -62,6 +62,99 @@ def test_warmup_grows_linearly_and_resumes():
     assert prox.thresholds()["0"]["l1"] == pytest.approx(0.2)
 
 
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "adamw fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "rmsprop foreach": lambda p: torch.optim.RMSprop(p, lr=0.01, foreach=True),
+}
+
+
+def train(model, optimizer, steps, start=0):
+    for i in range(start, start + steps):
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+        optimizer.zero_grad()
+        (model(x) - x).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_resuming_is_bit_identical_to_not_stopping(name, tmp_path):
+    def start():
+        model = network()
+        optimizer = OPTIMIZERS[name](model.parameters())
+        return model, optimizer, ck.ProximalStep(model, optimizer, nuclear=0.5, group=0.1, l1=0.01, every=3, warmup=4)
+
+    model, optimizer, prox = start()
+    train(model, optimizer, 7)
+    torch.save([x.state_dict() for x in (model, optimizer, prox)], tmp_path / "state.pt")
+    train(model, optimizer, 8, 7)
+    resumed = start()
+    for x, state in zip(resumed, torch.load(tmp_path / "state.pt", weights_only=True), strict=True):
+        x.load_state_dict(state)
+    train(*resumed[:2], 8, 7)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed[0].parameters(), strict=True))
+    assert resumed[2].state_dict() == prox.state_dict() == {"steps": 15, "applied": 5}
+
+
+def test_frozen_foreign_skipped_and_tied_weights():
+    model = network()
+    model[0].requires_grad_(False)
+    model[4].weight = model[3].weight
+    optimizer = torch.optim.SGD([p for m in (model[0], model[2], model[3]) for p in m.parameters()], lr=1.0)
+    before = [m.weight.detach().clone() for m in model]
+    ck.ProximalStep(model, optimizer, nuclear=0.1, skip=["2"]).step()
+    for i in (0, 1, 2):
+        assert torch.equal(model[i].weight.detach(), before[i]), "frozen, not in the optimizer, skipped"
+    torch.testing.assert_close(model[3].weight.detach(), ck.svt(before[3], 0.1))
+
+
+def test_order_first_match_and_schedule():
+    model = network()
+    W = model[1].weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    strengths = {"nuclear": {"1": 0.4, "*": 0.0}, "l1": {"1": 0.2}}
+    prox = ck.ProximalStep(model, optimizer, **strengths, order=("l1", "group", "nuclear"))
+    optimizer.step()
+    schedule.step()
+    prox.step()
+    torch.testing.assert_close(model[1].weight.detach(), ck.svt(ck.soft_threshold(W, 0.1), 0.2))
+    assert not torch.allclose(model[1].weight.detach(), ck.soft_threshold(ck.svt(W, 0.2), 0.1))
+
+
+@pytest.mark.parametrize("fold", ck.folds.FOLDS)
+def test_grouped_convolutions_are_shrunk_per_group(fold):
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Conv1d(4, 4, 3, groups=4), nn.Conv3d(2, 3, 2)).double()
+    before = [m.weight.detach().clone() for m in model]
+    prox = ck.ProximalStep(model, torch.optim.SGD(model.parameters(), lr=1.0), nuclear=0.3, fold=fold)
+    prox.step()
+    for module, W in zip(model, before, strict=True):
+        wanted = ck.svt(ck.folds.to_matrix(W, fold, module.groups), 0.3)
+        torch.testing.assert_close(module.weight.detach(), ck.folds.from_matrix(wanted, W.shape, fold))
+
+
+def test_remove_detaches():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    prox = ck.ProximalStep(model, optimizer, nuclear=0.1, every=1)
+    prox.remove()
+    optimizer.step()
+    assert prox.applied == prox.steps == 0
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="nothing to shrink"):
+        ck.ProximalStep(network(), torch.optim.SGD(network().parameters(), lr=1.0))
+
+
+@pytest.mark.parametrize("state", [{}, {"steps": 1}, {"steps": 1.5, "applied": 0}, None])
+def test_bad_state(state):
+    model = network()
+    with pytest.raises(ValueError, match="wanted a ProximalStep state"):
+        ck.ProximalStep(model, torch.optim.SGD(model.parameters(), lr=1.0)).load_state_dict(state)
+
+
 def test_report():
     model = network()
     with torch.no_grad():

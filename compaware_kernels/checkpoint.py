@@ -36,6 +36,8 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     try:
         save_model(model, temporary, metadata=metadata)
         os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

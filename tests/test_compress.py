@@ -1,7 +1,11 @@
 """compress, dead neurons, and saved models."""
 
+import copy
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import compaware_kernels as ck
@@ -67,3 +71,116 @@ def test_other_architecture_names_the_layer(tmp_path):
     ck.save(small_convnet(), tmp_path / "m.safetensors")
     with pytest.raises(ck.CheckpointError, match="layer 0 does not fit"):
         ck.load(tmp_path / "m.safetensors", nn.Sequential(nn.Linear(3, 3)))
+
+
+def test_rules_by_pattern_and_skip():
+    model = network()
+    rules = {"9": ck.ranks.fixed(2), "[25]": ck.ranks.fixed(3)}
+    small, report = ck.compress(model, rules, (X,), skip=["5"], remove_dead=False)
+    assert {r.name: r.rank for r in report.layers} == {"0": None, "2": 3, "9": 2, "11": None}
+    assert report.layers[0].reason == "no rank rule matches its name" and report.skipped == {"5": "skipped by name"}
+    assert json.loads(json.dumps(report.to_dict()))["macs"] == report.macs and "total" in str(report)
+
+
+def test_a_fold_that_saves_parameters_but_no_multiply_adds_is_refused():
+    """1 x 1 then a strided 3 x 3: the first factor runs at the input's resolution, which the dense layer does not."""
+    model = nn.Sequential(nn.Conv2d(16, 4, 3, stride=4, padding=1))
+    _, report = ck.compress(model, ck.ranks.fixed(10), (torch.randn(1, 16, 16, 16),), fold="input")
+    assert "break-even" not in report.layers[0].reason
+    _, report = ck.compress(model, ck.ranks.fixed(8), (torch.randn(1, 16, 16, 16),), fold="input")
+    assert report.layers[0].rank is None and "multiply-adds" in report.layers[0].reason
+    assert report.params == report.params_before and report.macs == report.macs_before == 16 * 4 * 9 * 16
+
+
+def test_attention_still_runs_and_the_model_is_left_alone():
+    model = nn.Sequential(
+        nn.Embedding(9, 16), nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Linear(16, 8)
+    )
+    before = copy.deepcopy(model.state_dict())
+    ids = torch.arange(8).reshape(2, 4)
+    small, report = ck.compress(model, ck.ranks.fixed(2), (ids,))
+    assert small.eval()(ids).shape == (2, 4, 8) and model.training
+    assert {r.name for r in report.layers if r.rank} == {"2"}
+    assert all(r.reason for r in report.layers if not r.rank) and set(report.skipped) == {"0", "1.self_attn"}
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("fold", ck.folds.FOLDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_kind_of_layer_is_saved_and_comes_back(tmp_path, fold, dtype):
+    def dense():
+        return nn.Sequential(
+            nn.Conv2d(4, 8, 3, padding=1, groups=2, padding_mode="circular"), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.Conv2d(8, 12, 3, dilation=2, bias=False), nn.BatchNorm2d(12), nn.Flatten(), nn.Linear(48, 9),
+        ).to(dtype)  # fmt: skip
+
+    model = dense().to(memory_format=torch.channels_last).eval()
+    with torch.no_grad():
+        model[3].weight[2:5] = 0
+    x = torch.randn(2, 4, 6, 6, dtype=dtype)
+    small, report = ck.compress(model, ck.ranks.fixed(1), (x,), fold=fold)
+    assert [r.rank for r in report.layers] == [1, 1, 1] and report.layers[1].neurons_removed == 3
+    ck.save(small, tmp_path / "m.safetensors")
+    assert torch.equal(ck.load(tmp_path / "m.safetensors", dense()).eval()(x), small(x))
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    ck.save(small_convnet(), path)
+    before = path.read_bytes()
+
+    def fail(model, name, metadata):
+        name.write_bytes(b"half")
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr("compaware_kernels.checkpoint.save_model", fail)
+    with pytest.raises(RuntimeError, match="disk full"):
+        ck.save(small_convnet(), path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        (None, "not a compressed model"),
+        ({"format": "other"}, "format: other"),
+        ({"format": "compaware_kernels/1"}, "damaged"),
+        ({"format": "compaware_kernels/1", "layers": "{"}, "damaged"),
+        ({"format": "compaware_kernels/1", "layers": '{"0": 3}'}, "layer 0 does not fit"),
+        ({"format": "compaware_kernels/1", "layers": '{"0": {"class": "Conv2d"}}'}, "layer 0 does not fit"),
+        ({"format": "compaware_kernels/1", "layers": "{}"}, "weights do not fit"),
+    ],
+)
+def test_foreign_and_damaged_metadata(tmp_path, metadata, words):
+    save_file({"x": torch.zeros(2)}, tmp_path / "m.safetensors", metadata)
+    with pytest.raises(ck.CheckpointError, match=words):
+        ck.load(tmp_path / "m.safetensors", small_convnet())
+
+
+def test_truncated_file(tmp_path):
+    path = tmp_path / "m.safetensors"
+    ck.save(small_convnet(), path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ck.CheckpointError, match="damaged"):
+        ck.load(path, small_convnet())
+
+
+def test_saving_into_a_missing_folder(tmp_path):
+    with pytest.raises(OSError, match="absent"):
+        ck.save(small_convnet(), tmp_path / "absent" / "m.safetensors")
+
+
+def test_bad_arguments():
+    model = network()
+    with pytest.raises(TypeError, match="wanted a tuple"):
+        ck.compress(model, ck.ranks.fixed(1), X)
+    with pytest.raises(ValueError, match="got 'crane'"):
+        ck.compress(model, ck.ranks.fixed(1), (X,), fold="crane")
+    with pytest.raises(ValueError, match="'head' matches no layer"):
+        ck.compress(model, {"head": ck.ranks.fixed(1)}, (X,))
+    with pytest.raises(ValueError, match=r"0: the rank rule must return a whole number >= 0; got 1\.5"):
+        ck.compress(model, lambda s: 1.5, (X,))
+    with torch.no_grad():
+        model[5].weight[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="5: its weight contains NaN"):
+        ck.compress(model, ck.ranks.fixed(1), (X,))

@@ -48,6 +48,7 @@ def test_break_even():
     assert report.layers[0].rank is None and "break-even: 4" in report.layers[0].reason
     _, report = ck.compress(model, ck.ranks.fixed(4), (torch.randn(1, 10),))
     assert (report.layers[0].rank, report.macs_before, report.macs, report.params) == (4, 100, 80, 90)
+    assert (report.layers[0].macs_before, report.layers[0].macs) == (100, 80)
 
 
 def test_saved_model_comes_back(tmp_path):
@@ -137,6 +138,19 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="disk full"):
         ck.save(small_convnet(), path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_file_appears_only_when_it_is_whole(tmp_path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(b"old")
+
+    def fail(source, target):
+        raise OSError("killed here")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="killed here"):
+        ck.save(small_convnet(), path)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

@@ -37,11 +37,13 @@ def test_group_counts_the_bias():
     torch.testing.assert_close(torch.cat([model[0].weight, model[0].bias[:, None]], 1).detach(), wanted)
 
 
-def test_nan_in_layer_3_of_5_names_it_and_changes_nothing():
+@pytest.mark.parametrize("where", ["weight", "bias"])
+def test_nan_in_layer_3_of_5_names_it_and_changes_nothing(where):
+    """The bias counts in the group term only, which comes after the nuclear one has shrunk its copies."""
     model = network()
     prox = ck.ProximalStep(model, torch.optim.SGD(model.parameters(), lr=1.0), nuclear=0.1, group=0.1, l1=0.1)
     with torch.no_grad():
-        model[2].weight[0, 0] = torch.nan
+        getattr(model[2], where)[0] = torch.nan
     before = [p.detach().clone().view(torch.int64) for p in model.parameters()]
     with pytest.raises(ValueError, match=r"^2: contains NaN"):
         prox.step()
@@ -51,7 +53,7 @@ def test_nan_in_layer_3_of_5_names_it_and_changes_nothing():
 
 def test_warmup_grows_linearly_and_resumes():
     model = network()
-    prox = ck.ProximalStep(model, torch.optim.SGD(model.parameters(), lr=1.0), l1=0.4, warmup=3, scale_by_lr=False)
+    prox = ck.ProximalStep(model, torch.optim.SGD(model.parameters(), lr=0.5), l1=0.4, warmup=3, scale_by_lr=False)
     assert prox.thresholds()["0"]["l1"] == pytest.approx(0.1)
     prox.step()
     state = prox.state_dict()

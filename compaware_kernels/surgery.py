@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .folds import CONVS
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+STATE = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 
 
 def sizes(module: nn.Module) -> tuple[int, int]:
@@ -34,7 +35,8 @@ def resized(module: nn.Module, inputs: int, outputs: int, bias: bool | None = No
             geometry = (module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
             new = nn.utils.skip_init(type(module), inputs, outputs, *geometry, bias, module.padding_mode, **place)
     for name, parameter in new.named_parameters():
-        parameter.requires_grad_(getattr(getattr(module, name), "requires_grad", True))
+        like = module.weight if getattr(module, name) is None else getattr(module, name)
+        parameter.requires_grad_(like.requires_grad)
     return new.train(module.training)
 
 
@@ -66,6 +68,37 @@ def keep_inputs(module: nn.Module, keep: Tensor, constant: Tensor) -> nn.Module:
     return new
 
 
-def is_resizable(module: nn.Module) -> bool:
-    """Exactly a Linear, an ungrouped convolution or a batch norm (subclasses may do anything in their forward)."""
-    return type(module) in (nn.Linear, *NORMS) or (type(module) in CONVS and module.groups == 1)
+def why_fixed(module: nn.Module) -> str:
+    """Why the size of this layer cannot be changed; "" for a plain Linear, ungrouped convolution or batch norm."""
+    kind = f"a {type(module).__name__}"
+    if type(module) not in (nn.Linear, *CONVS, *NORMS):  # a subclass may do anything in its forward
+        return kind
+    if getattr(module, "groups", 1) > 1:
+        return f"{kind} with groups"
+    if not is_plain(module):
+        return f"{kind} with hooks or a forward of its own"
+    return f"{kind} with more state than its own" if module.state_dict().keys() - STATE else ""
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether the module does what its class says: no forward hooks, no forward of its own."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def is_shared(model: nn.Module, module: nn.Module) -> bool:
+    """Whether another module of ``model`` holds one of the module's own parameters, too."""
+    own = {id(p) for p in module.parameters(recurse=False)}
+    return any(id(p) in own for m in model.modules() if m is not module for p in m.parameters(recurse=False))
+
+
+def replace(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    """Put ``new`` in the place of the submodule ``name``, under all names it has; returns the model.
+
+    The model itself is its submodule "": then ``new`` is returned.
+    """
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for child, module in list(parent._modules.items()):
+            if module is old:
+                setattr(parent, child, new)
+    return new if old is model else model

@@ -16,16 +16,20 @@ from .prox import (
     soft_threshold_,
     sparse_group_shrink,
     sparse_group_shrink_,
+    spectral_ball_,
     svt,
     svt_,
+    truncate_,
+    weighted_svt_,
 )
+from .state import WarmState
 from .training import ProximalReport, ProximalStep
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError", "CompressReport", "LayerReport", "LowRankConv1d", "LowRankConv2d", "LowRankConv3d",
-    "LowRankLinear", "ProximalReport", "ProximalStep", "SvtInfo", "compress", "folds", "group_shrink", "group_shrink_",
-    "info", "load", "ranks", "save", "soft_threshold", "soft_threshold_", "sparse_group_shrink",
-    "sparse_group_shrink_", "svt", "svt_",
+    "LowRankLinear", "ProximalReport", "ProximalStep", "SvtInfo", "WarmState", "compress", "folds", "group_shrink",
+    "group_shrink_", "info", "load", "ranks", "save", "soft_threshold", "soft_threshold_", "sparse_group_shrink",
+    "sparse_group_shrink_", "spectral_ball_", "svt", "svt_", "truncate_", "weighted_svt_",
 ]  # fmt: skip

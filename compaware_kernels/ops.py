@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import spectral_grad
+
 __all__ = ["compute_dtype", "schemas"]
 
 
@@ -52,43 +54,42 @@ def _(W, tau):
     return W.new_empty(W.shape), s
 
 
-def _svt_save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
 def _svt_backward(ctx, grad_P: Tensor, grad_s: Tensor) -> tuple[Tensor, Tensor]:
-    """Daleckii-Krein derivative of an odd spectral function f(s) = max(s - tau, 0).
-
-    With A = U^T G V the symmetric part of A is weighted by (f_i - f_j) / (s_i - s_j), the skew part by
-    (f_i + f_j) / (s_i + s_j), and what lies outside the thin factors by f_i / s_i. All three quotients have a finite
-    limit at repeated and at zero singular values, so there is nothing to divide by zero.
-    """
     W, tau = ctx.saved_tensors
     X, t = _promote(W, tau)
-    G, t = grad_P.to(X.dtype), t[..., 0]
-    U, s, Vh = torch.linalg.svd(X, full_matrices=False)
-    V = Vh.mT
-    f, slope = (s - t).clamp_min(0), ((s > t) | (t == 0)).to(s.dtype)
-
-    def quotient(num: Tensor, den: Tensor, at_zero: Tensor) -> Tensor:
-        zero = den == 0
-        return torch.where(zero, at_zero, num / torch.where(zero, 1, den))
-
-    si, sj, fi, fj = s[..., :, None], s[..., None, :], f[..., :, None], f[..., None, :]
-    minus = quotient(fi - fj, si - sj, slope[..., :, None])
-    plus = quotient(fi + fj, si + sj, slope[..., :, None])
-    ratio = quotient(f, s, slope)
-
-    A = U.mT @ G @ V
-    core = 0.5 * (minus * (A + A.mT) + plus * (A - A.mT)) + torch.diag_embed(grad_s.to(s.dtype) * slope)
-    left = (G - U @ (U.mT @ G)) @ V * ratio[..., None, :]
-    right = ratio[..., :, None] * (U.mT @ (G - (G @ V) @ Vh))
-    grad_W = U @ (core @ Vh + right) + left @ Vh
-    grad_t = -((A.diagonal(dim1=-2, dim2=-1) + grad_s.to(s.dtype)) * (s > t)).sum(-1)
+    t = t[..., 0, 0].expand(X.shape[:-2])
+    grad_W, grad_t = spectral_grad.first_derivative(X, t, grad_P.to(X.dtype), grad_s.to(X.dtype))
     return grad_W.to(W.dtype), _to_tau(grad_t, tau)
 
 
-svt.register_autograd(_svt_backward, setup_context=_svt_save)
+def _svt_fold(info, in_dims, W: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    """The mapped axis goes in front of W's; tau stays one number, or becomes one per matrix."""
+    W = W.expand(info.batch_size, *W.shape) if in_dims[0] is None else W.movedim(in_dims[0], 0)
+    batch = W.shape[:-2]
+    if in_dims[1] is not None:
+        tau = tau.movedim(in_dims[1], 0)
+        tau = tau.reshape(batch if tau.numel() == batch.numel() else (batch[0], *[1] * len(batch[1:])))
+    return W, tau if tau.numel() == 1 else tau.expand(batch)
+
+
+differentiable_svt = spectral_grad.with_gradient(svt, _svt_backward, _svt_fold)  # the op, under torch.func too
+
+
+# --- small_svd: W = U diag(s) V^T for many small matrices -----------------------------------------------------------
+
+
+@torch.library.custom_op("compaware::small_svd", mutates_args=())
+def small_svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD of ``[B, m, n]``, fp32 or fp64: U ``[B, m, k]``, s ``[B, k]`` descending, V ``[B, n, k]``."""
+    U, s, Vh = torch.linalg.svd(W, full_matrices=False)
+    return U.contiguous(), s, Vh.mT.contiguous()
+
+
+@small_svd.register_fake
+def _(W):
+    B, m, n = W.shape
+    k = min(m, n)
+    return W.new_empty(B, m, k), W.new_empty(B, k), W.new_empty(B, n, k)
 
 
 # --- soft_threshold: sign(w) max(|w| - tau, 0) ----------------------------------------------------------------------
@@ -181,18 +182,20 @@ for _op, _backward in (
 
 
 @torch.library.custom_op("compaware::svt_", mutates_args={"weights"})
-def svt_(weights: Sequence[Tensor], tau: Tensor) -> Tensor:
-    """Returns the shrunk singular values of all weights, flattened and concatenated, in fp64."""
-    results = [svt._opoverload(W, t) for W, t in _pairs(weights, tau)]
-    for W, (P, _) in zip(weights, results, strict=True):
-        W.copy_(P)
-    return torch.cat([s.flatten().double() for _, s in results]) if results else tau.new_empty(0, dtype=torch.float64)
+def svt_(weights: Sequence[Tensor], tau: Tensor, tol: float) -> tuple[Tensor, Tensor]:
+    """Returns the shrunk singular values and the error bounds of all matrices, flattened and concatenated, in fp64."""
+    from .prox import svt_  # the engine, which is built on these ops
+
+    infos = svt_(weights, tau, tol=tol, fold=None)
+    empty = torch.empty(0, dtype=torch.float64)
+    return tuple(torch.cat([empty, *(getattr(i, what).flatten() for i in infos)]) for what in ("s", "error_bound"))
 
 
 @svt_.register_fake
-def _(weights, tau):
-    count = sum(W.shape[:-2].numel() * min(W.shape[-2:]) for W in weights)
-    return (weights[0] if weights else tau).new_empty(count, dtype=torch.float64)
+def _(weights, tau, tol):
+    batches = [W.shape[:-2].numel() for W in weights]
+    spectra = sum(count * min(W.shape[-2:]) for W, count in zip(weights, batches, strict=True))
+    return tau.new_empty(spectra, dtype=torch.float64), tau.new_empty(sum(batches), dtype=torch.float64)
 
 
 @torch.library.custom_op("compaware::soft_threshold_", mutates_args={"weights"})
@@ -227,7 +230,7 @@ for _op in (soft_threshold_, group_shrink_, sparse_group_shrink_):
 schemas: dict[str, str] = {
     op._name.removeprefix("compaware::"): str(op._opoverload._schema)
     for op in (
-        svt, soft_threshold, group_shrink, sparse_group_shrink,
+        svt, small_svd, soft_threshold, group_shrink, sparse_group_shrink,
         svt_, soft_threshold_, group_shrink_, sparse_group_shrink_,
     )
 }  # fmt: skip

@@ -13,29 +13,34 @@ Every function raises, before anything is changed:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import folds, ops
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from . import engine, folds, ops
+from .checks import check_center, checked, checked_list, checked_tau
+from .spectral import SoftThreshold, Truncate, WeightedThreshold
+from .state import WarmState
 
 
 @dataclass(frozen=True)
 class SvtInfo:
-    """What one SVT did.
+    """What one call did to one weight ``[..., m, n]``.
 
     Attributes:
-        rank: singular values above tau, per matrix, int64 ``W.shape[:-2]``.
-        s: singular values of the result, descending, ``[..., min(m, n)]``.
-        error_bound: an upper bound of ``||computed - exact||_F``, fp64 ``W.shape[:-2]``.  A-priori: a dense SVD is
-            the exact one of a matrix within ``p(m, n) eps ||W||_2`` (LAPACK Users' Guide, 4.9), here with
-            ``p = 2 sqrt(k) max(m, n)`` in the Frobenius norm, k = min(m, n); SVT is non-expansive; rounding the
-            result to its dtype comes on top.
+        rank: singular values above the threshold, int64 ``W.shape[:-2]``.
+        s: singular values of the result, descending, fp64 ``[..., min(m, n)]`` (of :func:`spectral_ball_`: of what was
+            taken away).
+        error_bound: fp64 ``W.shape[:-2]``, an upper bound of ``||computed - exact||_F``, the rounding of the result to
+            its dtype included.  Of :func:`svt`: a-priori; a dense SVD is the exact one of a matrix within
+            ``p(m, n) eps ||W||_2`` (LAPACK Users' Guide, 4.9), here with ``p = 2 sqrt(k) max(m, n)`` in the Frobenius
+            norm, k = min(m, n), and SVT is non-expansive.  Of the forms in place: a-posteriori, as
+            :mod:`compaware_kernels.certificate` explains; its probabilistic parts fail with a probability below 1e-9.
         method: the route taken.
+        reason: why, or what it took.
         name: the layer's name, where names were given.
     """
 
@@ -43,6 +48,7 @@ class SvtInfo:
     s: Tensor
     error_bound: Tensor
     method: str = "svd"
+    reason: str = ""
     name: str | None = None
 
 
@@ -59,12 +65,12 @@ def svt(W: Tensor, tau: float | Tensor, *, return_info: bool = False) -> Tensor 
     Returns:
         ``P`` ``[..., m, n]`` in the dtype of W, and the info if asked for.
 
-    Differentiable in W and tau, with finite gradients at repeated and at zero singular values.
+    Twice differentiable in W and tau, with finite gradients at repeated and at zero singular values.
 
     Source: Cai, Candes & Shen, SIAM J. Optim. 20(4), 2010, theorem 2.1; Alvarez & Salzmann, NIPS 2017, 3.2.
     """
-    W, tau = _checked(W, tau)
-    P, s = torch.ops.compaware.svt(W, tau)
+    W, tau = checked(W, tau)
+    P, s = ops.differentiable_svt(W, tau)
     return (P, _svt_info(s.detach(), W, tau.detach())) if return_info else P
 
 
@@ -79,7 +85,7 @@ def group_shrink(W: Tensor, tau: float | Tensor) -> Tensor:
 
     Source: Yuan & Lin, J. R. Stat. Soc. B 68(1), 2006; for neurons: Alvarez & Salzmann, NIPS 2016, eq. 8.
     """
-    return torch.ops.compaware.group_shrink(*_checked(W, tau))
+    return torch.ops.compaware.group_shrink(*checked(W, tau))
 
 
 def soft_threshold(W: Tensor, tau: float | Tensor) -> Tensor:
@@ -93,7 +99,7 @@ def soft_threshold(W: Tensor, tau: float | Tensor) -> Tensor:
     """
     if isinstance(W, Tensor) and W.ndim < 2:
         return soft_threshold(W.reshape(1, -1), tau).reshape(W.shape)
-    return torch.ops.compaware.soft_threshold(*_checked(W, tau))
+    return torch.ops.compaware.soft_threshold(*checked(W, tau))
 
 
 def sparse_group_shrink(W: Tensor, l1: float | Tensor, tau: float | Tensor) -> Tensor:
@@ -107,8 +113,8 @@ def sparse_group_shrink(W: Tensor, l1: float | Tensor, tau: float | Tensor) -> T
 
     Source: Friedman, Hastie & Tibshirani, arXiv 1001.0736, 2010; Alvarez & Salzmann, NIPS 2016, eq. 9.
     """
-    W, l1 = _checked(W, l1, "l1")
-    return torch.ops.compaware.sparse_group_shrink(W, l1, _checked_tau(tau, W))
+    W, l1 = checked(W, l1, "l1")
+    return torch.ops.compaware.sparse_group_shrink(W, l1, checked_tau(tau, W))
 
 
 @torch.no_grad()
@@ -116,36 +122,207 @@ def svt_(
     weights: Sequence[Tensor],
     tau: float | Sequence[float] | Tensor,
     *,
+    state: WarmState | None = None,
+    tol: float = 1e-3,
+    center: Sequence[Tensor] | None = None,
     fold: str | None = "paper",
     groups: Sequence[int] | None = None,
     names: Sequence[str] | None = None,
 ) -> list[SvtInfo]:
     """Singular value soft-thresholding of every layer, in place, in one call.
 
+    ``W <- C + prox(W - C)``, ``prox(X) = U max(S - tau, 0) V^T``, ``X = U S V^T``
+
+    Each matrix takes the route that is fastest for its shape, its rank and the accuracy asked for; the report says
+    which, and bounds the error.
+
     Args:
         weights: layer weights, ragged.  Linear ``[O, I]`` and convolution ``[O, C/G, *K]`` weights are folded to
             matrices by ``fold``; with ``fold=None`` each weight is taken as it is, ``[..., m, n]``.
         tau: threshold >= 0: a number, or one per layer.
+        state: what is remembered from one call to the next; with it, later calls are several times faster.  Layers are
+            told apart by their names, or else by their place in the list.
+        tol: how far the computed result may be from the exact one, relative to tau, in the spectral norm, before it
+            is rounded to the dtype of the weight.
+        center: ``C``, one tensor per weight (default: 0): the prox of ``tau ||W - C||_*``.
         groups: the convolutions' groups, one per layer (default: all 1).
-        names: layer names for errors and the report.
+        names: layer names for errors, the report and the state.
 
     Returns:
         one :class:`SvtInfo` per layer, its tensors of shape ``[G, ...]`` (or the batch shape with ``fold=None``).
 
-    All or nothing: if any layer is refused, every weight is as it was.
+    All or nothing: if any layer is refused, every weight, and the state, is as it was.
+
+    Sources: as :func:`svt`; around a centre: Alvarez & Salzmann, NIPS 2017, and Moreau's translation rule.
     """
-    tau = _checked_list(weights, tau, names)
+    tau = checked_list(weights, tau, names)
+    if torch.compiler.is_compiling():
+        return _svt_traced(weights, tau, state, tol, center, fold, groups, names)
+    functions = [SoftThreshold(t) for t in tau.tolist()]
+    return _shrink(weights, functions, state, tol, fold, groups, names, center)
+
+
+def weighted_svt_(
+    weights: Sequence[Tensor],
+    sigma_weights: Sequence[Sequence[float] | Tensor],
+    *,
+    state: WarmState | None = None,
+    tol: float = 1e-3,
+    fold: str | None = "paper",
+    groups: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+) -> list[SvtInfo]:
+    """Weighted singular value thresholding of every layer, in place: ``max(sigma_i - w_i, 0)``.
+
+    The proximal operator of ``sum_i w_i sigma_i(W)`` with ``0 <= w_1 <= w_2 <= ...`` (large singular values, which
+    come first, are shrunk less; other orders are refused: the formula would not be the minimiser).
+
+    Args:
+        sigma_weights: per layer ``[min(m, n)]`` weights, ascending, in the units of the singular values.
+
+    The rest as :func:`svt_`; ``tol`` is relative to w_1 (all in fp64 where that is 0).  The operator is not continuous
+    where singular values of different weights meet: there ``error_bound`` is inf.
+
+    Source: Gu, Zhang, Zuo & Feng, CVPR 2014.
+    """
+    checked_list(weights, 0.0, names)
+    if len(sigma_weights) != len(weights):
+        raise ValueError(f"sigma_weights: wanted {len(weights)}, one sequence per weight; got {len(sigma_weights)}")
+    functions = []
+    for i, (W, w) in enumerate(zip(_matrices(weights, fold, groups), sigma_weights, strict=True)):
+        w = torch.as_tensor(w, dtype=torch.float64, device="cpu")
+        if w.shape != (min(W.shape[-2:]),) or not (w.isfinite().all() and (w >= 0).all() and (w.diff() >= 0).all()):
+            what = names[i] if names else f"sigma_weights[{i}]"
+            raise ValueError(f"{what}: wanted {min(W.shape[-2:])} weights, 0 <= w_1 <= w_2 <= ...; got {w.tolist()}")
+        functions.append(WeightedThreshold(w))
+    return _shrink(weights, functions, state, tol, fold, groups, names)
+
+
+def truncate_(
+    weights: Sequence[Tensor],
+    rank: int | Sequence[int],
+    *,
+    state: WarmState | None = None,
+    tol: float = 1e-3,
+    fold: str | None = "paper",
+    groups: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+) -> list[SvtInfo]:
+    """Hard rank projection of every layer, in place: the nearest matrix of rank at most ``rank``.
+
+    ``W <- sum_{i <= rank} sigma_i u_i v_i^T``
+
+    Args:
+        rank: >= 0: a number, or one per layer.
+
+    The rest as :func:`svt_`; ``tol`` is relative to sigma_rank.  The projection is unique only where
+    ``sigma_rank > sigma_{rank+1}``: where the two cannot be told apart, ``error_bound`` is inf.
+
+    Source: Eckart & Young, Psychometrika 1(3), 1936.
+    """
+    checked_list(weights, 0.0, names)
+    ranks = [rank] * len(weights) if isinstance(rank, int) else list(rank)
+    if len(ranks) != len(weights) or any(not isinstance(r, int) or r < 0 for r in ranks):
+        raise ValueError(f"rank: wanted a whole number >= 0, or {len(weights)}, one per weight; got {rank!r}")
+    return _shrink(weights, [Truncate(r) for r in ranks], state, tol, fold, groups, names)
+
+
+def spectral_ball_(
+    weights: Sequence[Tensor],
+    radius: float | Sequence[float] | Tensor,
+    *,
+    state: WarmState | None = None,
+    tol: float = 1e-3,
+    fold: str | None = "paper",
+    groups: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+) -> list[SvtInfo]:
+    """Projection of every layer, in place, on the matrices of spectral norm at most ``radius``.
+
+    ``W <- U min(S, radius) V^T = W - svt(W, radius)``  (Moreau)
+
+    Args:
+        radius: >= 0: a number, or one per layer.
+
+    The rest as :func:`svt_`; ``tol`` is relative to the radius.
+
+    Source: Moreau, Bull. Soc. Math. France 93, 1965; Parikh & Boyd, Proximal Algorithms, 2014, 6.7.2.
+    """
+    radius = checked_list(weights, radius, names, "radius")
+    functions = [SoftThreshold(t) for t in radius.tolist()]
+    return _shrink(weights, functions, state, tol, fold, groups, names, ball=True)
+
+
+@torch.no_grad()
+def _shrink(weights, functions, state, tol, fold, groups, names, center=None, ball=False) -> list[SvtInfo]:
+    if not (isinstance(tol, float | int) and 0 < tol < math.inf):
+        raise ValueError(f"tol: wanted a number > 0; got {tol!r}")
+    if state is not None and not isinstance(state, WarmState):
+        raise TypeError(f"state: wanted a WarmState; got {type(state).__name__}")
+    if center is not None:
+        check_center(center, weights, names)
+    mats = _matrices(weights, fold, groups)
+    targets = _targets(mats)
+    centers = None if center is None else _matrices(center, fold, groups)
+    norms = _norms(targets, centers)
+    keys = names or [str(i) for i in range(len(weights))]
+    outcomes = engine.shrink_all(targets, functions, norms, tol=tol, state=state, keys=keys, centers=centers, ball=ball)
+    for W, M, T in zip(weights, mats, targets, strict=True):
+        if T.data_ptr() != W.data_ptr() or T.stride() != M.stride():
+            W.copy_(T if fold is None else folds.from_matrix(T, W.shape, fold))
+    named = zip(outcomes, names or [None] * len(outcomes), strict=True)
+    return [SvtInfo(o.rank, o.s, o.error, o.method, o.reason, name) for o, name in named]
+
+
+def _matrices(weights: Sequence[Tensor], fold: str | None, groups: Sequence[int] | None) -> list[Tensor]:
     groups = [1] * len(weights) if groups is None else groups
     if len(groups) != len(weights):
         raise ValueError(f"groups must have one entry per weight: wanted {len(weights)}, got {len(groups)}")
-    mats = [W if fold is None else folds.to_matrix(W, fold, g) for W, g in zip(weights, groups, strict=True)]
-    spectra = torch.ops.compaware.svt_(mats, tau)
+    if fold is None:
+        return [W.detach() for W in weights]
+    return [folds.to_matrix(W.detach(), fold, g) for W, g in zip(weights, groups, strict=True)]
+
+
+def _targets(mats: Sequence[Tensor]) -> list[Tensor]:
+    """What the engine writes to: a copy where a batch is not contiguous, or where two layers share their weight."""
+    seen, targets = set(), []
+    for M in mats:
+        tied = M.numel() > 0 and M.data_ptr() in seen
+        targets.append(M.clone(memory_format=torch.contiguous_format) if tied or not M.is_contiguous() else M)
+        seen.add(M.data_ptr())
+    return targets
+
+
+def _norms(mats: Sequence[Tensor], centers: Sequence[Tensor] | None) -> list[Tensor]:
+    """Upper bounds of the Frobenius norms, fp64 ``[...]``. In fp32 a sum of squares may lose 1 %."""
+    norms = []
+    for i, M in enumerate(mats):
+        M = M if centers is None else M - centers[i]
+        norm = torch.linalg.vector_norm(M, dim=(-2, -1), dtype=ops.compute_dtype(M.dtype)).double()
+        if M.numel() and M.dtype != torch.float64 and not ((norm > 1e-12) & (norm < 1e18)).all():
+            norm = torch.linalg.vector_norm(M, dim=(-2, -1), dtype=torch.float64)
+        norms.append(1.01 * norm.cpu())
+    return norms
+
+
+def _svt_traced(weights, tau, state, tol, center, fold, groups, names) -> list[SvtInfo]:
+    """As one op, which a compiler can put in its graph; without what only a program can do."""
+    if state is not None or center is not None:
+        raise ValueError("svt_: state and center are not available inside torch.compile")
+    mats = _matrices(weights, fold, groups)
+    spectra, bounds = torch.ops.compaware.svt_(mats, tau, tol)
     for W, M in zip(weights, mats, strict=True):
-        if M.data_ptr() != W.data_ptr():  # the fold had to copy
+        if fold is not None:
             W.copy_(folds.from_matrix(M, W.shape, fold))
-    sizes = [M.shape[:-2].numel() * min(M.shape[-2:]) for M in mats]
-    parts = zip(spectra.split(sizes), mats, tau, names or [None] * len(mats), strict=True)
-    return [_svt_info(s.reshape(*M.shape[:-2], min(M.shape[-2:])), M, t, name) for s, M, t, name in parts]
+    batches = [M.shape[:-2] for M in mats]
+    sizes = [batch.numel() * min(M.shape[-2:]) for batch, M in zip(batches, mats, strict=True)]
+    bounds = bounds.split([batch.numel() for batch in batches])
+    parts = zip(spectra.split(sizes), bounds, mats, names or [None] * len(mats), strict=True)
+    infos = []
+    for s, bound, M, name in parts:
+        s = s.reshape(*M.shape[:-2], min(M.shape[-2:]))
+        infos.append(SvtInfo((s > 0).sum(-1), s, bound.reshape(M.shape[:-2]), "traced", "", name))
+    return infos
 
 
 @torch.no_grad()
@@ -156,7 +333,7 @@ def group_shrink_(
 
     ``W[o] <- max(1 - tau / ||W[o]||_2, 0) W[o]``.  Arguments and errors as :func:`svt_`; all or nothing.
     """
-    tau = _checked_list(weights, tau, names)
+    tau = checked_list(weights, tau, names)
     _apply_rows(torch.ops.compaware.group_shrink_, weights, tau)
 
 
@@ -165,7 +342,7 @@ def soft_threshold_(
     weights: Sequence[Tensor], tau: float | Sequence[float] | Tensor, *, names: Sequence[str] | None = None
 ) -> None:
     """Elementwise soft-thresholding of every tensor, in place; arguments and errors as :func:`svt_`, all or nothing."""
-    tau = _checked_list(weights, tau, names, axes=0)
+    tau = checked_list(weights, tau, names, axes=0)
     _apply_rows(torch.ops.compaware.soft_threshold_, weights, tau)
 
 
@@ -178,7 +355,7 @@ def sparse_group_shrink_(
     names: Sequence[str] | None = None,
 ) -> None:
     """Sparse group lasso shrinkage of every layer, in place: L1 with ``l1``, then rows with ``tau``; all or nothing."""
-    l1, tau = _checked_list(weights, l1, names, "l1"), _checked_list(weights, tau, names)
+    l1, tau = checked_list(weights, l1, names, "l1"), checked_list(weights, tau, names)
     _apply_rows(torch.ops.compaware.sparse_group_shrink_, weights, l1, tau)
 
 
@@ -201,61 +378,3 @@ def _svt_info(s: Tensor, W: Tensor, tau: Tensor, name: str | None = None) -> Svt
     if W.dtype != torch.float64:  # subnormals round absolutely
         bound = bound + (m * n) ** 0.5 * torch.finfo(W.dtype).smallest_normal * torch.finfo(W.dtype).eps
     return SvtInfo(rank=(s > 0).sum(-1), s=s, error_bound=bound, name=name)
-
-
-# --- checks ---------------------------------------------------------------------------------------------------------
-
-
-def _checked(W: Tensor, tau: float | Tensor, what: str = "tau") -> tuple[Tensor, Tensor]:
-    _check_weight(W, "W")
-    return W, _checked_tau(tau, W, what)
-
-
-def _check_weight(W: Tensor, name: str, axes: int = 2) -> None:
-    if not isinstance(W, Tensor):
-        raise TypeError(f"{name}: wanted a torch.Tensor; got {type(W).__name__}")
-    if W.dtype not in DTYPES:
-        raise TypeError(f"{name}: wanted dtype {', '.join(str(d)[6:] for d in DTYPES)}; got {str(W.dtype)[6:]}")
-    if W.ndim < axes:
-        raise ValueError(f"{name}: wanted a matrix or a batch of them, [..., m, n]; got shape {list(W.shape)}")
-    if not torch.compiler.is_compiling() and W.numel() and not _largest(W).isfinite():
-        raise ValueError(f"{name}: contains {'NaN' if W.isnan().any() else 'Inf'}; nothing was changed")
-
-
-def _largest(W: Tensor) -> Tensor:
-    """max |w|: NaN and Inf come through, and unlike a 2-norm it cannot overflow."""
-    return torch.linalg.vector_norm(W.detach(), float("inf"))
-
-
-def _checked_tau(tau: float | Tensor, W: Tensor, what: str = "tau") -> Tensor:
-    t = torch.as_tensor(tau, dtype=ops.compute_dtype(W.dtype), device=W.device)
-    if t.ndim and t.shape != W.shape[:-2]:
-        raise ValueError(f"{what}: wanted one number, or shape {list(W.shape[:-2])}; got shape {list(t.shape)}")
-    _check_values(t, what)
-    return t
-
-
-def _check_values(t: Tensor, what: str) -> None:
-    if not torch.compiler.is_compiling() and not (t.isfinite() & (t >= 0)).all():
-        raise ValueError(f"{what}: wanted finite thresholds >= 0; got {t.tolist()}")
-
-
-def _checked_list(
-    weights: Sequence[Tensor],
-    tau: float | Sequence[float] | Tensor,
-    names: Sequence[str] | None,
-    what: str = "tau",
-    axes: int = 2,
-) -> Tensor:
-    """Check every weight, and return the thresholds as an fp64 tensor [L] on the CPU."""
-    if isinstance(weights, Tensor):
-        raise TypeError("weights: wanted a list of tensors, one per layer; got one tensor (put it in a list)")
-    if names is not None and len(names) != len(weights):
-        raise ValueError(f"names: wanted {len(weights)}, one per weight; got {len(names)}")
-    for i, W in enumerate(weights):
-        _check_weight(W, names[i] if names else f"weights[{i}]", axes)
-    t = torch.as_tensor(tau, dtype=torch.float64, device="cpu")
-    if t.ndim and t.shape != (len(weights),):
-        raise ValueError(f"{what}: wanted one number, or {len(weights)}, one per weight; got shape {list(t.shape)}")
-    _check_values(t, what)
-    return t.expand(len(weights)).contiguous()

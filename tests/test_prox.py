@@ -143,7 +143,9 @@ def test_in_place_equals_out_of_place(name, dtype):
     strides = [W.stride() for W in weights]
     IN_PLACE[name](weights, taus)
     for W, P, stride in zip(weights, wanted, strides, strict=True):
-        torch.testing.assert_close(W, P, rtol=0, atol=1e-6)
+        # svt_ and svt differ in route: 40 roundings of the dtype, of the largest entry; measured: 10
+        half = torch.finfo(dtype).eps if dtype in (torch.float16, torch.bfloat16) else 0
+        torch.testing.assert_close(W, P, rtol=0, atol=40 * torch.finfo(ops.compute_dtype(dtype)).eps + half)
         assert W.stride() == stride
 
 
@@ -233,13 +235,19 @@ def test_gradients_in_half_precision_keep_the_dtype():
 def test_opcheck(name, dtype):
     op = getattr(torch.ops.compaware, name).default
     torch.manual_seed(0)
+    weights = [torch.randn(3, 4).to(dtype), torch.randn(2, 5, 3).to(dtype), torch.randn(4, 6).to(dtype).mT]
+    given = {
+        "weights": weights if name != "svt_" else [W.contiguous() for W in weights],
+        "W": torch.randn(2, 5, 4).to(ops.compute_dtype(dtype) if name == "small_svd" else dtype).requires_grad_(),
+        "tau": torch.tensor([0.1, 0.2], dtype=ops.compute_dtype(dtype)),
+        "tol": 1e-3,
+    }
+    given["l1"] = given["tau"]
     if name.endswith("_"):
-        weights = [torch.randn(3, 4).to(dtype), torch.randn(2, 5, 3).to(dtype), torch.randn(4, 6).to(dtype).mT]
-        args = [weights, *[torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)] * (len(op._schema.arguments) - 1)]
-    else:
-        taus = [torch.tensor([0.1, 0.2], dtype=ops.compute_dtype(dtype))] * (len(op._schema.arguments) - 1)
-        args = [torch.randn(2, 5, 4).to(dtype).requires_grad_(), *taus]
-    opcheck(op, tuple(args))
+        given["tau"] = given["l1"] = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    if name == "small_svd":
+        given["W"] = given["W"].detach()
+    opcheck(op, tuple(given[argument.name] for argument in op._schema.arguments))
 
 
 @pytest.mark.parametrize("name", PROX)

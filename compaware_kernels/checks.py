@@ -1,0 +1,88 @@
+"""What the public functions refuse, and how they say so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def checked(W: Tensor, tau: float | Tensor, what: str = "tau") -> tuple[Tensor, Tensor]:
+    check_weight(W, "W")
+    return W, checked_tau(tau, W, what)
+
+
+def check_weight(W: Tensor, name: str, axes: int = 2) -> None:
+    if not isinstance(W, Tensor):
+        raise TypeError(f"{name}: wanted a torch.Tensor; got {type(W).__name__}")
+    if W.dtype not in DTYPES:
+        raise TypeError(f"{name}: wanted dtype {', '.join(str(d)[6:] for d in DTYPES)}; got {str(W.dtype)[6:]}")
+    if W.ndim < axes:
+        raise ValueError(f"{name}: wanted a matrix or a batch of them, [..., m, n]; got shape {list(W.shape)}")
+    if has_values(W) and W.numel() and not all_finite(W.detach()):
+        raise ValueError(f"{name}: contains {'NaN' if W.isnan().any() else 'Inf'}; nothing was changed")
+
+
+def check_center(center: Sequence[Tensor], weights: Sequence[Tensor], names: Sequence[str] | None) -> None:
+    if isinstance(center, Tensor) or len(center) != len(weights):
+        raise ValueError(f"center: wanted a list of {len(weights)} tensors, one per weight")
+    for i, (C, W) in enumerate(zip(center, weights, strict=True)):
+        name = f"center of {names[i]}" if names else f"center[{i}]"
+        check_weight(C, name)
+        if C.shape != W.shape or C.dtype != W.dtype or C.device != W.device:
+            raise ValueError(f"{name}: wanted {W.dtype} {list(W.shape)} on {W.device}, as the weight; "
+                             f"got {C.dtype} {list(C.shape)} on {C.device}")  # fmt: skip
+
+
+def has_values(x: Tensor) -> bool:
+    """False while torch.compile traces, and under vmap, which refuses every branch on a value."""
+    functorch = torch._C._functorch
+    while not torch.compiler.is_compiling() and functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return False
+        x = functorch.get_unwrapped(x)
+    return not torch.compiler.is_compiling()
+
+
+def all_finite(W: Tensor) -> bool:
+    """A finite sum of squares says so in one fast pass; only where it is not, it may have been too large."""
+    return bool(torch.linalg.vector_norm(W).isfinite()) or bool(W.isfinite().all())
+
+
+def checked_tau(tau: float | Tensor, W: Tensor, what: str = "tau") -> Tensor:
+    t = torch.as_tensor(tau, dtype=ops.compute_dtype(W.dtype), device=W.device)
+    if t.ndim and t.shape != W.shape[:-2]:
+        raise ValueError(f"{what}: wanted one number, or shape {list(W.shape[:-2])}; got shape {list(t.shape)}")
+    check_values(t, what)
+    return t
+
+
+def check_values(t: Tensor, what: str) -> None:
+    if has_values(t) and not (t.isfinite() & (t >= 0)).all():
+        raise ValueError(f"{what}: wanted finite thresholds >= 0; got {t.tolist()}")
+
+
+def checked_list(
+    weights: Sequence[Tensor],
+    tau: float | Sequence[float] | Tensor,
+    names: Sequence[str] | None,
+    what: str = "tau",
+    axes: int = 2,
+) -> Tensor:
+    """Check every weight, and return the thresholds as an fp64 tensor [L] on the CPU."""
+    if isinstance(weights, Tensor):
+        raise TypeError("weights: wanted a list of tensors, one per layer; got one tensor (put it in a list)")
+    if names is not None and len(names) != len(weights):
+        raise ValueError(f"names: wanted {len(weights)}, one per weight; got {len(names)}")
+    for i, W in enumerate(weights):
+        check_weight(W, names[i] if names else f"weights[{i}]", axes)
+    t = torch.as_tensor(tau, dtype=torch.float64, device="cpu")
+    if t.ndim and t.shape != (len(weights),):
+        raise ValueError(f"{what}: wanted one number, or {len(weights)}, one per weight; got shape {list(t.shape)}")
+    check_values(t, what)
+    return t.expand(len(weights)).contiguous()

@@ -1,0 +1,294 @@
+"""Every layer in one call: which route each matrix takes, all of them computed, then all of them written.
+
+Routes, for the short side n of a matrix:
+
+* ``zero``: the Frobenius norm is at most tau, so the result is zero; nothing is factorised;
+* ``jacobi``: small matrices, many at a time (:func:`torch.ops.compaware.small_svd`);
+* ``subspace``: the triplets above tau are few, or were at the last call (:mod:`.subspace`);
+* ``gram``, ``svd``: the rest (:mod:`.dense`).
+
+A route that cannot show that it met the tolerance hands over to the next one. The tolerance is about what is computed;
+storing the result in the dtype of the weight rounds it, whatever the route.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from . import dense, small
+from .certificate import ROWS, distance_to_triplets, storage, unit_roundoff
+from .spectral import SoftThreshold, Spectral
+from .state import WarmState
+from .subspace import SPARE, Subspace, orthonormalise
+
+COLD = 16  # columns to begin with where nothing is known
+FEW = 3  # the subspace may have n / FEW columns
+NORM_SLACK = 1.01  # of a norm computed in fp32
+
+
+@dataclass
+class Task:
+    """One matrix on its way through the engine."""
+
+    W: Tensor  # [m, n], written at the end
+    function: Spectral
+    center: Tensor | None
+    key: str  # in the state
+    norm: float  # >= ||W - center||_F
+    tol: float
+    basis: Tensor | None = None  # from the state
+    seed: int = 0
+    # what comes out
+    method: str = ""
+    reason: str = ""
+    s: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))  # of the result, without its zeros
+    error: float = 0.0
+    left: Tensor | None = None  # the result is left right^T
+    right: Tensor | None = None
+    dense: dense.Dense | None = None
+
+    def matrix(self) -> Tensor:
+        """X [m, n], m >= n, in the compute dtype."""
+        W = self.W if self.center is None else self.W - self.center
+        W = W if W.dtype == torch.float64 else W.float()
+        return W if W.shape[0] >= W.shape[1] else W.mT
+
+    @property
+    def generator(self) -> torch.Generator:
+        return torch.Generator(self.W.device).manual_seed(self.seed)
+
+
+def compute(task: Task) -> None:
+    """Find the result of one task; write nothing."""
+    if task.function.count is None and task.norm <= task.function.floor:
+        task.method, task.reason = "zero", f"||W||_F is at most {task.function.floor:.3g}"
+        return
+    X = task.matrix()
+    if _by_subspace(task, X):
+        return
+    soft = isinstance(task.function, SoftThreshold) and task.function.tau > 0
+    found = dense.by_gram(X, task.function, task.tol, task.norm, task.generator) if soft else None
+    found = found or dense.by_svd(X, task.function, task.norm)
+    new = task.function(found.s)
+    rank = int((new > 0).sum())
+    task.s, task.method, task.dense = new[:rank], found.method, found
+    keep = rank + SPARE if rank * FEW < X.shape[1] else 0
+    task.basis = found.V[:, :keep].to(X.dtype).clone()
+    found.V = None
+    u = unit_roundoff(_product_dtype(task, X.dtype))
+    task.error = found.error + (X.shape[1] + rank + 1) * u * task.norm
+
+
+def _by_subspace(task: Task, X: Tensor) -> bool:
+    function = task.function
+    wanted = task.basis.shape[1] if task.basis is not None else max(COLD, function.count or 0)
+    if function.floor <= 0 and function.count is None:
+        task.reason = "the threshold is 0"
+    elif task.basis is not None and not wanted:
+        task.reason = "full rank at the last call"
+    elif not worth_it(*X.shape, wanted):
+        task.reason = "too small, or of too high rank, for a subspace"
+    else:
+        for dtype in (torch.float32, torch.float64):
+            if unit_roundoff(dtype) <= unit_roundoff(X.dtype) and _try_subspace(task, X, dtype):
+                return True
+    return False
+
+
+def _try_subspace(task: Task, X: Tensor, dtype: torch.dtype) -> bool:
+    function, n, generator = task.function, X.shape[1], task.generator
+    u = unit_roundoff(dtype)
+    floor = function.floor if function.count is None else task.norm
+    if 2 * u * task.norm > task.tol * floor:
+        task.reason = f"{dtype} is too coarse for ||W||_F / tau = {task.norm / floor:.1e}"
+        return False
+    V = task.basis
+    if V is None:
+        columns = max(COLD, (function.count or 0) + SPARE)
+        V = orthonormalise(torch.randn(n, columns, generator=generator, dtype=dtype, device=X.device))
+    search = Subspace(X, function.floor, V.to(dtype), task.tol, generator, n // FEW, 4 * u * task.norm, function.count)
+    found = search.run()
+    if found is None:
+        task.reason = f"no subspace of {n // FEW} columns would do"
+        return False
+    distance, estimate = distance_to_triplets(X, found.U, found.s, found.V, generator)
+    if estimate > task.tol * search.threshold:
+        task.reason = f"rounding in {dtype}: {estimate / search.threshold:.1e}"
+        return False
+    new = function(found.s)
+    r = int((new > 0).sum())
+    task.s = new[:r]
+    task.left, task.right = found.U[:, :r] * task.s.to(dtype), found.V[:, :r].clone()
+    moved = math.hypot(distance, found.tail)
+    below = min(search.threshold, float(search.mu[search.rank]) if len(search.mu) > search.rank else search.rho)
+    task.error = moved * function.lipschitz(found.s, below, moved) + (r + 1) * u * float(task.s.norm())
+    task.basis = torch.cat([found.V, found.spare], 1).to(X.dtype)
+    task.method = f"subspace, fp{torch.finfo(dtype).bits}"
+    task.reason = f"{found.passes} passes, {found.products} products"
+    return True
+
+
+def worth_it(m: int, n: int, columns: int) -> bool:
+    """Whether a subspace of so many columns is cheaper than a Gram matrix and its eigenvectors.
+
+    In multiplications and additions of a matrix product; what is no product is counted by its measured time.
+    """
+    subspace = 2 * m * n * (3 * columns + 60) + 6 * (m + n) * columns**2 + 1e8
+    return columns * FEW < n and subspace < 4 * m * n * n + 20 * n**3 + 5e6
+
+
+def write(task: Task, ball: bool) -> None:
+    """Put the result in its place, a few rows at a time."""
+    W = task.W if task.W.shape[0] >= task.W.shape[1] else task.W.mT
+    center = task.center if task.center is None or W is task.W else task.center.mT
+    if task.method == "zero" and not ball:
+        task.W.zero_() if center is None else task.W.copy_(task.center)
+        return
+    if task.left is not None and center is None and not ball and task.left.dtype == W.dtype:
+        torch.mm(task.left, task.right.mT, out=W) if W is task.W else torch.mm(task.right, task.left.mT, out=task.W)
+        return
+    rows = max(1, 4 * ROWS // W.shape[1])
+    for start in range(0, W.shape[0], rows):
+        part = slice(start, start + rows)
+        _write_rows(task, W[part], part, None if center is None else center[part], ball)
+
+
+def _write_rows(task: Task, W: Tensor, part: slice, center: Tensor | None, ball: bool) -> None:
+    if task.left is not None:
+        P = task.left[part] @ task.right.mT
+        W.copy_(W - P if ball else P if center is None else P + center)
+    elif task.dense is not None:
+        L, R, residual = task.dense.L, task.dense.R, task.dense.residual
+        dtype = _product_dtype(task, torch.float64 if W.dtype == torch.float64 else torch.float32)
+        X = W.to(dtype) if center is None else (W - center).to(dtype)
+        XK = X @ L.to(dtype) if R is None else X @ L.to(dtype) @ R.to(dtype).mT
+        if ball == residual:  # X K is what is wanted
+            W.copy_(XK if center is None else XK + center)
+        else:
+            W.sub_(XK) if W.dtype == dtype else W.copy_(W - XK)
+
+
+def _product_dtype(task: Task, dtype: torch.dtype) -> torch.dtype:
+    """The dtype the dense routes multiply in: fp64 where fp32 could not give the tolerance."""
+    coarse = 2 * unit_roundoff(dtype) * task.norm > task.tol * task.function.floor
+    return torch.float64 if coarse and task.function.count is None else dtype
+
+
+def in_parallel(work: Callable[[Task], None], tasks: Sequence[Task]) -> None:
+    """Do the work on every task: large ones in turn on all threads, the others side by side on one thread each."""
+    threads = torch.get_num_threads()
+    on_cpu = all(task.W.device.type == "cpu" for task in tasks)
+    if threads == 1 or len(tasks) == 1 or not on_cpu:
+        return [work(task) for task in tasks] and None
+
+    def cost(task: Task) -> int:
+        return task.W.numel() * min(task.W.shape)
+
+    share = sum(map(cost, tasks)) / threads
+    tasks = sorted(tasks, key=cost, reverse=True)
+    large = [task for task in tasks if cost(task) > share]
+    for task in large:
+        work(task)
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        list(pool.map(torch.no_grad()(work), tasks[len(large) :]))
+    torch.set_num_threads(threads)  # the workers' setting is what new threads of the program would get
+
+
+def seed_of(state_seed: int, call: int, key: str) -> int:
+    return (zlib.crc32(f"{state_seed}/{call}/{key}".encode()) << 20) + 1
+
+
+# --- all layers -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was done to one weight ``[..., m, n]``."""
+
+    rank: Tensor  # int64 [...]
+    s: Tensor  # fp64 [..., k]
+    error: Tensor  # fp64 [...], storage included
+    method: str
+    reason: str
+
+
+def shrink_all(
+    weights: Sequence[Tensor],  # [..., m, n] each, ragged
+    functions: Sequence[Spectral],
+    norms: Sequence[Tensor],  # [...] of every weight less its center
+    *,
+    tol: float,
+    state: WarmState | None = None,
+    keys: Sequence[str] | None = None,
+    centers: Sequence[Tensor] | None = None,
+    ball: bool = False,  # write W - f(W) instead
+) -> list[Outcome]:
+    """Apply to every weight, in place, the function of its singular values.  Nothing is written before all is known."""
+    keys = [str(i) for i in range(len(weights))] if keys is None else keys
+    centers = [None] * len(weights) if centers is None else centers
+    call = state.calls if state else 0
+    work: list[small.Group | list[Task]] = []
+    for W, function, norm, key, center in zip(weights, functions, norms, keys, centers, strict=True):
+        if small.is_small(*W.shape[-2:]) and not _vanishes(norm, function):
+            work.append(small.group(W, function, center, norm, tol))
+        else:
+            work.append(_tasks(W, function, norm, key, center, tol, state, call))
+    groups = [entry for entry in work if isinstance(entry, small.Group)]
+    tasks = [task for entry in work if isinstance(entry, list) for task in entry]
+    small.compute(groups, ball)
+    in_parallel(compute, tasks)
+    small.write(groups)
+    in_parallel(lambda task: write(task, ball), tasks)
+    if state:
+        state.calls += 1
+        state.bases |= {task.key: task.basis for task in tasks if task.basis is not None}
+    return [_outcome(W, entry) for W, entry in zip(weights, work, strict=True)]
+
+
+def _tasks(W, function, norm, key, center, tol, state, call) -> list[Task]:
+    m, n = W.shape[-2:]
+    if not W.numel():
+        return []
+    matrices, norms = W.reshape(-1, m, n), norm.flatten().tolist()
+    centers = [None] * len(matrices) if center is None else center.reshape(-1, m, n)
+    tasks = []
+    for j, (M, C) in enumerate(zip(matrices, centers, strict=True)):
+        task = Task(M, function, C, f"{key}.{j}", norms[j], tol)
+        if state:
+            V = state.bases.get(task.key)
+            fits = V is not None and V.shape[0] == min(m, n) and V.device == W.device
+            task.basis = V if fits else None
+        task.seed = seed_of(state.seed if state else 0, call, task.key)
+        tasks.append(task)
+    return tasks
+
+
+def _vanishes(norm: Tensor, function: Spectral) -> bool:
+    return function.count is None and bool((norm <= function.floor).all())
+
+
+def _outcome(W: Tensor, entry: small.Group | list[Task]) -> Outcome:
+    batch, k = W.shape[:-2], min(W.shape[-2:])
+    if not W.numel():
+        zeros = torch.zeros(batch, dtype=torch.float64)
+        return Outcome(zeros.long(), zeros[..., None].expand(*batch, k).clone(), zeros, "empty", "")
+    if isinstance(entry, small.Group):
+        stored = storage(W.dtype, 1.0, 0) * torch.linalg.vector_norm(entry.s, dim=-1)
+        error = entry.error + stored + storage(W.dtype, 0.0, W.shape[-2] * W.shape[-1])
+        results = [x.cpu().reshape(batch + x.shape[1:]) for x in ((entry.s > 0).sum(-1), entry.s, error)]
+        return Outcome(*results, entry.method, "small")
+    s = torch.zeros(len(entry), k, dtype=torch.float64)
+    for row, task in zip(s, entry, strict=True):
+        row[: len(task.s)] = task.s.cpu()
+    error = [task.error + storage(W.dtype, float(task.s.norm()), task.W.numel()) for task in entry]
+    ranks = torch.tensor([len(task.s) for task in entry], dtype=torch.int64)
+    methods, reasons = (list(dict.fromkeys(getattr(t, what) for t in entry)) for what in ("method", "reason"))
+    shape = [s.reshape(*batch, k), torch.tensor(error, dtype=torch.float64).reshape(batch)]
+    return Outcome(ranks.reshape(batch), *shape, " + ".join(methods), "; ".join(reasons))

@@ -1,0 +1,261 @@
+"""First and second derivative of ``svt``, finite at repeated and at zero singular values.
+
+With ``p(x) = max(x - tau, 0)`` on the eigenvalues (``+s``, ``-s``, and ``|m - n|`` zeros) of the symmetric dilation
+``[[0, W], [W^T, 0]]``, ``svt(W)`` is twice the upper right block of ``p``.  In the basis of the eigenvectors, where G
+and H stand for the dilations of two directions, the derivatives are divided differences of p:
+
+    Dp[G]_ij     = p[i, j] G_ij
+    D2p[G, H]_ij = sum_k p[i, k, j] (G_ik H_kj + H_ik G_kj)
+
+p is linear on each side of tau, so ``p[i, k, j]`` is zero unless tau lies between the three, and no quotient divides
+by the distance of two eigenvalues on one side: ties and zeros need no limit.  What remains singular is singular in
+svt too: a singular value just above tau that meets one just below.
+
+The singular values, the second output of svt, have second derivatives of their own only where they are distinct.
+Between exact ties above tau the off-diagonal part is taken as zero, which is right for their sum; for a curved
+function of them it depends on more than its gradient ``grad_s``, so that a second derivative there is incomplete.
+
+The ops are internal.  ``W``, ``grad_P`` ``[..., m, n]``, ``tau`` ``[...]``, ``grad_s`` ``[..., min(m, n)]``: one dtype,
+the same number of leading axes, and these broadcast.  ``tau >= 0``.
+
+Source: Daleckii & Krein, AMS Transl. 47, 1965; Higham, Functions of Matrices, 2008, theorem 3.11.  Second order:
+Najfeld & Havel, Adv. Appl. Math. 16, 1995; Higham & Relton, SIAM J. Matrix Anal. Appl. 35(3), 2014.  The dilation:
+Golub & Van Loan, Matrix Computations, 8.6.  Functions of singular values: Noferini, SIAM J. Matrix Anal. Appl. 38(2),
+2017.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["first_derivative", "second_derivative", "with_gradient"]
+
+
+class _Svd(NamedTuple):
+    """Thin SVD of W, or of W^T where that is the tall one: then V ``[..., k, k]`` has no null space."""
+
+    tall: Callable[[Tensor], Tensor]  # W -> the tall one of W and W^T, and back
+    U: Tensor
+    s: Tensor
+    V: Tensor
+    tau: Tensor  # [..., 1]
+    alive: Tensor  # [..., k], s > tau
+
+
+def _svd(W: Tensor, tau: Tensor) -> _Svd:
+    wide, tau = W.shape[-2] < W.shape[-1], tau[..., None]
+    U, s, Vh = torch.linalg.svd(W.mT if wide else W, full_matrices=False)
+    return _Svd((lambda X: X.mT) if wide else (lambda X: X), U, s, Vh.mT, tau, s > tau)
+
+
+class _Weights(NamedTuple):
+    """Divided differences of an odd function y: ``y[s_i, s_j]``, ``y[s_i, -s_j]`` and ``y[s_i, 0]``."""
+
+    minus: Tensor  # [..., k, k]
+    plus: Tensor  # [..., k, k]
+    null: Tensor  # [..., k]
+
+
+def _inverse(x: Tensor) -> Tensor:
+    """1 / x where x > 0; elsewhere only finite, to be multiplied by zero."""
+    return 1 / x.clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def _step_weights(s: Tensor, y: Tensor) -> _Weights:
+    """For y ``[..., k]`` at the singular values, constant around each of them."""
+    gap = s[..., :, None] - s[..., None, :]
+    minus = (y[..., :, None] - y[..., None, :]) * gap.sign() * _inverse(gap.abs())
+    plus = (y[..., :, None] + y[..., None, :]) * _inverse(s[..., :, None] + s[..., None, :])
+    return _Weights(minus, plus, y * _inverse(s))
+
+
+def _shrink_weights(d: _Svd) -> _Weights:
+    """For y = max(s - tau, 0): above tau exactly 1, not a quotient of roundings; at tau = 0 the identity's."""
+    minus, plus, null = _step_weights(d.s, (d.s - d.tau).clamp_min(0))
+    both, identity = d.alive[..., :, None] & d.alive[..., None, :], d.tau == 0
+    minus = torch.where(both | identity[..., None], 1, minus)
+    return _Weights(minus, torch.where(identity[..., None], 1, plus), torch.where(identity, 1, null))
+
+
+class _Matrix(NamedTuple):
+    """A tall X and its parts: ``X = U (S + K) V^T + B V^T``, S symmetric, K skew, B orthogonal to U."""
+
+    X: Tensor
+    S: Tensor
+    K: Tensor
+    B: Tensor
+
+
+def _split(d: _Svd, G: Tensor) -> _Matrix:
+    X = d.tall(G)
+    A = d.U.mT @ X @ d.V
+    return _Matrix(X, (A + A.mT) / 2, (A - A.mT) / 2, X @ d.V - d.U @ A)
+
+
+def _weigh(w: _Weights, X: _Matrix) -> tuple[Tensor, Tensor]:
+    """In the dilation's eigenbasis S stands between s_i and s_j, K between s_i and -s_j, B between s_i and 0."""
+    return w.minus * X.S + w.plus * X.K, w.null[..., None, :] * X.B
+
+
+def _join(d: _Svd, core: Tensor, left: Tensor) -> Tensor:
+    return d.tall((d.U @ core + left) @ d.V.mT)
+
+
+def _diagonal(X: _Matrix) -> Tensor:
+    return X.S.diagonal(dim1=-2, dim2=-1)
+
+
+def _expand(W: Tensor, tau: Tensor, *others: Tensor) -> list[Tensor]:
+    """The others (matrix, vector, matrix, number) with all leading axes; W and tau keep theirs: one SVD serves all."""
+    leading = [x.shape[: x.ndim - axes] for x, axes in zip((W, tau, *others), (2, 0, 2, 1, 2, 0), strict=False)]
+    batch = torch.broadcast_shapes(*leading)
+    return [x.expand((*batch, *x.shape[len(batch) :])) for x in others]
+
+
+# --- first derivative -----------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("compaware::svt_backward", mutates_args=())
+def svt_backward(W: Tensor, tau: Tensor, grad_P: Tensor, grad_s: Tensor) -> tuple[Tensor, Tensor]:
+    """``grad_W = Df[grad_P] + U diag(grad_s) V^T`` and ``grad_tau = -<U V^T, grad_P> - sum grad_s``, U and V above tau.
+
+    Where a singular value is tau there is no derivative; it counts as below.
+    """
+    G, g = _expand(W, tau, grad_P, grad_s)
+    d = _svd(W, tau)
+    G, g = _split(d, G), g * d.alive
+    core, left = _weigh(_shrink_weights(d), G)
+    grad_tau = -(_diagonal(G) * d.alive + g).sum(-1)
+    return _join(d, core + torch.diag_embed(g), left).contiguous(), grad_tau
+
+
+@svt_backward.register_fake
+def _(W, tau, grad_P, grad_s):
+    G, _ = _expand(W, tau, grad_P, grad_s)
+    return W.new_empty(G.shape), W.new_empty(G.shape[:-2])
+
+
+# --- second derivative ----------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("compaware::svt_double_backward", mutates_args=())
+def svt_double_backward(
+    W: Tensor, tau: Tensor, grad_P: Tensor, grad_s: Tensor, H: Tensor, h: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradient of ``<grad_W, H> + grad_tau h`` by the four arguments of :func:`svt_backward`, ``H [..., m, n]``.
+
+    That number is the derivative of ``<P, grad_P> + <s, grad_s>`` along ``(H, h)``, so its gradient by grad_P and
+    grad_s is the derivative of P and s.  By W it is ``D2f[grad_P, H]`` (f is a gradient, so D2f is symmetric in all
+    three directions) and first derivatives of steps: of ``-df / dtau``, which is 1 above tau, and of grad_s above tau.
+    """
+    G, g, H, h = _expand(W, tau, grad_P, grad_s, H, h)
+    d = _svd(W, tau)
+    G, H, g, h = _split(d, G), _split(d, H), g * d.alive, h[..., None] * d.alive
+
+    core, left = _weigh(_shrink_weights(d), H)
+    grad_P = _join(d, core - torch.diag_embed(h), left)
+    grad_s = _diagonal(H) * d.alive - h
+
+    core, left = _weigh(_step_weights(d.s, d.alive.to(d.s.dtype)), H)
+    grad_tau = -(core * (G.S + G.K)).sum((-2, -1)) - (left * G.B).sum((-2, -1))
+
+    by_s, by_tau = _weigh(_step_weights(d.s, g), H), _weigh(_step_weights(d.s, h), G)
+    grad_W = _join(d, *(x - y for x, y in zip(by_s, by_tau, strict=True))) + d.tall(_second(d, G, H))
+    return grad_W.contiguous(), grad_tau, grad_P.contiguous(), grad_s
+
+
+def _second(d: _Svd, G: _Matrix, H: _Matrix) -> Tensor:
+    """``D2f[G, H]`` of the tall W.
+
+    For an eigenvalue a above tau (always some +s) and b at most tau let ``c = 1 / (a - b)``, ``hi = (a - tau) c`` and
+    ``lo = (tau - b) c``, both in [0, 1].  Then ``p[a, b, a'] = c lo'``, ``p[b, a, b'] = c hi'`` in any order of the
+    arguments, and zero on one side of tau.  These are products, so the sum over k is three products of matrices,
+    for two above tau (aa), one (ab) and none (bb), and no tensor has three axes of size k.
+    """
+    k, (values, left, right) = d.s.shape[-1], _eigenvectors(d, G, H)
+    G, H = (half + half.mT for half in (left.mT @ G.X @ right, left.mT @ H.X @ right))
+    a, b, tau = d.s[..., :, None], values[..., None, :], d.tau[..., None]
+    below = ~torch.nn.functional.pad(d.alive, (0, values.shape[-1] - k))
+    across = (d.alive & (d.tau != 0))[..., :, None] & below[..., None, :]  # f is linear where tau is 0
+
+    c = across * _inverse(a - b)
+    hi, lo = c * (a - tau), c * (tau - b)
+    above_G, above_H = G[..., :k, :], H[..., :k, :]
+    cG, cH = c * above_G, c * above_H
+    aa = cG @ (lo * above_H).mT
+    ab = lo * (above_G[..., :k] @ cH + above_H[..., :k] @ cG) + hi * (cG @ H + cH @ G)
+    D = cG.mT @ (hi * above_H)  # bb, and to it half of what is symmetric
+    D[..., :k, :] += ab
+    D[..., :k, :k] += aa
+    return 2 * left @ (D + D.mT) @ right.mT
+
+
+def _eigenvectors(d: _Svd, G: _Matrix, H: _Matrix) -> tuple[Tensor, Tensor, Tensor]:
+    """The dilation's eigenvalues ``s, -s, 0`` and vectors ``[left; right]``; of the null space what G and H reach."""
+    batch, k = G.B.shape[:-2], d.s.shape[-1]
+    U, V, s = d.U.expand_as(G.B), d.V.expand(*batch, k, k), d.s.expand(*batch, k)
+    null = torch.linalg.qr(torch.cat([U, G.B, H.B], -1)).Q[..., k:]  # after U, so orthogonal to it, whatever B's rank
+    N = null.shape[-1]
+    left = torch.cat([U / 2**0.5, U / 2**0.5, null], -1)
+    right = torch.cat([V / 2**0.5, -V / 2**0.5, null.new_zeros(*batch, k, N)], -1)
+    return torch.cat([s, -s, null.new_zeros(*batch, N)], -1), left, right
+
+
+@svt_double_backward.register_fake
+def _(W, tau, grad_P, grad_s, H, h):
+    G, g, _, _ = _expand(W, tau, grad_P, grad_s, H, h)
+    return W.new_empty(G.shape), W.new_empty(G.shape[:-2]), W.new_empty(G.shape), W.new_empty(g.shape)
+
+
+# --- autograd and vmap ----------------------------------------------------------------------------------------------
+
+
+def with_gradient(op, backward: Callable, fold: Callable) -> Callable[..., tuple[Tensor, ...]]:
+    """Give op a gradient and a vmap rule, and return it as a function that ``torch.func`` can differentiate.
+
+    ``fold(info, in_dims, *args)`` returns the arguments with the mapped axis as the first of all leading axes.
+    """
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    op.register_autograd(backward, setup_context=setup_context)
+    op.register_vmap(lambda info, in_dims, *args: (op(*fold(info, in_dims, *args)), 0))
+
+    # What register_autograd makes is refused by torch.func.grad (pytorch#168393); this is not.
+    members = {
+        "forward": op,
+        "setup_context": setup_context,
+        "backward": backward,
+        "vmap": lambda info, in_dims, *args: (Function.apply(*fold(info, in_dims, *args)), 0),
+    }
+    members = {name: staticmethod(member) for name, member in members.items()}
+    Function = type(op._name.removeprefix("compaware::"), (torch.autograd.Function,), members)
+
+    def call(*args: Tensor) -> tuple[Tensor, ...]:
+        transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+        return (Function.apply if transformed else op)(*args)
+
+    return call
+
+
+def _fold(info, in_dims, *args: Tensor) -> list[Tensor]:
+    """An axis of length one where an argument is not mapped: jacrev maps grad_P, and W is decomposed only once."""
+    return [x[None] if dim is None else x.movedim(dim, 0) for x, dim in zip(args, in_dims, strict=True)]
+
+
+def _double_backward(ctx, H: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+    grads = second_derivative(*ctx.saved_tensors, H, h)
+    return tuple(grad.sum_to_size(x.shape) for grad, x in zip(grads, ctx.saved_tensors, strict=True))
+
+
+def _third_derivative(ctx, *grads):
+    raise NotImplementedError("svt: wanted a first or a second derivative; got a third, which is not implemented")
+
+
+first_derivative = with_gradient(svt_backward, _double_backward, _fold)
+second_derivative = with_gradient(svt_double_backward, _third_derivative, _fold)

@@ -1,0 +1,56 @@
+"""WarmState: what the proximal engine remembers of each layer from one call to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+class WarmState:
+    """The leading singular vectors of every layer's shorter side, kept between calls of :func:`svt_`.
+
+    Training moves singular subspaces slowly, so the last ones are nearly right for the next call. They only make it
+    faster: the error bound of a result never rests on them. A layer that changed shape, or that comes for the first
+    time, starts from nothing; one whose weights were edited costs a few more passes.
+
+    Holds at most ``(rank + 8) min(m, n)`` numbers per matrix, in its compute dtype, on its device. The same calls with
+    the same seed and number of threads give the same results, also after :meth:`load_state_dict`.
+
+    Args:
+        seed: of the random probes.
+    """
+
+    def __init__(self, seed: int = 0):
+        self.seed, self.calls = seed, 0
+        self.bases: dict[str, Tensor] = {}  # matrix -> [min(m, n), k]; no column: full rank at the last call
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers only: loads with ``torch.load(weights_only=True)``."""
+        return {"seed": self.seed, "calls": self.calls, "bases": dict(self.bases)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`.  Raises ValueError for anything else, and then changes nothing."""
+        wanted = {"seed", "calls", "bases"}
+        if not isinstance(state, Mapping) or state.keys() != wanted:
+            got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"wanted a WarmState with {', '.join(sorted(wanted))}; got {got}")
+        if not all(isinstance(state[key], int) for key in ("seed", "calls")) or not isinstance(state["bases"], Mapping):
+            raise ValueError("wanted a WarmState with whole numbers seed and calls, and a mapping of bases")
+        for name, V in state["bases"].items():
+            if not (isinstance(V, Tensor) and V.ndim == 2 and V.is_floating_point() and bool(V.isfinite().all())):
+                raise ValueError(f"WarmState: wanted a finite matrix for {name!r}; got {V!r:.80}")
+        self.seed, self.calls, self.bases = state["seed"], state["calls"], dict(state["bases"])
+
+    def to(self, *args, **kwargs) -> WarmState:
+        """Move the bases, as ``torch.Tensor.to`` does; returns itself."""
+        self.bases = {name: V.to(*args, **kwargs) for name, V in self.bases.items()}
+        return self
+
+    def numbers(self) -> int:
+        """How many numbers it holds."""
+        return sum(V.numel() for V in self.bases.values())
+
+    def __repr__(self) -> str:
+        return f"WarmState({len(self.bases)} matrices, {self.numbers()} numbers, {self.calls} calls, seed={self.seed})"

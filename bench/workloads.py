@@ -1,5 +1,14 @@
-"""What is measured: layer shapes as data. Run as a script, prints this machine's device name for a file name."""
+"""What is measured: layer shapes as data, and weights as training leaves them. Run as a script, prints this machine's
+device name for a file name.
 
+The drift between two proximal steps is modelled on a measurement: a small convolutional network on digits, SGD with
+momentum, a proximal step after every or every tenth optimizer step. In units of the threshold tau, before each step:
+singular values above it from 1 to 150 (every tenth step) or 1,500 (every step), evenly on a logarithmic scale; norm of
+what lies outside the old singular subspaces 0.35 to 0.9 (spectral), 0.6 to 2.2 (Frobenius); the old singular vectors
+moved by 0.15 to 0.5 divided by their singular value, all in a few directions, as gradients do.
+"""
+
+import math
 import re
 
 import torch
@@ -7,20 +16,86 @@ import torch
 from compaware_kernels.info import info
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LARGEST = 300.0  # singular value, in units of tau
+OUTSIDE, TANGENT, DECAY, DIRECTIONS = 0.6, 0.3, -0.7, 32
 
-# ResNet-50, He et al. 2016: (blocks, width, input channels) of each stage; a block is 1x1, 3x3, 1x1 to 4 x width.
-STAGES = ((3, 64, 64), (4, 128, 256), (6, 256, 512), (3, 512, 1024))
+# ResNets, He et al. 2016: blocks, width, input channels of each stage. Basic blocks are two 3x3, bottlenecks 1x1, 3x3
+# and 1x1 to 4 x width.
+BASIC = ((2, 64, 64), (2, 128, 64), (2, 256, 128), (2, 512, 256))
+BOTTLENECK = ((3, 64, 64), (4, 128, 256), (6, 256, 512), (3, 512, 1024))
 
 
 def resnet50() -> list[tuple[int, int]]:
     """The 53 convolutions and the classifier as matrices of neurons [O, C k k]: 25.5 million parameters."""
     shapes = [(64, 3 * 49)]
-    for blocks, width, inputs in STAGES:
+    for blocks, width, inputs in BOTTLENECK:
         shapes.append((4 * width, inputs))  # the shortcut
         for _ in range(blocks):
             shapes += [(width, inputs), (width, 9 * width), (4 * width, width)]
             inputs = 4 * width
     return [*shapes, (1000, 2048)]
+
+
+def resnet18() -> list[tuple[int, int]]:
+    """The 20 convolutions and the classifier: 11.7 million parameters."""
+    shapes = [(64, 3 * 49)]
+    for blocks, width, inputs in BASIC:
+        if inputs != width:
+            shapes.append((width, inputs))
+        for _ in range(blocks):
+            shapes += [(width, 9 * inputs), (width, 9 * width)]
+            inputs = width
+    return [*shapes, (1000, 512)]
+
+
+def vit_b() -> list[tuple[int, int]]:
+    """ViT-B/16 (Dosovitskiy et al. 2021): patches, 12 blocks of attention and MLP, classifier: 86 million."""
+    block = [(3 * 768, 768), (768, 768), (3072, 768), (768, 3072)]
+    return [(768, 768), *block * 12, (1000, 768)]
+
+
+def llm_block() -> list[tuple[int, int]]:
+    """One block of a 7B language model (Touvron et al. 2023): 202 million."""
+    return [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
+
+
+def lenet() -> list[tuple[int, int]]:
+    """LeNet-5 (LeCun et al. 1998)."""
+    return [(6, 25), (16, 150), (120, 400), (84, 120), (10, 84)]
+
+
+def small(size: int, count: int = 1000) -> list[tuple[int, int]]:
+    """Many small square matrices."""
+    return [(size, size)] * count
+
+
+def orthonormal(rows: int, columns: int) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(rows, columns, device=DEVICE)).Q
+
+
+def low_rank(shapes: list[tuple[int, int]], share: float | int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Per shape U [m, r], V [n, r] of a weight of this share of the full rank (or of this rank)."""
+    ranks = [share if isinstance(share, int) else max(1, round(share * min(shape))) for shape in shapes]
+    return [(orthonormal(m, r), orthonormal(n, r)) for (m, n), r in zip(shapes, ranks, strict=True)]
+
+
+def shrunk(bases: list[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+    """Weights as a proximal step with tau = 1 leaves them."""
+    spectra = [torch.logspace(math.log10(1.5), math.log10(LARGEST), U.shape[1], device=DEVICE) for U, _ in bases]
+    return [(U * (s - 1)) @ V.mT for (U, V), s in zip(bases, spectra, strict=True)]
+
+
+def drifted(weights: list[torch.Tensor], bases: list[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+    """The same after some optimizer steps: what the prox took away is back, and the rest has moved."""
+    moved = []
+    for W, (U, V) in zip(weights, bases, strict=True):
+        (m, n), q = W.shape, min(DIRECTIONS, *W.shape)
+        falling = torch.arange(1.0, q + 1, device=DEVICE) ** DECAY
+        left, right = (torch.randn(size, q, device=DEVICE) / math.sqrt(size) for size in (m, n))
+        H, K = (torch.randn(U.shape[1], q, device=DEVICE) * falling / falling.norm() for _ in range(2))
+        outside = OUTSIDE * (left * falling) @ right.mT
+        moved.append(W + U @ V.mT + outside + TANGENT * (U @ (H @ right.mT) + (left @ K.mT) @ V.mT))
+    return moved
 
 
 def device_name() -> str:

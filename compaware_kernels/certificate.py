@@ -22,9 +22,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .products import times
+
 PROBES = 12
 FAILURE = 1e-10  # of one statement; a bound rests on fewer than ten
-ROWS = 2**18  # elements of a matrix converted to fp64 at a time
 
 
 @lru_cache
@@ -43,25 +44,6 @@ def norm_from_probes(sketch: Tensor, power: int = 1) -> float:
     ``sketch = R Omega``, ``R^T R Omega``, ``R R^T R Omega``, ... with ``power`` factors.
     """
     return (_factor(sketch.shape[1]) * float(torch.linalg.vector_norm(sketch.double()))) ** (1 / power)
-
-
-def times(X: Tensor, Y: Tensor) -> Tensor:
-    """X Y in the dtype of Y; where that is a wider one than X's, a few rows of X are converted at a time."""
-    if X.dtype == Y.dtype:
-        return X @ Y
-    if X.stride(-1) == 1 or X.stride(0) != 1:
-        return torch.cat([part.to(Y.dtype) @ Y for part in X.split(max(1, ROWS // X.shape[1]))])
-    out = Y.new_zeros(X.shape[0], Y.shape[1])  # X is a transposed view: take columns, which lie together
-    step = max(1, ROWS // X.shape[0])
-    for part, rows in zip(X.split(step, 1), Y.split(step), strict=True):
-        out.addmm_(part.to(Y.dtype), rows)
-    return out
-
-
-def gram(Y: Tensor) -> Tensor:
-    """Y^T Y in fp64."""
-    Y = Y.double()
-    return Y.mT @ Y
 
 
 def distance_to_triplets(X: Tensor, U: Tensor, s: Tensor, V: Tensor, generator: torch.Generator) -> tuple[float, float]:

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .certificate import PROBES, ROWS, norm_from_probes, times, unit_roundoff
+from .certificate import PROBES, norm_from_probes, unit_roundoff
+from .products import ROWS, product, times
 from .spectral import Spectral
 
 GRAM_LOSS = 8  # spectral error of the SVT, in units of u s_1^2 / tau; measured: below 4
@@ -48,7 +49,7 @@ def by_gram(X: Tensor, function: Spectral, tol: float, norm: float, generator: t
         u = unit_roundoff(dtype)
         if unit_roundoff(X.dtype) < u or u * norm > tau:
             continue
-        G = X.mT @ X if dtype == X.dtype else gram_in_parts(X)
+        G = product(X.mT, X) if dtype == X.dtype else gram_in_parts(X)
         if GRAM_LOSS * u * top_eigenvalue(G) > tol * tau**2:
             continue
         w, V = torch.linalg.eigh(G)
@@ -75,7 +76,7 @@ def split(V: Tensor, gain: Tensor) -> tuple[Tensor, Tensor | None, bool]:
     r = int((gain > 0).sum())
     if 2 * r < V.shape[0]:
         return V[:, :r] * gain[:r].to(V.dtype), V[:, :r], False
-    return (V * (1 - gain).to(V.dtype)) @ V.mT, None, True
+    return product(V * (1 - gain).to(V.dtype), V.mT), None, True
 
 
 def gram_in_parts(X: Tensor) -> Tensor:

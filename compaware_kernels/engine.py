@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from . import dense, small
-from .certificate import ROWS, distance_to_triplets, storage, unit_roundoff
+from .certificate import distance_to_triplets, storage, unit_roundoff
+from .products import ROWS, product
 from .spectral import SoftThreshold, Spectral
 from .state import WarmState
-from .subspace import SPARE, Subspace, orthonormalise
+from .subspace import Subspace, columns_for, orthonormalise
 
 COLD = 16  # columns to begin with where nothing is known
 FEW = 3  # the subspace may have n / FEW columns
@@ -79,7 +80,7 @@ def compute(task: Task) -> None:
     new = task.function(found.s)
     rank = int((new > 0).sum())
     task.s, task.method, task.dense = new[:rank], found.method, found
-    keep = rank + SPARE if rank * FEW < X.shape[1] else 0
+    keep = columns_for(rank) if rank * FEW < X.shape[1] else 0
     task.basis = found.V[:, :keep].to(X.dtype).clone()
     found.V = None
     u = unit_roundoff(_product_dtype(task, X.dtype))
@@ -111,12 +112,12 @@ def _try_subspace(task: Task, X: Tensor, dtype: torch.dtype) -> bool:
         return False
     V = task.basis
     if V is None:
-        columns = max(COLD, (function.count or 0) + SPARE)
+        columns = columns_for(function.count or COLD)
         V = orthonormalise(torch.randn(n, columns, generator=generator, dtype=dtype, device=X.device))
-    search = Subspace(X, function.floor, V.to(dtype), task.tol, generator, n // FEW, 4 * u * task.norm, function.count)
+    search = Subspace(X, function.floor, V.to(dtype), task.tol, generator, n // 2, 4 * u * task.norm, function.count)
     found = search.run()
     if found is None:
-        task.reason = f"no subspace of {n // FEW} columns would do"
+        task.reason = f"no subspace of {n // 2} columns would do"
         return False
     distance, estimate = distance_to_triplets(X, found.U, found.s, found.V, generator)
     if estimate > task.tol * search.threshold:
@@ -145,34 +146,30 @@ def worth_it(m: int, n: int, columns: int) -> bool:
 
 
 def write(task: Task, ball: bool) -> None:
-    """Put the result in its place, a few rows at a time."""
-    W = task.W if task.W.shape[0] >= task.W.shape[1] else task.W.mT
-    center = task.center if task.center is None or W is task.W else task.center.mT
-    if task.method == "zero" and not ball:
-        task.W.zero_() if center is None else task.W.copy_(task.center)
-        return
-    if task.left is not None and center is None and not ball and task.left.dtype == W.dtype:
-        torch.mm(task.left, task.right.mT, out=W) if W is task.W else torch.mm(task.right, task.left.mT, out=task.W)
-        return
-    rows = max(1, 4 * ROWS // W.shape[1])
-    for start in range(0, W.shape[0], rows):
-        part = slice(start, start + rows)
-        _write_rows(task, W[part], part, None if center is None else center[part], ball)
-
-
-def _write_rows(task: Task, W: Tensor, part: slice, center: Tensor | None, ball: bool) -> None:
+    """Put the result in its place."""
+    W, center = task.W, task.center
     if task.left is not None:
-        P = task.left[part] @ task.right.mT
-        W.copy_(W - P if ball else P if center is None else P + center)
+        left, right = (task.left, task.right) if W.shape[0] >= W.shape[1] else (task.right, task.left)
+        right = right.mT.contiguous().mT
+        for part in _row_ranges(W):
+            P = product(left[part], right.mT)
+            W[part] = W[part] - P if ball else P if center is None else P + center[part]
     elif task.dense is not None:
-        L, R, residual = task.dense.L, task.dense.R, task.dense.residual
         dtype = _product_dtype(task, torch.float64 if W.dtype == torch.float64 else torch.float32)
-        X = W.to(dtype) if center is None else (W - center).to(dtype)
-        XK = X @ L.to(dtype) if R is None else X @ L.to(dtype) @ R.to(dtype).mT
-        if ball == residual:  # X K is what is wanted
-            W.copy_(XK if center is None else XK + center)
-        else:
-            W.sub_(XK) if W.dtype == dtype else W.copy_(W - XK)
+        X = task.matrix().to(dtype)
+        L, R = task.dense.L.to(dtype), task.dense.R
+        XK = product(X, L) if R is None else product(product(X, L), R.to(dtype).mT)
+        XK = XK if W.shape[0] >= W.shape[1] else XK.mT
+        if ball != task.dense.residual:  # X K is not what is wanted, but what is taken away
+            XK, center = W - XK, None
+        W.copy_(XK if center is None else XK + center)
+    elif not ball:
+        W.zero_() if center is None else W.copy_(center)
+
+
+def _row_ranges(W: Tensor) -> list[slice]:
+    rows = max(1, ROWS // W.shape[1])
+    return [slice(start, start + rows) for start in range(0, W.shape[0], rows)]
 
 
 def _product_dtype(task: Task, dtype: torch.dtype) -> torch.dtype:

@@ -92,6 +92,21 @@ def _(W):
     return W.new_empty(B, m, k), W.new_empty(B, k), W.new_empty(B, n, k)
 
 
+# --- wide_product: X Y in fp64 --------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("compaware::wide_product", mutates_args=())
+def wide_product(X: Tensor, Y: Tensor) -> Tensor:
+    """X ``[m, n]``, fp32 or fp64, times Y ``[n, p]``, fp64; X is converted a few rows at a time."""
+    step = max(1, 2**18 // max(1, Y.shape[0]))
+    return torch.cat([part.to(Y.dtype) @ Y for part in X.split(step)]) if len(X) else Y.new_empty(0, Y.shape[1])
+
+
+@wide_product.register_fake
+def _(X, Y):
+    return Y.new_empty(X.shape[0], Y.shape[1])
+
+
 # --- soft_threshold: sign(w) max(|w| - tau, 0) ----------------------------------------------------------------------
 
 
@@ -230,7 +245,7 @@ for _op in (soft_threshold_, group_shrink_, sparse_group_shrink_):
 schemas: dict[str, str] = {
     op._name.removeprefix("compaware::"): str(op._opoverload._schema)
     for op in (
-        svt, small_svd, soft_threshold, group_shrink, sparse_group_shrink,
+        svt, small_svd, wide_product, soft_threshold, group_shrink, sparse_group_shrink,
         svt_, soft_threshold_, group_shrink_, sparse_group_shrink_,
     )
 }  # fmt: skip

@@ -25,12 +25,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .certificate import PROBES, gram, norm_from_probes, times
+from .certificate import PROBES, norm_from_probes
+from .products import COLUMNS, gram, product, times, without
 
 SPARE = 8  # right singular vectors kept beyond the rank: they follow the top of what is left out
 MAX_PASSES = 10
 MAX_POWER = 6
-COARSE = 0.1  # of the threshold: how accurate the triplets below it need to be
+COARSE = 0.1  # of the threshold: how accurate the triplets below it are to begin with
 
 
 @dataclass
@@ -79,6 +80,7 @@ class Subspace:
         self.next = V
         self.rho, self.sketch = math.inf, None
         self.passes = self.products = 0
+        self.coarse = COARSE
 
     def run(self) -> Triplets | None:
         """The triplets, or None where a dense factorisation is the better way."""
@@ -89,6 +91,8 @@ class Subspace:
             if 0 < self.rho <= self.threshold and math.hypot(self._missed(), tail := self._tail()) <= self.tol:
                 return self._result(tail)
             self.next = self._directions()
+            if not self.next.shape[1]:
+                return None
         return None
 
     def _expand(self, V: Tensor) -> None:
@@ -99,8 +103,8 @@ class Subspace:
         if self.fresh:  # the probes ride along
             B, self.sketch = B[:, :k], B[:, k:]
         U = orthonormalise(without(B, self.U))
-        if self.V.shape[1]:  # what was left may be small: once more, so that its rounding does not lead back
-            U = orthonormalise(without(U, self.U))
+        if self.V.shape[1]:  # what was left of B may be small, and its rounding lead back
+            U = without(U, self.U)
         self.V, self.U = torch.cat([self.V, V], 1), torch.cat([self.U, U], 1)
         Z = self._times(self.X.mT, torch.cat([U, without(self.sketch, self.U)], 1) if self.fresh else U)
         if self.fresh:
@@ -130,9 +134,9 @@ class Subspace:
             self.threshold = float(mu[self.count - 1]) if len(mu) >= self.count else 0.0
         self.tol = self.relative_tol * self.threshold
         self.rank = int((mu > self.threshold).sum()) if self.count is None else min(self.count, len(mu))
-        wanted = min(self.rank + SPARE, int((mu > 1e-13 * mu[0]).sum()))
+        wanted = min(columns_for(self.rank), int((mu > 1e-13 * mu[0]).sum()))
         self.mu, self.Q = mu[:wanted], Q.flip(1)[:, :wanted]
-        self.right = self.Z @ (self.Q / self.mu).to(self.Z.dtype)
+        self.right = product(self.Z, (self.Q / self.mu).to(self.Z.dtype))
         self.left_V = without(self.right, self.V)
 
     def _missed(self) -> float:
@@ -155,12 +159,18 @@ class Subspace:
     def _directions(self) -> Tensor:
         """What the next step adds to V: the directions in which triplets leave V by more than they may."""
         weight = torch.ones_like(self.mu)
-        weight[self.rank :] = self.tol / (COARSE * self.threshold)
+        weight[self.rank :] = min(1.0, self.tol / (self.coarse * self.threshold))
+        self.coarse /= 10
         values, vectors = torch.linalg.eigh(gram(self.left_V) * weight[:, None] * weight)
         kept = values.clamp_min(0).cumsum(0) > (0.5 * self.tol / self.rho) ** 2
+        kept[max(0, len(kept) - even(int(kept.sum()))) :] = True
+        kept &= values > 1e-12 * values[-1]
         more = [self.left_V @ (vectors[:, kept] * weight[:, None] / values[kept].sqrt()).to(self.V.dtype)]
+        if self.rho <= self.threshold and not kept.any():
+            return more[0]
         if self.rho > self.threshold:  # something above it may be outside: follow the probes, and draw new ones
-            more += [self.powered, self._draw(max(0, self.V.shape[1] // 2 - PROBES))]
+            have = more[0].shape[1] + 2 * PROBES
+            more += [self.powered, self._draw(even(have + self.V.shape[1] // 2) - have)]
             self.sketch = None
         return orthonormalise(without(torch.cat(more, 1), self.V))
 
@@ -174,23 +184,29 @@ class Subspace:
 
     def _result(self, tail: float) -> Triplets:
         r = self.rank
-        U = self.U @ self.Q[:, :r].to(self.U.dtype)
+        U = product(self.U, self.Q[:, :r].to(self.U.dtype))
         return Triplets(U, self.mu[:r], self.right[:, :r], tail, self.right[:, r:], self.passes, self.products)
 
 
-def without(Y: Tensor, U: Tensor) -> Tensor:
-    """(I - U U^T) Y for orthonormal U."""
-    return Y - U @ (U.mT @ Y)
-
-
 def orthonormalise(B: Tensor) -> Tensor:
-    """An orthonormal basis of the columns of B: Cholesky-QR in fp64 with columns scaled to length 1, or Householder QR
-    where these are too dependent."""
+    """An orthonormal basis of the columns of B.
+
+    Cholesky-QR in fp64 with columns scaled to length 1; Householder QR where these are too dependent for it.
+    """
     G = gram(B)
     scale = G.diagonal().sqrt()
     L, failed = torch.linalg.cholesky_ex(G / scale / scale[:, None])
-    smallest = 0.0 if int(failed) else float(L.diagonal().min())
+    smallest = 0.0 if int(failed) or not len(L) else float(L.diagonal().min())
     if not smallest > 1e-3:  # or NaN, of a zero column
         return torch.linalg.qr(B).Q
     S = torch.linalg.solve_triangular(L, torch.diag(1 / scale), upper=False).mT
-    return B @ S.to(B.dtype) if smallest > 0.1 else (B.double() @ S).to(B.dtype)
+    return product(B, S.to(B.dtype)) if smallest > 0.1 else (B.double() @ S).to(B.dtype)
+
+
+def even(columns: int) -> int:
+    return -columns // COLUMNS * -COLUMNS
+
+
+def columns_for(rank: int) -> int:
+    """How many columns to keep: some to spare, so many that with the probes beside them the products are even."""
+    return even(rank + SPARE + PROBES) - PROBES

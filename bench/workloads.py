@@ -17,7 +17,7 @@ from compaware_kernels.info import info
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LARGEST = 300.0  # singular value, in units of tau
-OUTSIDE, TANGENT, DECAY, DIRECTIONS = 0.6, 0.3, -0.7, 32
+OUTSIDE, TANGENT, DECAY = 0.6, 0.3, -0.7
 
 # ResNets, He et al. 2016: blocks, width, input channels of each stage. Basic blocks are two 3x3, bottlenecks 1x1, 3x3
 # and 1x1 to 4 x width.
@@ -89,7 +89,7 @@ def drifted(weights: list[torch.Tensor], bases: list[tuple[torch.Tensor, torch.T
     """The same after some optimizer steps: what the prox took away is back, and the rest has moved."""
     moved = []
     for W, (U, V) in zip(weights, bases, strict=True):
-        (m, n), q = W.shape, min(DIRECTIONS, *W.shape)
+        (m, n), q = W.shape, min(W.shape)
         falling = torch.arange(1.0, q + 1, device=DEVICE) ** DECAY
         left, right = (torch.randn(size, q, device=DEVICE) / math.sqrt(size) for size in (m, n))
         H, K = (torch.randn(U.shape[1], q, device=DEVICE) * falling / falling.norm() for _ in range(2))

@@ -97,14 +97,14 @@ def _(W):
 
 @torch.library.custom_op("compaware::wide_product", mutates_args=())
 def wide_product(X: Tensor, Y: Tensor) -> Tensor:
-    """X ``[m, n]``, fp32 or fp64, times Y ``[n, p]``, fp64; X is converted a few rows at a time."""
-    step = max(1, 2**18 // max(1, Y.shape[0]))
-    return torch.cat([part.to(Y.dtype) @ Y for part in X.split(step)]) if len(X) else Y.new_empty(0, Y.shape[1])
+    """X ``[m, n]`` times Y ``[n, p]``, each fp32 or fp64, in fp64; X is converted a few rows at a time."""
+    step, Y = max(1, 2**18 // max(1, len(Y))), Y.double()
+    return torch.cat([part.double() @ Y for part in X.split(step)]) if len(X) else Y.new_empty(0, Y.shape[1])
 
 
 @wide_product.register_fake
 def _(X, Y):
-    return Y.new_empty(X.shape[0], Y.shape[1])
+    return Y.new_empty(X.shape[0], Y.shape[1], dtype=torch.float64)
 
 
 # --- soft_threshold: sign(w) max(|w| - tau, 0) ----------------------------------------------------------------------

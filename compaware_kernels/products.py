@@ -9,7 +9,7 @@ from torch import Tensor
 
 LARGE = 2**20  # multiplications, below which a call costs more than it saves
 COLUMNS = 16  # widths are rounded up to these: a vector register, and few shapes for a library that compiles for each
-ROWS = 2**18  # elements of a matrix converted to another dtype at a time
+ROWS = 2**18  # elements taken at a time
 
 
 @cache
@@ -25,27 +25,18 @@ def product(A: Tensor, B: Tensor) -> Tensor:
     if work < LARGE or A.dtype != torch.float32 or A.device.type != "cpu" or not _onednn():
         return A @ B
     if A.stride(0) == 1 and A.shape[0] >= B.shape[1]:  # (B^T A^T)^T keeps the large matrix as it lies
-        return torch.ops.mkldnn._linear_pointwise(B.mT, A, None, "none", [], "").mT
+        return torch.ops.mkldnn._linear_pointwise(B.mT, A, None, "none", [], "").mT.contiguous()
     return torch.ops.mkldnn._linear_pointwise(A, B.mT, None, "none", [], "")
 
 
 def times(X: Tensor, Y: Tensor) -> Tensor:
-    """X Y in the dtype of Y; where that is a wider one than X's, a few rows of X are converted at a time."""
-    if X.dtype == Y.dtype:
-        return product(X, Y)
-    if X.stride(-1) == 1 or X.stride(0) != 1:
-        return torch.cat([part.to(Y.dtype) @ Y for part in X.split(max(1, ROWS // X.shape[1]))])
-    out = Y.new_zeros(X.shape[0], Y.shape[1])  # X is a transposed view: take columns, which lie together
-    step = max(1, ROWS // X.shape[0])
-    for part, rows in zip(X.split(step, 1), Y.split(step), strict=True):
-        out.addmm_(part.to(Y.dtype), rows)
-    return out
+    """X Y in the dtype of Y, which may be wider than X's."""
+    return product(X, Y) if X.dtype == Y.dtype == torch.float32 else torch.ops.compaware.wide_product(X, Y)
 
 
-def gram(Y: Tensor) -> Tensor:
-    """Y^T Y in fp64."""
-    Y = Y.double()
-    return Y.mT @ Y
+def inner(X: Tensor, Y: Tensor) -> Tensor:
+    """X^T Y in fp64."""
+    return torch.ops.compaware.wide_product(X.mT, Y)
 
 
 def without(Y: Tensor, U: Tensor) -> Tensor:

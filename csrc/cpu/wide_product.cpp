@@ -46,38 +46,49 @@ Kernel<T> kernel() {
   return baseline::wide_product<T, 2>;
 }
 
+// Y [n, p], in any strides, as [n, width] in fp64, the added columns zero.
 template <class T>
-void run(const Tensor& X, const Tensor& Y, Tensor& out) {
-  const int64_t m = X.size(0), n = X.size(1), width = Y.size(1);
-  const T* x = X.const_data_ptr<T>();
-  const double* y = Y.const_data_ptr<double>();
-  double* o = out.mutable_data_ptr<double>();
-  const int64_t row = X.stride(0), column = X.stride(1);
-  const int64_t grain = std::max<int64_t>(8, (1 << 16) / std::max<int64_t>(1, n * width) / 8 * 8);
-  torch::stable::parallel_for(0, (m + 7) / 8, (grain + 7) / 8, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * 8, last = std::min(m, end * 8);
-    kernel<T>()(x + first * row, row, column, y, width, last - first, n, o + first * width);
+void widen(const Tensor& Y, double* out, int64_t width) {
+  const T* y = Y.const_data_ptr<T>();
+  const int64_t n = Y.size(0), p = Y.size(1), row = Y.stride(0), column = Y.stride(1);
+  torch::stable::parallel_for(0, n, 1 + (1 << 15) / width, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t j = 0; j < width; ++j) out[i * width + j] = j < p ? static_cast<double>(y[i * row + j * column]) : 0.0;
   });
 }
 
-// X [m, n] fp32 or fp64, in any strides; Y [n, p] fp64 -> [m, p] fp64.
+template <class T>
+void run(const Tensor& X, const double* Y, int64_t width, double* out) {
+  const int64_t m = X.size(0), n = X.size(1), row = X.stride(0), column = X.stride(1);
+  const T* x = X.const_data_ptr<T>();
+  const int64_t blocks = (m + kPad - 1) / kPad, grain = 1 + (1 << 17) / (n * width * kPad + 1);
+  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kPad, last = std::min(m, end * kPad);
+    kernel<T>()(x + first * row, row, column, Y, width, last - first, n, out + first * width);
+  });
+}
+
+bool is_single(const Tensor& A, const char* name) {
+  const auto dtype = A.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
+                  "wide_product: wanted ", name, " in fp32 or fp64; got ", dtype);
+  return dtype == ScalarType::Float;
+}
+
+// X [m, n] and Y [n, p], each fp32 or fp64 and in any strides -> [m, p] fp64.
 Tensor wide_product(const Tensor& X, const Tensor& Y) {
   STD_TORCH_CHECK(X.dim() == 2 && Y.dim() == 2 && X.size(1) == Y.size(0),
                   "wide_product: wanted X [m, n] and Y [n, p]; got axes ", X.dim(), " and ", Y.dim());
-  STD_TORCH_CHECK(Y.scalar_type() == ScalarType::Double, "wide_product: wanted Y in fp64; got ", Y.scalar_type());
-  const bool single = X.scalar_type() == ScalarType::Float;
-  STD_TORCH_CHECK(single || X.scalar_type() == ScalarType::Double,
-                  "wide_product: wanted X in fp32 or fp64; got ", X.scalar_type());
-  const int64_t p = Y.size(1), width = (p + kPad - 1) / kPad * kPad;
-  Tensor padded = torch::stable::contiguous(Y);
-  if (p != width) {
-    Tensor zeros = torch::stable::new_zeros(Y, {Y.size(0), width});
-    Tensor part = torch::stable::narrow(zeros, 1, 0, p);
-    torch::stable::copy_(part, Y);
-    padded = zeros;
+  const bool single_X = is_single(X, "X"), single_Y = is_single(Y, "Y");
+  const int64_t m = X.size(0), n = X.size(1), p = Y.size(1), width = (p + kPad - 1) / kPad * kPad;
+  Tensor out = torch::stable::new_zeros(Y, {m, width}, ScalarType::Double);
+  if (m && n && p) {
+    Tensor wide = torch::stable::new_empty(Y, {n, width}, ScalarType::Double);
+    double* y = wide.mutable_data_ptr<double>();
+    single_Y ? widen<float>(Y, y, width) : widen<double>(Y, y, width);
+    double* o = out.mutable_data_ptr<double>();
+    single_X ? run<float>(X, y, width, o) : run<double>(X, y, width, o);
   }
-  Tensor out = torch::stable::new_zeros(padded, {X.size(0), width});
-  if (X.numel() && width) single ? run<float>(X, padded, out) : run<double>(X, padded, out);
   return p == width ? out : torch::stable::contiguous(torch::stable::narrow(out, 1, 0, p));
 }
 

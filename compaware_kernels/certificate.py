@@ -17,12 +17,13 @@ Sources: Laurent & Massart, Ann. Stat. 28(5), 2000, section 4 (the inequality); 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .products import times
+from .products import inner, times
 
 PROBES = 12
 FAILURE = 1e-10  # of one statement; a bound rests on fewer than ten
@@ -46,24 +47,32 @@ def norm_from_probes(sketch: Tensor, power: int = 1) -> float:
     return (_factor(sketch.shape[1]) * float(torch.linalg.vector_norm(sketch.double()))) ** (1 / power)
 
 
-def distance_to_triplets(X: Tensor, U: Tensor, s: Tensor, V: Tensor, generator: torch.Generator) -> tuple[float, float]:
-    """How far X is from a matrix that has exactly the singular triplets (U, s, V): (upper bound, estimate), Frobenius.
+@dataclass
+class Sketch:
+    """How far a matrix is from having given singular triplets."""
+
+    bound: float  # of the Frobenius norm, failing with a probability of at most 4 FAILURE
+    spectral: float  # an estimate of the spectral norm
+    columns: Tensor  # [r] estimates of the squares of what each triplet lacks
+
+
+def sketch_triplets(X: Tensor, U: Tensor, s: Tensor, V: Tensor, generator: torch.Generator) -> Sketch:
+    """The distance of X from a matrix that has exactly the singular triplets (U, s, V), all in fp64.
 
     With orthonormal U ``[m, r]`` and V ``[n, r]`` that matrix is ``U diag(s) V^T + (I - U U^T) X (I - V V^T)``, at the
-    distance ``(||X^T U - V s||^2 + ||(I - U U^T)(X V - U s)||^2)^(1/2)``. U and V are replaced by the nearest
-    orthonormal matrices, at a distance (from U s) of about ``||(U^T U - I) s|| / 2``: counted once fully.
+    distance ``(||X^T U - V s||^2 + ||X V - U s||^2)^(1/2)`` or less. U and V are replaced by the nearest orthonormal
+    matrices, at a distance (from U s) of about ``||(U^T U - I) s|| / 2``: counted once fully.
     """
-    U, V, s = U.double(), V.double(), s.double()
     draw = {"generator": generator, "dtype": torch.float64, "device": X.device}
-    right, inner = torch.randn(X.shape[1], PROBES, **draw), torch.randn(len(s), PROBES, **draw)
-    products = times(X, torch.cat([right, V @ inner], 1))
-    left = (products[:, :PROBES].mT @ U - (right.mT @ V) * s).mT
-    F = products[:, PROBES:] - U @ (s[:, None] * inner)
-    scaled = s[:, None] * inner
-    skew = [Y.mT @ (Y @ scaled) - scaled for Y in (U, V)]
-    estimate = math.sqrt(sum(float(R.square().sum()) for R in (left, F, *skew)) / PROBES)
-    bound = math.hypot(norm_from_probes(left), norm_from_probes(F)) + sum(norm_from_probes(R) for R in skew)
-    return bound, estimate
+    right, inside = torch.randn(X.shape[1], PROBES, **draw), torch.randn(len(s), PROBES, **draw)
+    scaled = s[:, None] * inside
+    products = times(X, torch.cat([right, times(V, inside)], 1))
+    left = inner(U, products[:, :PROBES]) - s[:, None] * inner(V, right)  # (X^T U - V s)^T Omega
+    F = products[:, PROBES:] - times(U, scaled)
+    skew = [inner(Y, times(Y, scaled)) - scaled for Y in (U, V)]
+    bound = math.hypot(norm_from_probes(left), norm_from_probes(F)) + sum(map(norm_from_probes, skew))
+    spectral = sum(float(torch.linalg.matrix_norm(R, 2)) for R in (left, F, *skew)) if len(s) else 0.0
+    return Sketch(bound, spectral / math.sqrt(PROBES), left.square().sum(1) / PROBES)
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import dense, small
-from .certificate import distance_to_triplets, storage, unit_roundoff
+from .certificate import storage, unit_roundoff
 from .products import ROWS, product
 from .spectral import SoftThreshold, Spectral
 from .state import WarmState
@@ -114,23 +114,19 @@ def _try_subspace(task: Task, X: Tensor, dtype: torch.dtype) -> bool:
     if V is None:
         columns = columns_for(function.count or COLD)
         V = orthonormalise(torch.randn(n, columns, generator=generator, dtype=dtype, device=X.device))
-    search = Subspace(X, function.floor, V.to(dtype), task.tol, generator, n // 2, 4 * u * task.norm, function.count)
-    found = search.run()
+    columns = (n // 2, 4 * u * task.norm, function.count)
+    found = Subspace(X, function.floor, V.to(dtype), task.tol, generator, *columns).run()
     if found is None:
-        task.reason = f"no subspace of {n // 2} columns would do"
-        return False
-    distance, estimate = distance_to_triplets(X, found.U, found.s, found.V, generator)
-    if estimate > task.tol * search.threshold:
-        task.reason = f"rounding in {dtype}: {estimate / search.threshold:.1e}"
+        task.reason = f"a subspace of {n // 2} columns would not do, or not in {dtype}"
         return False
     new = function(found.s)
     r = int((new > 0).sum())
     task.s = new[:r]
     task.left, task.right = found.U[:, :r] * task.s.to(dtype), found.V[:, :r].clone()
-    moved = math.hypot(distance, found.tail)
-    below = min(search.threshold, float(search.mu[search.rank]) if len(search.mu) > search.rank else search.rho)
-    task.error = moved * function.lipschitz(found.s, below, moved) + (r + 1) * u * float(task.s.norm())
-    task.basis = torch.cat([found.V, found.spare], 1).to(X.dtype)
+    moved = math.hypot(found.sketch.bound, found.tail)
+    gain = function.lipschitz(found.s, min(found.below, float(found.s[-1])) if len(found.s) else 0.0, moved)
+    task.error = moved * gain + (r + 1) * u * float(task.s.norm())
+    task.basis = found.basis.to(X.dtype)
     task.method = f"subspace, fp{torch.finfo(dtype).bits}"
     task.reason = f"{found.passes} passes, {found.products} products"
     return True
@@ -232,8 +228,9 @@ def shrink_all(
     centers = [None] * len(weights) if centers is None else centers
     call = state.calls if state else 0
     work: list[small.Group | list[Task]] = []
+    small_shapes = small.small_shapes(weights)
     for W, function, norm, key, center in zip(weights, functions, norms, keys, centers, strict=True):
-        if small.is_small(*W.shape[-2:]) and not _vanishes(norm, function):
+        if tuple(W.shape[-2:]) in small_shapes and not _vanishes(norm, function):
             work.append(small.group(W, function, center, norm, tol))
         else:
             work.append(_tasks(W, function, norm, key, center, tol, state, call))

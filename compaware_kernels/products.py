@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 LARGE = 2**20  # multiplications, below which a call costs more than it saves
-COLUMNS = 16  # widths are rounded up to these: a vector register, and few shapes for a library that compiles for each
+COLUMNS = 8  # widths are rounded up to these: few shapes for a library that compiles for each
 ROWS = 2**18  # elements taken at a time
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from .certificate import unit_roundoff
 from .spectral import SoftThreshold, Spectral
 
-SHORT, LONG = 64, 256  # up to here Jacobi is faster than a Gram matrix and its eigenvectors
+SHORT, LONG = 64, 256  # up to here Jacobi is faster than a Gram matrix and its eigenvectors,
+TINY, MANY = 16, 16  # of a single matrix up to TINY, of larger ones where there are MANY of one shape
 LOSS = 40  # error of U f(s) V^T before the last product, in units of u ||W||_F; measured: below 20
 TYPICAL = 10  # the same, usually
 
@@ -40,8 +41,16 @@ class Group:
         return X.to(self.dtype).reshape(-1, *self.W.shape[-2:])
 
 
-def is_small(m: int, n: int) -> bool:
-    return min(m, n) <= SHORT and max(m, n) <= LONG
+def small_shapes(weights: Sequence[Tensor]) -> set[tuple[int, int]]:
+    """The shapes of matrices that are worth doing many at a time."""
+    counts = defaultdict(int)
+    for W in weights:
+        counts[tuple(W.shape[-2:])] += W.shape[:-2].numel()
+    return {
+        (m, n)
+        for (m, n), count in counts.items()
+        if min(m, n) <= (SHORT if count >= MANY else TINY) and max(m, n) <= LONG
+    }
 
 
 def group(W: Tensor, function: Spectral, center: Tensor | None, norms: Tensor, tol: float) -> Group:

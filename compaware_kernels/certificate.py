@@ -71,6 +71,8 @@ def sketch_triplets(X: Tensor, U: Tensor, s: Tensor, V: Tensor, generator: torch
     F = products[:, PROBES:] - times(U, scaled)
     skew = [inner(Y, times(Y, scaled)) - scaled for Y in (U, V)]
     bound = math.hypot(norm_from_probes(left), norm_from_probes(F)) + sum(map(norm_from_probes, skew))
+    if not math.isfinite(bound):
+        return Sketch(math.inf, math.inf, torch.full_like(s, math.inf))
     spectral = sum(float(torch.linalg.matrix_norm(R, 2)) for R in (left, F, *skew)) if len(s) else 0.0
     return Sketch(bound, spectral / math.sqrt(PROBES), left.square().sum(1) / PROBES)
 

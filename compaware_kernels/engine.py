@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import dense, small
 from .certificate import storage, unit_roundoff
-from .products import ROWS, product
+from .products import ROWS, inner, product
 from .spectral import SoftThreshold, Spectral
 from .state import WarmState
 from .subspace import Subspace, columns_for, orthonormalise
@@ -68,8 +68,8 @@ class Task:
 
 def compute(task: Task) -> None:
     """Find the result of one task; write nothing."""
-    if task.function.count is None and task.norm <= task.function.floor:
-        task.method, task.reason = "zero", f"||W||_F is at most {task.function.floor:.3g}"
+    if task.function.count == 0 or (task.function.count is None and task.norm <= task.function.floor):
+        task.method, task.reason = "zero", f"||W||_F is at most {task.norm:.3g}"
         return
     X = task.matrix()
     if _by_subspace(task, X):
@@ -114,6 +114,8 @@ def _try_subspace(task: Task, X: Tensor, dtype: torch.dtype) -> bool:
     if V is None:
         columns = columns_for(function.count or COLD)
         V = orthonormalise(torch.randn(n, columns, generator=generator, dtype=dtype, device=X.device))
+    elif float((inner(V, V) - torch.eye(V.shape[1], device=V.device)).abs().max()) > 1e-3:
+        V = torch.linalg.qr(V).Q  # not what this engine put there
     columns = (n // 2, 4 * u * task.norm, function.count)
     found = Subspace(X, function.floor, V.to(dtype), task.tol, generator, *columns).run()
     if found is None:
@@ -265,7 +267,7 @@ def _tasks(W, function, norm, key, center, tol, state, call) -> list[Task]:
 
 
 def _vanishes(norm: Tensor, function: Spectral) -> bool:
-    return function.count is None and bool((norm <= function.floor).all())
+    return function.count == 0 or (function.count is None and bool((norm <= function.floor).all()))
 
 
 def _outcome(W: Tensor, entry: small.Group | list[Task]) -> Outcome:

@@ -95,7 +95,7 @@ class Truncate:
 
     def lipschitz(self, s: Tensor, below: float, error: float) -> float:
         """sigma_r / (sigma_r - sigma_{r+1}), the largest divided difference, after either has moved by ``error``."""
-        if len(s) < self.count:
+        if self.count == 0 or (len(s) <= self.count and below == 0):
             return 1.0
         last = float(s[self.count - 1])
         below = float(s[self.count]) if len(s) > self.count else below

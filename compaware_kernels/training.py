@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from . import prox
 from .factorize import singular_values
 from .folds import Layer, foldable_layers, require_matches, row_axes
 from .ranks import numerical_rank
+from .state import WarmState
 from .tables import text_table
 
 Strength = float | Mapping[str, float]
@@ -73,6 +75,7 @@ class ProximalStep:
     Attributes:
         layers: the layers treated.  skipped: name -> reason for all others that have weights.
         steps: optimizer steps seen.  applied: proximal steps taken.
+        warm: what the nuclear prox remembers of each layer, see :class:`WarmState`.
 
     Raises:
         ValueError: negative or infinite strength, unknown fold or order, every < 1, a pattern that matches no layer,
@@ -121,6 +124,7 @@ class ProximalStep:
                 "the optimizer holds no weight of a Linear or convolution of this model: nothing to shrink"
             )
         self.steps = self.applied = 0
+        self.warm = WarmState()
         self._hook = optimizer.register_step_post_hook(self._after_optimizer_step)
 
     def _after_optimizer_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
@@ -172,8 +176,8 @@ class ProximalStep:
         return [(layer, lr[id(layer.weight)]) for layer in trained]
 
     def _nuclear(self, layers: list[Layer], copies: list[list[Tensor | None]], taus: list[float]) -> None:
-        prox.svt_([weight for weight, _ in copies], taus, fold=self.fold,
-                  groups=[layer.groups for layer in layers], names=[layer.name for layer in layers])  # fmt: skip
+        groups, names = [layer.groups for layer in layers], [layer.name for layer in layers]
+        prox.svt_([weight for weight, _ in copies], taus, state=self.warm, fold=self.fold, groups=groups, names=names)
 
     @torch.no_grad()
     def report(self) -> ProximalReport:
@@ -194,19 +198,20 @@ class ProximalStep:
             )
         return report
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs beside the model and the optimizer to go on as if nothing had happened."""
-        return {"steps": self.steps, "applied": self.applied}
+        return {"steps": self.steps, "applied": self.applied, "warm": self.warm.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Restore :meth:`state_dict`.  Raises ValueError for anything else."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`.  Raises ValueError for anything else, and then changes nothing."""
         wanted = self.state_dict().keys()
         if (
             not isinstance(state, Mapping)
             or state.keys() != wanted
-            or any(not isinstance(v, int) for v in state.values())
+            or any(not isinstance(state[key], int) for key in ("steps", "applied"))
         ):
-            raise ValueError(f"wanted a ProximalStep state with whole numbers {', '.join(wanted)}; got {state!r}")
+            raise ValueError(f"wanted a ProximalStep state with {', '.join(wanted)}; got {state!r:.200}")
+        self.warm.load_state_dict(state["warm"])
         self.steps, self.applied = state["steps"], state["applied"]
 
 

@@ -235,18 +235,20 @@ def test_gradients_in_half_precision_keep_the_dtype():
 def test_opcheck(name, dtype):
     op = getattr(torch.ops.compaware, name).default
     torch.manual_seed(0)
+    compute = ops.compute_dtype(dtype)
     weights = [torch.randn(3, 4).to(dtype), torch.randn(2, 5, 3).to(dtype), torch.randn(4, 6).to(dtype).mT]
     given = {
         "weights": weights if name != "svt_" else [W.contiguous() for W in weights],
-        "W": torch.randn(2, 5, 4).to(ops.compute_dtype(dtype) if name == "small_svd" else dtype).requires_grad_(),
-        "tau": torch.tensor([0.1, 0.2], dtype=ops.compute_dtype(dtype)),
+        "W": torch.randn(2, 5, 4).to(compute if name == "small_svd" else dtype).requires_grad_(),
+        "tau": torch.tensor([0.1, 0.2], dtype=compute),
         "tol": 1e-3,
     }
     given["l1"] = given["tau"]
     if name.endswith("_"):
         given["tau"] = given["l1"] = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
-    if name == "small_svd":
+    if name in ("small_svd", "wide_product"):
         given["W"] = given["W"].detach()
+        given["X"], given["Y"] = torch.randn(5, 4).to(compute), torch.randn(4, 3, dtype=torch.float64)
     opcheck(op, tuple(given[argument.name] for argument in op._schema.arguments))
 
 

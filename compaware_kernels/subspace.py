@@ -78,6 +78,7 @@ class Subspace:
         self.V, self.B = V[:, :0], V.new_empty(X.shape[0], 0)
         self.BtB = V.new_empty(0, 0, dtype=torch.float64)
         self.passes = self.products = 0
+        self.rho = math.inf
         self._take(V)
 
     def run(self) -> Triplets | None:
@@ -124,18 +125,23 @@ class Subspace:
         self.triplets = product(self.B, left), self.mu[: self.rank], self.right[:, : self.rank]
 
     def _bound_rest(self) -> None:
-        """below >= the norm of all that is not wanted, from the powers (R^T R)^j Omega, R = X (I - V V^T)."""
-        self.probes = without(self._draw(PROBES), self.V)
+        """below >= the norm of all that is not wanted, from the powers (R^T R)^j Omega, R = X (I - V V^T).
+
+        A larger V only makes R smaller: what was shown of it stays true.
+        """
         top = float(self.mu[self.rank]) if self.rank < len(self.mu) else 0.0
-        y, power, growth, rho = self.probes, 0, 0.0, math.inf
-        while power < MAX_POWER and growth < self.threshold and math.hypot(top, rho) > self.threshold:
+        y = self.probes = without(self._draw(PROBES), self.V)
+        power, growth = 0, 0.0
+        while power < MAX_POWER and growth < self.threshold < math.hypot(top, self.rho):
             before = torch.linalg.vector_norm(y)
             y = self._times(self.X, y) if power % 2 == 0 else without(self._times(self.X.mT, y), self.V)
-            growth, power = float(torch.linalg.vector_norm(y) / before), power + 1
-            self.probes = y if power % 2 == 0 else self.probes
-            rho = min(rho, norm_from_probes(y, power) + self.slack)
-            growth = growth if power > 1 else 0.0  # of random vectors: not yet a lower bound of ||R||
-        self.below = math.hypot(top, rho)
+            power += 1
+            self.rho = min(self.rho, norm_from_probes(y, power) + self.slack)
+            if power > 1:  # growth of random vectors is not yet a lower bound of ||R||
+                growth = float(torch.linalg.vector_norm(y) / before)
+            if power % 2 == 0:
+                self.probes = y
+        self.below = math.hypot(top, self.rho)
 
     def _sources(self, sketch: Sketch) -> Tensor:
         """What to multiply with X^T, so that the next directions are those that are missing."""

@@ -90,7 +90,7 @@ class Subspace:
             self._rayleigh_ritz()
             self._bound_rest()
             sketch = sketch_triplets(self.X, *self.triplets, self.generator)
-            tail = math.sqrt(len(self.mu) - self.rank) * max(0.0, self.below - self.threshold)
+            tail = self._tail()
             if sketch.spectral + tail <= self.tol * self.threshold and self.threshold > 0:
                 return self._result(sketch, tail)
             source = self._sources(sketch)
@@ -118,8 +118,7 @@ class Subspace:
         if self.count is not None:
             self.threshold = float(mu[self.count - 1]) if len(mu) >= self.count else 0.0
         self.rank = int((mu > self.threshold).sum()) if self.count is None else min(self.count, len(mu))
-        kept = min(columns_for(self.rank), len(mu))
-        self.mu, Q = mu[:kept], Q.flip(1)[:, :kept]
+        self.mu, Q = mu, Q.flip(1)[:, : columns_for(self.rank)]
         self.right = product(self.V, Q.to(self.V.dtype))
         left = (Q[:, : self.rank] / self.mu[: self.rank]).to(self.B.dtype)
         self.triplets = product(self.B, left), self.mu[: self.rank], self.right[:, : self.rank]
@@ -142,6 +141,13 @@ class Subspace:
             if power % 2 == 0:
                 self.probes = y
         self.below = math.hypot(top, self.rho)
+
+    def _tail(self) -> float:
+        """A bound of (sum (sigma_i - threshold)_+^2)^(1/2) over the singular values of all that is not wanted."""
+        if self.rho > self.threshold:
+            return math.inf
+        sigma = (self.mu[self.rank :].square() + self.rho**2).sqrt()  # Weyl; all others are at most rho
+        return float((sigma - self.threshold).clamp_min(0).norm())
 
     def _sources(self, sketch: Sketch) -> Tensor:
         """What to multiply with X^T, so that the next directions are those that are missing."""

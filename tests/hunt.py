@@ -230,7 +230,9 @@ def case(seed: int, family: str | None = None) -> Case:
     if op == "weighted_svt_":
         calls = [A]
         steps = [rng.random(min(W.shape[-2:])) * rng.choice([0, 0, 1e-3, 0.1, 10]) for W in A]
-        parameter = [torch.tensor((tau + t * np.cumsum(s)) * scale) for tau, t, s in zip(taus, taus, steps, strict=True)]
+        parameter = [
+            torch.tensor((tau + t * np.cumsum(s)) * scale) for tau, t, s in zip(taus, taus, steps, strict=True)
+        ]
     calls = [[_lay_out(_tensor(W, scale, dtype), layout) for W in A] for A in calls]
     forced, cold = bool(rng.random() < 0.6), int(rng.choice([0, 1, 16]))
     made = Case(" + ".join(names), op, calls, parameter, kwargs, None, forced, cold)
@@ -289,9 +291,7 @@ def measure(case: Case, again: bool = True) -> Iterator[Measured]:
     out = run(case)
     if again:
         same = all(
-            torch.equal(a, b)
-            for (W, _), (V, _) in zip(out, run(case), strict=True)
-            for a, b in zip(W, V, strict=True)
+            torch.equal(a, b) for (W, _), (V, _) in zip(out, run(case), strict=True) for a, b in zip(W, V, strict=True)
         )
         if not same:
             yield Measured("any", problems=["not deterministic"])
@@ -326,10 +326,12 @@ def _compare(case: Case, W, R, C, s, bound: float, parameter) -> Measured:
     shifted = X - OPS[case.op](X, unit) if case.op == "spectral_ball_" else exact - C64
     truth = np.linalg.svd(shifted, compute_uv=False)
     norm, error = np.linalg.norm(X), np.linalg.norm(R64 - exact)
-    noise = (30 if W.dtype == torch.float64 else 10) * u * norm  # of the truth
+    noise = 100 * u * norm  # of the truth
     got.ratio = bound / error if error > noise else math.inf
     if not error <= bound + noise:  # or NaN
-        got.problems.append(f"bound {bound:.3e} < error {error:.3e}, ||X|| = {norm:.2e}, parameter {unit if np.ndim(unit) == 0 else unit[0]:.3e}")
+        got.problems.append(
+            f"bound {bound:.3e} < error {error:.3e}, ||X|| = {norm:.2e}, parameter {unit if np.ndim(unit) == 0 else unit[0]:.3e}"
+        )
     if not np.linalg.norm(s - truth) <= bound + noise:
         got.problems.append(f"s is off by {np.linalg.norm(s - truth):.3e}, bound {bound:.3e}")
     if case.op in ("svt_", "spectral_ball_") and unit > 0:
@@ -337,7 +339,9 @@ def _compare(case: Case, W, R, C, s, bound: float, parameter) -> Measured:
         stored = info.eps * np.linalg.norm(exact) + math.sqrt(X.size) * np.ldexp(info.smallest_normal * info.eps, e)
         got.use = max(0.0, np.linalg.norm(R64 - exact, 2) - stored - noise) / (case.kwargs["tol"] * unit)
         if got.use > 1:
-            got.problems.append(f"tolerance: {got.use:.3g} times tol tau, sigma_1 / tau = {np.linalg.norm(X, 2) / unit:.2e}")
+            got.problems.append(
+                f"tolerance: {got.use:.3g} times tol tau, sigma_1 / tau = {np.linalg.norm(X, 2) / unit:.2e}"
+            )
     return got
 
 

@@ -1,7 +1,6 @@
-"""Interleaved timing, and the table at the end of a benchmark run."""
+"""Interleaved timing, and the tables at the end of a benchmark run."""
 
 import os
-import time
 from statistics import median
 
 import pytest
@@ -10,16 +9,14 @@ import workloads
 
 from compaware_kernels.info import info
 
-rows: list[tuple[str, str, float, float]] = []  # op, name, median ms, ratio to the floor
+SLOW, VERY_SLOW = 1e3, 2e4  # ms: peers this slow run three times, or once
+
+shrink_rows: list[tuple[str, str, float, float]] = []  # op, name, median ms, ratio to the floor
+svt_rows: list[tuple] = []  # case, name, median ms, ratio to the SVD loop, to the floor, error, bound, correct
 
 
 def timed(function) -> float:
-    sync = torch.cuda.synchronize if workloads.DEVICE == "cuda" else lambda: None
-    sync()
-    start = time.perf_counter()
-    function()
-    sync()
-    return (time.perf_counter() - start) * 1e3
+    return 1e3 * workloads.seconds(function)
 
 
 @pytest.fixture
@@ -39,17 +36,72 @@ def race(benchmark):
         benchmark.pedantic(lambda: times["compaware"].append(timed(ours)), setup=setup, rounds=rounds, warmup_rounds=2)
         medians = {name: median(samples[2:]) for name, samples in times.items()}
         benchmark.extra_info |= {f"{name} (median ms)": value for name, value in medians.items()}
-        rows.extend((op, name, value, value / medians["floor"]) for name, value in medians.items())
+        shrink_rows.extend((op, name, value, value / medians["floor"]) for name, value in medians.items())
 
     return run
+
+
+@pytest.fixture
+def svt_race(benchmark):
+    """svt_race(case, weights, truths, ours, peers, floor): as ``race``; the results of each are checked, first."""
+
+    def run(case, weights, truths, ours, peers, floor, rounds=7):
+        work, times, checks, infos = {**peers, **ours}, {}, {}, {}
+        for name, function in work.items():
+            Ws = [W.clone() for W in weights]
+            infos[name] = function(Ws)
+            checks[name] = check(Ws, truths, infos[name])
+        reset = [W.clone() for W in weights]
+
+        def once(name):
+            torch._foreach_copy_(reset, weights)
+            times.setdefault(name, []).append(timed(lambda: work[name](reset)))
+
+        def setup():
+            for name in work:
+                done = times.get(name, [])
+                if len(done) < (1 if done and done[0] > VERY_SLOW else 3 if done and done[0] > SLOW else rounds):
+                    once(name)
+
+        first = next(iter(ours))
+        benchmark.pedantic(lambda: once(first), setup=setup, rounds=rounds)
+        medians = {name: median(samples) for name, samples in times.items()}
+        for name in work:
+            error, bound, correct = checks[name]
+            ratio = medians["svd"] / medians[name] if correct and "svd" in medians else None
+            of_floor = medians[name] / floor(infos[name]) if name in ours else None
+            svt_rows.append((case, name, medians[name], ratio, of_floor, error, bound, correct))
+            benchmark.extra_info[name] = dict(
+                zip(("ms", "x svd", "x floor", "error", "bound", "ok"), svt_rows[-1][2:], strict=True)
+            )
+
+    return run
+
+
+def check(results, truths, infos) -> tuple[float, float | None, bool]:
+    """Largest spectral error / tau, largest bound / tau, and whether every layer is within the tolerance."""
+    errors = [P.double() - T for P, T in zip(results, truths, strict=True)]
+    spectral = [float(torch.linalg.matrix_norm(E, 2)) if min(E.shape) < 1500 else float(E.norm()) for E in errors]
+    allowed = [1e-3 + torch.finfo(P.dtype).eps * float(T.norm()) for P, T in zip(results, truths, strict=True)]
+    bounds = [float(i.error_bound.max()) for i in infos] if infos else []
+    held = all(float(E.norm()) <= b for E, b in zip(errors, bounds, strict=False))
+    ok = held and all(e <= a for e, a in zip(spectral, allowed, strict=True))  # NaN is not
+    return max(spectral), max(bounds, default=None), ok
 
 
 def pytest_terminal_summary(terminalreporter):
     write, load = terminalreporter.write_line, os.getloadavg()[0]
     write(f"{workloads.device_name()}, {torch.get_num_threads()} threads, load {load:.1f}, torch {torch.__version__}")
-    write(f"{'op':22}{'':16}{'median ms':>10}{'x floor':>9}")
-    for op, name, value, ratio in rows:
+    if shrink_rows:
+        write(f"{'op':22}{'':16}{'median ms':>10}{'x floor':>9}")
+    for op, name, value, ratio in shrink_rows:
         write(f"{op:22}{name:16}{value:10.2f}{ratio:9.2f}")
+    if svt_rows:
+        write(f"{'svt':28}{'':20}{'median ms':>11}{'svd / it':>10}{'x floor':>9}{'error/tau':>11}{'bound/tau':>11}")
+    for case, name, value, ratio, of_floor, error, bound, correct in svt_rows:
+        text = f"{ratio:9.1f}x" if ratio else " " * 10 if correct else "     wrong"
+        shown = [f"{of_floor:9.1f}" if of_floor else " " * 9, f"{error:11.1e}", f"{bound:11.1e}" if bound else ""]
+        write(f"{case:28}{name:20}{value:11.2f}{text}{''.join(shown)}")
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):

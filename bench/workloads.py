@@ -10,6 +10,7 @@ moved by 0.15 to 0.5 divided by their singular value, all in a few directions, a
 
 import math
 import re
+import time
 
 import torch
 
@@ -96,6 +97,16 @@ def drifted(weights: list[torch.Tensor], bases: list[tuple[torch.Tensor, torch.T
         outside = OUTSIDE * (left * falling) @ right.mT
         moved.append(W + U @ V.mT + outside + TANGENT * (U @ (H @ right.mT) + (left @ K.mT) @ V.mT))
     return moved
+
+
+def seconds(function) -> float:
+    """How long it takes, once."""
+    sync = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
+    sync()
+    start = time.perf_counter()
+    function()
+    sync()
+    return time.perf_counter() - start
 
 
 def device_name() -> str:

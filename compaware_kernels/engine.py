@@ -31,7 +31,7 @@ from .subspace import Subspace, columns_for, orthonormalise
 
 COLD = 16  # columns to begin with where nothing is known
 FEW = 3  # the subspace may have n / FEW columns
-NORM_SLACK = 1.01  # of a norm computed in fp32
+LITTLE = 1e8  # multiplications of a matrix product, below which threads are not worth starting
 
 
 @dataclass
@@ -180,13 +180,16 @@ def in_parallel(work: Callable[[Task], None], tasks: Sequence[Task]) -> None:
     """Do the work on every task: large ones in turn on all threads, the others side by side on one thread each."""
     threads = torch.get_num_threads()
     on_cpu = all(task.W.device.type == "cpu" for task in tasks)
-    if threads == 1 or len(tasks) == 1 or not on_cpu:
-        return [work(task) for task in tasks] and None
 
     def cost(task: Task) -> int:
         return task.W.numel() * min(task.W.shape)
 
-    share = sum(map(cost, tasks)) / threads
+    total = sum(map(cost, tasks))
+    if threads == 1 or len(tasks) == 1 or not on_cpu or total < LITTLE:
+        for task in tasks:
+            work(task)
+        return
+    share = total / threads
     tasks = sorted(tasks, key=cost, reverse=True)
     large = [task for task in tasks if cost(task) > share]
     for task in large:

@@ -89,6 +89,8 @@ class Subspace:
             self._take(self._outside(self._times(self.X.mT, source)))
             self._rayleigh_ritz()
             self._bound_rest()
+            if self.below > self.threshold and self.spread > self.max_columns - self.V.shape[1]:
+                return None
             sketch = sketch_triplets(self.X, *self.triplets, self.generator)
             tail = self._tail()
             if sketch.spectral + tail <= self.tol * self.threshold and self.threshold > 0:
@@ -130,7 +132,7 @@ class Subspace:
         """
         top = float(self.mu[self.rank]) if self.rank < len(self.mu) else 0.0
         y = self.probes = without(self._draw(PROBES), self.V)
-        power, growth = 0, 0.0
+        power, growth, self.spread = 0, 0.0, 0.0
         while power < MAX_POWER and growth < self.threshold < math.hypot(top, self.rho):
             before = torch.linalg.vector_norm(y)
             y = self._times(self.X, y) if power % 2 == 0 else without(self._times(self.X.mT, y), self.V)
@@ -138,6 +140,8 @@ class Subspace:
             self.rho = min(self.rho, norm_from_probes(y, power) + self.slack)
             if power > 1:  # growth of random vectors is not yet a lower bound of ||R||
                 growth = float(torch.linalg.vector_norm(y) / before)
+            if power == 2:  # (sum sigma^2)^2 / sum sigma^4: about how many directions R has
+                self.spread = float(before) ** 2 / PROBES / max(growth, 1e-300) ** 2
             if power % 2 == 0:
                 self.probes = y
         self.below = math.hypot(top, self.rho)

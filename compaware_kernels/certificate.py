@@ -39,12 +39,18 @@ def _factor(probes: int) -> float:
     return 1 / math.sqrt(low * probes)
 
 
-def norm_from_probes(sketch: Tensor, power: int = 1) -> float:
-    """An upper bound of ||R||_2 (of ||R||_F, where power is 1) from ``sketch`` ``[., p]``.
+def norm_from_log(log_norm: float, probes: int, power: int = 1) -> float:
+    """An upper bound of ||R||_2 (of ||R||_F, where power is 1) from the logarithm of the norm of a sketch.
 
-    ``sketch = R Omega``, ``R^T R Omega``, ``R R^T R Omega``, ... with ``power`` factors.
+    The sketch is ``R Omega``, ``R^T R Omega``, ``R R^T R Omega``, ... with ``power`` factors.
     """
-    return (_factor(sketch.shape[1]) * float(torch.linalg.vector_norm(sketch.double()))) ** (1 / power)
+    return math.exp((math.log(_factor(probes)) + log_norm) / power)
+
+
+def norm_from_probes(sketch: Tensor, power: int = 1) -> float:
+    """The same, from the sketch ``[., p]``."""
+    norm = float(torch.linalg.vector_norm(sketch.double()))
+    return 0.0 if norm == 0 else norm_from_log(math.log(norm), sketch.shape[1], power)
 
 
 @dataclass
@@ -79,6 +85,25 @@ def sketch_triplets(X: Tensor, U: Tensor, s: Tensor, V: Tensor, generator: torch
 
 def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
+
+
+def in_range(dtype: torch.dtype, *values: float) -> bool:
+    """Whether squares of these, and of what is a millionth of them, are ordinary numbers of the dtype."""
+    info = torch.finfo(dtype)
+    low, high = 1e6 * math.sqrt(info.smallest_normal), 1e-6 * math.sqrt(info.max)
+    return all(low < value < high for value in values)
+
+
+def norms(W: Tensor) -> Tensor:
+    """||W||_F of matrices ``[..., m, n]``, or at most 1 % more, fp64 ``[...]`` on the CPU; finite for finite W."""
+    if not W.numel():
+        return torch.zeros(W.shape[:-2], dtype=torch.float64)
+    dtype = torch.promote_types(W.dtype, torch.float32)
+    found = torch.linalg.vector_norm(W, dim=(-2, -1), dtype=dtype).double().cpu()
+    if not all(in_range(dtype, norm) for norm in found.flatten().tolist()):
+        scale = W.abs().amax((-2, -1), keepdim=True).double().clamp_min(torch.finfo(torch.float64).tiny)
+        found = (torch.linalg.vector_norm(W.double() / scale, dim=(-2, -1)) * scale[..., 0, 0]).cpu()
+    return 1.01 * found
 
 
 def storage(dtype: torch.dtype, norm: float, numel: int) -> float:

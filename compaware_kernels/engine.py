@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from . import dense, small
-from .certificate import storage, unit_roundoff
+from .certificate import in_range, norms, storage, unit_roundoff
+from .ops import compute_dtype
 from .products import ROWS, inner, product
 from .spectral import SoftThreshold, Spectral
 from .state import WarmState
@@ -51,15 +52,18 @@ class Task:
     reason: str = ""
     s: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))  # of the result, without its zeros
     error: float = 0.0
+    stored: float = 0.0  # >= the Frobenius norm of what is rounded to the dtype of W
     left: Tensor | None = None  # the result is left right^T
     right: Tensor | None = None
     dense: dense.Dense | None = None
 
     def matrix(self) -> Tensor:
-        """X [m, n], m >= n, in the compute dtype."""
-        W = self.W if self.center is None else self.W - self.center
-        W = W if W.dtype == torch.float64 else W.float()
-        return W if W.shape[0] >= W.shape[1] else W.mT
+        """X [m, n], m >= n, in the compute dtype: fp32, or fp64 where the weight is, or a difference needs it."""
+        X = self.W if self.W.dtype == torch.float64 else self.W.float()
+        if self.center is not None:
+            X = self.W.double() - self.center.double()
+            X = X.to(_product_dtype(self, compute_dtype(self.W.dtype)))
+        return X if X.shape[0] >= X.shape[1] else X.mT
 
     @property
     def generator(self) -> torch.Generator:
@@ -68,7 +72,7 @@ class Task:
 
 def compute(task: Task) -> None:
     """Find the result of one task; write nothing."""
-    if task.function.count == 0 or (task.function.count is None and task.norm <= task.function.floor):
+    if task.norm == 0 or task.function.count == 0 or (task.function.count is None and task.norm <= task.function.floor):
         task.method, task.reason = "zero", f"||W||_F is at most {task.norm:.3g}"
         return
     X = task.matrix()
@@ -107,17 +111,17 @@ def _try_subspace(task: Task, X: Tensor, dtype: torch.dtype) -> bool:
     function, n, generator = task.function, X.shape[1], task.generator
     u = unit_roundoff(dtype)
     floor = function.floor if function.count is None else task.norm
-    if 2 * u * task.norm > task.tol * floor:
+    if 2 * u * task.norm > task.tol * floor or not in_range(dtype, task.norm, floor):
         task.reason = f"{dtype} is too coarse for ||W||_F / tau = {task.norm / floor:.1e}"
         return False
-    V = task.basis
+    V = None if task.basis is None or not task.basis.isfinite().all() else task.basis.to(dtype)
     if V is None:
         columns = columns_for(function.count or COLD)
         V = orthonormalise(torch.randn(n, columns, generator=generator, dtype=dtype, device=X.device))
-    elif float((inner(V, V) - torch.eye(V.shape[1], device=V.device)).abs().max()) > 1e-3:
+    elif not float((inner(V, V) - torch.eye(V.shape[1], device=V.device)).abs().max()) < 1e-3:
         V = torch.linalg.qr(V).Q  # not what this engine put there
     columns = (n // 2, 4 * u * task.norm, function.count)
-    found = Subspace(X, function.floor, V.to(dtype), task.tol, generator, *columns).run()
+    found = Subspace(X, function.floor, V, task.tol, generator, *columns).run()
     if found is None:
         task.reason = f"a subspace of {n // 2} columns would not do, or not in {dtype}"
         return False
@@ -151,18 +155,22 @@ def write(task: Task, ball: bool) -> None:
         right = right.mT.contiguous().mT
         for part in _row_ranges(W):
             P = product(left[part], right.mT)
-            W[part] = W[part] - P if ball else P if center is None else P + center[part]
+            W[part] = W[part] - P if ball else P if center is None else P + center[part].to(P.dtype)
     elif task.dense is not None:
         dtype = _product_dtype(task, torch.float64 if W.dtype == torch.float64 else torch.float32)
-        X = task.matrix().to(dtype)
+        X = task.matrix()
+        dtype = torch.promote_types(dtype, X.dtype)
+        X = X.to(dtype)
         L, R = task.dense.L.to(dtype), task.dense.R
         XK = product(X, L) if R is None else product(product(X, L), R.to(dtype).mT)
         XK = XK if W.shape[0] >= W.shape[1] else XK.mT
         if ball != task.dense.residual:  # X K is not what is wanted, but what is taken away
-            XK, center = W - XK, None
-        W.copy_(XK if center is None else XK + center)
+            XK = (X if W.shape[0] >= W.shape[1] else X.mT) - XK
+        W.copy_(XK if center is None else XK + center.to(dtype))
     elif not ball:
         W.zero_() if center is None else W.copy_(center)
+    # P and a center, or a difference, are rounded once when added, and once when stored
+    task.stored = 2.02 * float(norms(W)) if ball or center is not None else float(task.s.norm())
 
 
 def _row_ranges(W: Tensor) -> list[slice]:
@@ -172,7 +180,7 @@ def _row_ranges(W: Tensor) -> list[slice]:
 
 def _product_dtype(task: Task, dtype: torch.dtype) -> torch.dtype:
     """The dtype the dense routes multiply in: fp64 where fp32 could not give the tolerance."""
-    coarse = 2 * unit_roundoff(dtype) * task.norm > task.tol * task.function.floor
+    coarse = 8 * unit_roundoff(dtype) * task.norm > task.tol * task.function.floor
     return torch.float64 if coarse and task.function.count is None else dtype
 
 
@@ -220,7 +228,7 @@ class Outcome:
 def shrink_all(
     weights: Sequence[Tensor],  # [..., m, n] each, ragged
     functions: Sequence[Spectral],
-    norms: Sequence[Tensor],  # [...] of every weight less its center
+    sizes: Sequence[Tensor],  # [...] norms of every weight less its center
     *,
     tol: float,
     state: WarmState | None = None,
@@ -234,7 +242,7 @@ def shrink_all(
     call = state.calls if state else 0
     work: list[small.Group | list[Task]] = []
     small_shapes = small.small_shapes(weights)
-    for W, function, norm, key, center in zip(weights, functions, norms, keys, centers, strict=True):
+    for W, function, norm, key, center in zip(weights, functions, sizes, keys, centers, strict=True):
         if tuple(W.shape[-2:]) in small_shapes and not _vanishes(norm, function):
             work.append(small.group(W, function, center, norm, tol))
         else:
@@ -278,15 +286,16 @@ def _outcome(W: Tensor, entry: small.Group | list[Task]) -> Outcome:
     if not W.numel():
         zeros = torch.zeros(batch, dtype=torch.float64)
         return Outcome(zeros.long(), zeros[..., None].expand(*batch, k).clone(), zeros, "empty", "")
+    numel = W.shape[-2] * W.shape[-1]
     if isinstance(entry, small.Group):
-        stored = storage(W.dtype, 1.0, 0) * torch.linalg.vector_norm(entry.s, dim=-1)
-        error = entry.error + stored + storage(W.dtype, 0.0, W.shape[-2] * W.shape[-1])
+        stored = 2 * storage(W.dtype, 1.0, 0) * torch.linalg.matrix_norm(entry.P.double())
+        error = entry.error + stored.flatten() + storage(W.dtype, 0.0, numel)
         results = [x.cpu().reshape(batch + x.shape[1:]) for x in ((entry.s > 0).sum(-1), entry.s, error)]
         return Outcome(*results, entry.method, "small")
     s = torch.zeros(len(entry), k, dtype=torch.float64)
     for row, task in zip(s, entry, strict=True):
         row[: len(task.s)] = task.s.cpu()
-    error = [task.error + storage(W.dtype, float(task.s.norm()), task.W.numel()) for task in entry]
+    error = [task.error + storage(W.dtype, task.stored, numel) for task in entry]
     ranks = torch.tensor([len(task.s) for task in entry], dtype=torch.int64)
     methods, reasons = (list(dict.fromkeys(getattr(t, what) for t in entry)) for what in ("method", "reason"))
     shape = [s.reshape(*batch, k), torch.tensor(error, dtype=torch.float64).reshape(batch)]

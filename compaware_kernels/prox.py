@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import engine, folds, ops
+from . import certificate, engine, folds, ops
 from .checks import check_center, checked, checked_list, checked_tau
 from .spectral import SoftThreshold, Truncate, WeightedThreshold
 from .state import WarmState
@@ -264,7 +264,11 @@ def _shrink(weights, functions, state, tol, fold, groups, names, center=None, ba
     mats = _matrices(weights, fold, groups)
     targets = _targets(mats)
     centers = None if center is None else _matrices(center, fold, groups)
-    norms = _norms(targets, centers)
+    differences = (
+        targets if centers is None else [M.double() - C.double() for M, C in zip(targets, centers, strict=True)]
+    )
+    norms = [certificate.norms(M) for M in differences]
+    del differences
     keys = names or [str(i) for i in range(len(weights))]
     outcomes = engine.shrink_all(targets, functions, norms, tol=tol, state=state, keys=keys, centers=centers, ball=ball)
     for W, M, T in zip(weights, mats, targets, strict=True):
@@ -291,18 +295,6 @@ def _targets(mats: Sequence[Tensor]) -> list[Tensor]:
         targets.append(M.clone(memory_format=torch.contiguous_format) if tied or not M.is_contiguous() else M)
         seen.add(M.data_ptr())
     return targets
-
-
-def _norms(mats: Sequence[Tensor], centers: Sequence[Tensor] | None) -> list[Tensor]:
-    """Upper bounds of the Frobenius norms, fp64 ``[...]``. In fp32 a sum of squares may lose 1 %."""
-    norms = []
-    for i, M in enumerate(mats):
-        M = M if centers is None else M - centers[i]
-        norm = torch.linalg.vector_norm(M, dim=(-2, -1), dtype=ops.compute_dtype(M.dtype)).double()
-        if M.numel() and M.dtype != torch.float64 and not ((norm > 1e-12) & (norm < 1e18)).all():
-            norm = torch.linalg.vector_norm(M, dim=(-2, -1), dtype=torch.float64)
-        norms.append(1.01 * norm.cpu())
-    return norms
 
 
 def _svt_traced(weights, tau, state, tol, center, fold, groups, names) -> list[SvtInfo]:

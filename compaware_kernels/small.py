@@ -37,7 +37,7 @@ class Group:
         return f"jacobi, fp{torch.finfo(self.dtype).bits}"
 
     def matrices(self) -> Tensor:
-        X = self.W if self.center is None else self.W - self.center
+        X = self.W if self.center is None else self.W.double() - self.center.double()
         return X.to(self.dtype).reshape(-1, *self.W.shape[-2:])
 
 
@@ -98,6 +98,6 @@ def write(groups: Sequence[Group]) -> None:
     for entry in groups:
         entry.P = entry.P.reshape(entry.W.shape)
         if entry.center is not None:
-            entry.P = entry.P + entry.center
+            entry.P = entry.P + entry.center.to(entry.P.dtype)
     if groups:
         torch._foreach_copy_([entry.W for entry in groups], [entry.P for entry in groups])

@@ -98,6 +98,8 @@ class Truncate:
         if self.count == 0 or (len(s) <= self.count and below == 0):
             return 1.0
         last = float(s[self.count - 1])
+        if last == 0:  # of lower rank than asked for, but for the error: it stays as it is
+            return 2.0
         below = float(s[self.count]) if len(s) > self.count else below
         gap = last - below - 2 * error
         return (last + error) / gap if gap > 0 else math.inf

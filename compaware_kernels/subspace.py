@@ -9,7 +9,8 @@ after which ``X V' = U diag(mu)`` holds exactly; mu and Q come from ``B^T B`` in
 (:func:`.certificate.sketch_triplets`), and the directions of what is too large join V (a block Krylov step). After a
 warm start the first V is nearly right, and once is enough.
 
-All that is not wanted must be nowhere above the threshold. Its columns are ``U_e diag(mu_e)`` for the pairs not wanted,
+All that is not wanted must be nowhere above the threshold. What is near it is checked like what is wanted. Of the
+rest the columns are ``U_e diag(mu_e)`` for the pairs found,
 and ``R = X (I - V V^T)``: its norm is at most ``sqrt(mu_e^2 + rho^2)``, with rho a bound of ``||R||_2`` from probes.
 
 Sources: Halko, Martinsson & Tropp, SIAM Review 53(2), 2011; Musco & Musco, NIPS 2015 (block Krylov).
@@ -23,12 +24,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .certificate import PROBES, Sketch, norm_from_probes, sketch_triplets
+from .certificate import PROBES, Sketch, norm_from_log, sketch_triplets
 from .products import COLUMNS, inner, product, times, without
 
 SPARE = 8  # right singular vectors kept beyond the rank: they follow the top of what is left out
 MAX_PASSES = 8
 MAX_POWER = 7
+NEAR = 0.8  # of the threshold: triplets from here on are checked as if they were wanted
 WELL = 0.1  # least diagonal of the Cholesky factor of unit columns that fp32 can do with
 
 
@@ -84,9 +86,11 @@ class Subspace:
     def run(self) -> Triplets | None:
         """The triplets, or None where a dense factorisation is the better way."""
         source = self.B
-        while self.passes < MAX_PASSES and self.V.shape[1] + source.shape[1] <= self.max_columns:
+        while source.shape[1] and self.passes < MAX_PASSES and self.V.shape[1] + source.shape[1] <= self.max_columns:
             self.passes += 1
             self._take(self._outside(self._times(self.X.mT, source)))
+            if not self.BtB.isfinite().all():
+                return None
             self._rayleigh_ritz()
             self._bound_rest()
             if self.below > self.threshold and self.spread > self.max_columns - self.V.shape[1]:
@@ -110,7 +114,9 @@ class Subspace:
     def _outside(self, Y: Tensor) -> Tensor:
         """An orthonormal basis of (I - V V^T) Y."""
         W = without(orthonormalise(without(Y, self.V)), self.V)
-        if float(torch.linalg.vector_norm(W, dim=0).min()) < 0.99:  # what was left was little more than rounding
+        if (
+            W.shape[1] and float(torch.linalg.vector_norm(W, dim=0).min()) < 0.99
+        ):  # what was left was little more than rounding
             W = without(orthonormalise(W), self.V)
         return W
 
@@ -122,26 +128,30 @@ class Subspace:
         self.rank = int((mu > self.threshold).sum()) if self.count is None else min(self.count, len(mu))
         self.mu, Q = mu, Q.flip(1)[:, : columns_for(self.rank)]
         self.right = product(self.V, Q.to(self.V.dtype))
-        left = (Q[:, : self.rank] / self.mu[: self.rank]).to(self.B.dtype)
-        self.triplets = product(self.B, left), self.mu[: self.rank], self.right[:, : self.rank]
+        near = int((mu > NEAR * self.threshold).sum())
+        self.checked = c = min(max(self.rank + 1, near), Q.shape[1], int((mu > 1e-6 * mu[0]).sum()))
+        self.triplets = product(self.B, (Q[:, :c] / mu[:c]).to(self.B.dtype)), mu[:c], self.right[:, :c]
 
     def _bound_rest(self) -> None:
         """below >= the norm of all that is not wanted, from the powers (R^T R)^j Omega, R = X (I - V V^T).
 
         A larger V only makes R smaller: what was shown of it stays true.
         """
-        top = float(self.mu[self.rank]) if self.rank < len(self.mu) else 0.0
+        top = float(self.mu[self.checked]) if self.checked < len(self.mu) else 0.0
         y = self.probes = without(self._draw(PROBES), self.V)
-        power, growth, self.spread = 0, 0.0, 0.0
+        power, growth, log_norm, self.spread = 0, 0.0, 0.0, 0.0
         while power < MAX_POWER and growth < self.threshold < math.hypot(top, self.rho):
-            before = torch.linalg.vector_norm(y)
             y = self._times(self.X, y) if power % 2 == 0 else without(self._times(self.X.mT, y), self.V)
-            power += 1
-            self.rho = min(self.rho, norm_from_probes(y, power) + self.slack)
-            if power > 1:  # growth of random vectors is not yet a lower bound of ||R||
-                growth = float(torch.linalg.vector_norm(y) / before)
-            if power == 2:  # (sum sigma^2)^2 / sum sigma^4: about how many directions R has
-                self.spread = float(before) ** 2 / PROBES / max(growth, 1e-300) ** 2
+            norm, power = float(torch.linalg.vector_norm(y)), power + 1
+            if norm == 0:
+                self.rho = min(self.rho, self.slack)
+                break
+            y, log_norm, growth = y / norm, log_norm + math.log(norm), norm if power > 1 else 0.0
+            self.rho = min(self.rho, norm_from_log(log_norm, PROBES, power) + self.slack)
+            if power == 1:
+                first = norm**2 / PROBES  # about sum sigma^2
+            elif power == 2:  # (sum sigma^2)^2 / sum sigma^4: about how many directions R has
+                self.spread = first / norm**2
             if power % 2 == 0:
                 self.probes = y
         self.below = math.hypot(top, self.rho)
@@ -150,7 +160,7 @@ class Subspace:
         """A bound of (sum (sigma_i - threshold)_+^2)^(1/2) over the singular values of all that is not wanted."""
         if self.rho > self.threshold:
             return math.inf
-        sigma = (self.mu[self.rank :].square() + self.rho**2).sqrt()  # Weyl; all others are at most rho
+        sigma = (self.mu[self.checked :].square() + self.rho**2).sqrt() + self.slack  # Weyl; all others are at most rho
         return float((sigma - self.threshold).clamp_min(0).norm())
 
     def _sources(self, sketch: Sketch) -> Tensor:
@@ -172,7 +182,9 @@ class Subspace:
         return times(X, Y)
 
     def _result(self, sketch: Sketch, tail: float) -> Triplets:
-        return Triplets(*self.triplets, sketch, tail, self.below, self.right, self.passes, self.products)
+        U, s, V = (x[..., : self.rank] for x in self.triplets)
+        below = max(self.below, float(self.mu[self.rank]) if self.rank < len(self.mu) else 0.0)
+        return Triplets(U, s, V, sketch, tail, below, self.right, self.passes, self.products)
 
 
 def orthonormalise(B: Tensor) -> Tensor:

@@ -53,6 +53,8 @@ def by_gram(X: Tensor, function: Spectral, tol: float, norm: float, generator: t
         if GRAM_LOSS * u * top_eigenvalue(G) > tol * tau**2:
             continue
         w, V = torch.linalg.eigh(G)
+        if GRAM_LOSS * u * float(w[-1]) > tol * tau**2:  # the estimate was one
+            continue
         s, V = w.double().clamp_min(0).sqrt().flip(0), V.flip(1)
         K = split(V, function(s) / s.clamp_min(TINY))
         if dtype == torch.float32:
@@ -107,7 +109,7 @@ def gram_error(X: Tensor, V: Tensor, w: Tensor, K: tuple, tau: float, generator:
 def top_eigenvalue(G: Tensor) -> float:
     """About the largest eigenvalue, by a few power steps."""
     scale = G.diagonal().max().clamp_min(torch.finfo(G.dtype).tiny)
-    x = (G / scale).abs().sum(1, keepdim=True)
+    x = G[:, G.diagonal().argmax(), None] / scale
     for _ in range(4):
         x = (G @ (x / x.norm())) / scale
     return float(x.norm().double() * scale.double())

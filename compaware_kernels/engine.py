@@ -180,7 +180,7 @@ def _row_ranges(W: Tensor) -> list[slice]:
 
 def _product_dtype(task: Task, dtype: torch.dtype) -> torch.dtype:
     """The dtype the dense routes multiply in: fp64 where fp32 could not give the tolerance."""
-    coarse = 8 * unit_roundoff(dtype) * task.norm > task.tol * task.function.floor
+    coarse = 32 * unit_roundoff(dtype) * task.norm > task.tol * task.function.floor
     return torch.float64 if coarse and task.function.count is None else dtype
 
 

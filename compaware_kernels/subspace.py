@@ -9,9 +9,9 @@ after which ``X V' = U diag(mu)`` holds exactly; mu and Q come from ``B^T B`` in
 (:func:`.certificate.sketch_triplets`), and the directions of what is too large join V (a block Krylov step). After a
 warm start the first V is nearly right, and once is enough.
 
-All that is not wanted must be nowhere above the threshold. What is near it is checked like what is wanted. Of the
-rest the columns are ``U_e diag(mu_e)`` for the pairs found,
-and ``R = X (I - V V^T)``: its norm is at most ``sqrt(mu_e^2 + rho^2)``, with rho a bound of ``||R||_2`` from probes.
+All that is not wanted must be nowhere above the threshold. What is near it is checked like what is wanted. The columns
+of the rest are ``U_e diag(mu_e)``, of the pairs that were found, too, and ``R = X (I - V V^T)``: its norm is at most
+``sqrt(mu_e^2 + rho^2)``, with rho a bound of ``||R||_2`` from probes.
 
 Sources: Halko, Martinsson & Tropp, SIAM Review 53(2), 2011; Musco & Musco, NIPS 2015 (block Krylov).
 """
@@ -92,11 +92,13 @@ class Subspace:
             if not self.BtB.isfinite().all():
                 return None
             self._rayleigh_ritz()
+            if self.checked < self.rank:
+                return None
             self._bound_rest()
             if self.below > self.threshold and self.spread > self.max_columns - self.V.shape[1]:
                 return None
             sketch = sketch_triplets(self.X, *self.triplets, self.generator)
-            tail = self._tail()
+            tail = self._tail(sketch)
             if sketch.spectral + tail <= self.tol * self.threshold and self.threshold > 0:
                 return self._result(sketch, tail)
             source = self._sources(sketch)
@@ -129,7 +131,7 @@ class Subspace:
         self.mu, Q = mu, Q.flip(1)[:, : columns_for(self.rank)]
         self.right = product(self.V, Q.to(self.V.dtype))
         near = int((mu > NEAR * self.threshold).sum())
-        self.checked = c = min(max(self.rank + 1, near), Q.shape[1], int((mu > 1e-6 * mu[0]).sum()))
+        self.checked = c = min(max(1, self.rank, near), Q.shape[1], int((mu > 1e-6 * mu[0]).sum()))
         self.triplets = product(self.B, (Q[:, :c] / mu[:c]).to(self.B.dtype)), mu[:c], self.right[:, :c]
 
     def _bound_rest(self) -> None:
@@ -156,11 +158,12 @@ class Subspace:
                 self.probes = y
         self.below = math.hypot(top, self.rho)
 
-    def _tail(self) -> float:
+    def _tail(self, sketch: Sketch) -> float:
         """A bound of (sum (sigma_i - threshold)_+^2)^(1/2) over the singular values of all that is not wanted."""
         if self.rho > self.threshold:
             return math.inf
-        sigma = (self.mu[self.checked :].square() + self.rho**2).sqrt() + self.slack  # Weyl; all others are at most rho
+        sigma = (self.mu[self.checked :].square() + self.rho**2).sqrt()  # Weyl; all others are at most rho
+        sigma = sigma + self.slack + sketch.bound
         return float((sigma - self.threshold).clamp_min(0).norm())
 
     def _sources(self, sketch: Sketch) -> Tensor:

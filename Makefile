@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py $(shell find csrc -type f)
 
-.PHONY: demo test bench lint gpu-check clean
+.PHONY: demo test bench hunt lint gpu-check clean
 .DEFAULT_GOAL := test
 
 demo: .venv/built
@@ -16,6 +16,10 @@ test: .venv/built
 bench: .venv/built
 	mkdir -p bench/results
 	$(BIN)/pytest bench --benchmark-json bench/results/$$($(BIN)/python bench/workloads.py).json
+
+# 20,000 cases that try to break the error bounds; tests run the first 400.
+hunt: .venv/built
+	$(BIN)/python tests/hunt.py 20000
 
 lint: .venv/pins
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import hunt
 import pytest
 import torch
 
@@ -335,6 +336,17 @@ def test_weighted_svt(shape):
     for bad in (torch.linspace(3.0, 1.0, k), torch.ones(k + 1), -torch.ones(k)):
         with pytest.raises(ValueError, match="wanted"):
             ck.weighted_svt_([W], [bad])
+
+
+# --- cases that try to break it ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_hunt(part):
+    """The first few hundred of the cases of hunt.py, which has any number of them."""
+    for seed in range(100 * part, 100 * part + 100):
+        holds, _, message = hunt.check(hunt.case(seed))
+        assert holds, (seed, message)
 
 
 # --- what it is made of -----------------------------------------------------------------------------------------------

@@ -181,7 +181,8 @@ def _row_ranges(W: Tensor) -> list[slice]:
 def _product_dtype(task: Task, dtype: torch.dtype) -> torch.dtype:
     """The dtype the dense routes multiply in: fp64 where fp32 could not give the tolerance."""
     coarse = 32 * unit_roundoff(dtype) * task.norm > task.tol * task.function.floor
-    return torch.float64 if coarse and task.function.count is None else dtype
+    extreme = not 1e-25 < task.norm < 1e25  # where fp32 products underflow or overflow
+    return torch.float64 if extreme or (coarse and task.function.count is None) else dtype
 
 
 def in_parallel(work: Callable[[Task], None], tasks: Sequence[Task]) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from . import dense, small
 from .certificate import in_range, norms, storage, unit_roundoff
 from .ops import compute_dtype
-from .products import ROWS, inner, product
+from .products import ROWS, product
 from .spectral import SoftThreshold, Spectral
 from .state import WarmState
 from .subspace import Subspace, columns_for, orthonormalise
@@ -114,12 +114,9 @@ def _try_subspace(task: Task, X: Tensor, dtype: torch.dtype) -> bool:
     if 2 * u * task.norm > task.tol * floor or not in_range(dtype, task.norm, floor):
         task.reason = f"{dtype} is too coarse for ||W||_F / tau = {task.norm / floor:.1e}"
         return False
-    V = None if task.basis is None or not task.basis.isfinite().all() else task.basis.to(dtype)
-    if V is None:
-        columns = columns_for(function.count or COLD)
-        V = orthonormalise(torch.randn(n, columns, generator=generator, dtype=dtype, device=X.device))
-    elif not float((inner(V, V) - torch.eye(V.shape[1], device=V.device)).abs().max()) < 1e-3:
-        V = torch.linalg.qr(V).Q  # not what this engine put there
+    known = task.basis is not None and bool(task.basis.isfinite().all())
+    guess = task.basis.to(dtype) if known else _random(n, columns_for(function.count or COLD), dtype, X, generator)
+    V = orthonormalise(guess)
     columns = (n // 2, 4 * u * task.norm, function.count)
     found = Subspace(X, function.floor, V, task.tol, generator, *columns).run()
     if found is None:
@@ -136,6 +133,10 @@ def _try_subspace(task: Task, X: Tensor, dtype: torch.dtype) -> bool:
     task.method = f"subspace, fp{torch.finfo(dtype).bits}"
     task.reason = f"{found.passes} passes, {found.products} products"
     return True
+
+
+def _random(n: int, columns: int, dtype: torch.dtype, like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(n, columns, generator=generator, dtype=dtype, device=like.device)
 
 
 def worth_it(m: int, n: int, columns: int) -> bool:

@@ -30,6 +30,7 @@ from .products import COLUMNS, inner, product, times, without
 SPARE = 8  # right singular vectors kept beyond the rank: they follow the top of what is left out
 MAX_PASSES = 8
 MAX_POWER = 7
+MARGIN = 1.25  # for what is an estimate of the spectral norm, by 12 probes; measured: it was at most 6 % too small
 NEAR = 0.8  # of the threshold: triplets from here on are checked as if they were wanted
 WELL = 0.1  # least diagonal of the Cholesky factor of unit columns that fp32 can do with
 
@@ -99,7 +100,7 @@ class Subspace:
                 return None
             sketch = sketch_triplets(self.X, *self.triplets, self.generator)
             tail = self._tail(sketch)
-            if sketch.spectral + tail <= self.tol * self.threshold and self.threshold > 0:
+            if MARGIN * sketch.spectral + tail <= self.tol * self.threshold and self.threshold > 0:
                 return self._result(sketch, tail)
             source = self._sources(sketch)
         return None
@@ -114,12 +115,15 @@ class Subspace:
         self.V, self.B, self.BtB = torch.cat([self.V, V], 1), torch.cat([self.B, B], 1), own
 
     def _outside(self, Y: Tensor) -> Tensor:
-        """An orthonormal basis of (I - V V^T) Y."""
-        W = without(orthonormalise(without(Y, self.V)), self.V)
-        if (
-            W.shape[1] and float(torch.linalg.vector_norm(W, dim=0).min()) < 0.99
-        ):  # what was left was little more than rounding
+        """An orthonormal basis of (I - V V^T) Y, filled up at random where that has too few directions."""
+        W = without(Y, self.V)
+        for _ in range(4):
             W = without(orthonormalise(W), self.V)
+            norms = torch.linalg.vector_norm(W, dim=0)
+            if bool((norms > 1 - 1e-5).all()):
+                break
+            lost = norms < 0.1  # little more than rounding, which lay in V
+            W[:, lost] = without(self._draw(int(lost.sum())), self.V)
         return W
 
     def _rayleigh_ritz(self) -> None:

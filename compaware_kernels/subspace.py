@@ -27,7 +27,7 @@ from torch import Tensor
 from .certificate import PROBES, Sketch, norm_from_log, sketch_triplets
 from .products import COLUMNS, inner, product, times, without
 
-SPARE = 8  # right singular vectors kept beyond the rank: they follow the top of what is left out
+SPARE = 16  # right singular vectors kept beyond the rank: they follow the top of what is left out
 MAX_PASSES = 8
 MAX_POWER = 7
 MARGIN = 1.25  # for what is an estimate of the spectral norm, by 12 probes; measured: it was at most 6 % too small

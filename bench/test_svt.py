@@ -22,7 +22,7 @@ TAU, TOL = 1.0, 1e-3
 
 def shrink(U, s, V):
     """U max(s - tau, 0) V^T from whatever triplets a peer found."""
-    return (U * (s - TAU).clamp_min(0)) @ V.mT
+    return (U * (s - TAU).clamp_min(0)[..., None, :]) @ V.mT
 
 
 def svd(W, rank):

@@ -168,7 +168,7 @@ def test_warm_calls_are_accurate():
 
 
 def test_a_warm_call_takes_fewer_products_than_a_cold_one():
-    W, state = low_rank(600, 400, 80).float(), ck.WarmState()
+    W, state = low_rank(900, 500, 60).float(), ck.WarmState()
     cold, warm = (ck.svt_([W.clone()], 1.0, state=state)[0] for _ in range(2))
     assert int(warm.reason.split()[2]) < int(cold.reason.split()[2]), (cold.reason, warm.reason)
 

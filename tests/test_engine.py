@@ -9,7 +9,6 @@ import torch
 
 import compaware_kernels as ck
 from compaware_kernels import certificate, dense, engine, products, small
-from compaware_kernels.subspace import even
 
 EPS = torch.finfo(torch.float32).eps
 

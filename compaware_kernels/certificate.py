@@ -26,14 +26,14 @@ from torch import Tensor
 from .products import inner, times
 
 PROBES = 12
-FAILURE = 1e-10  # of one statement; a bound rests on fewer than ten
+FAILURE = 5e-12  # of one statement; a bound rests on fewer than two hundred
 
 
 @lru_cache
 def _factor(probes: int) -> float:
     """1 / sqrt(c p)."""
-    low, high = 1e-300, 1.0
-    for _ in range(2000):
+    low, high = 1e-20, 1.0
+    for _ in range(100):
         c = math.sqrt(low * high)
         low, high = (c, high) if probes / 2 * (1 - c + math.log(c)) <= math.log(FAILURE) else (low, c)
     return 1 / math.sqrt(low * probes)
@@ -58,11 +58,13 @@ class Sketch:
     """How far a matrix is from having given singular triplets."""
 
     bound: float  # of the Frobenius norm, failing with a probability of at most 4 FAILURE
-    spectral: float  # an estimate of the spectral norm
+    spectral: float  # an estimate of the spectral norm, with what each triplet lacks as far as its gain says
     columns: Tensor  # [r] estimates of the squares of what each triplet lacks
 
 
-def sketch_triplets(X: Tensor, U: Tensor, s: Tensor, V: Tensor, generator: torch.Generator) -> Sketch:
+def sketch_triplets(
+    X: Tensor, U: Tensor, s: Tensor, V: Tensor, gain: Tensor, generator: torch.Generator
+) -> Sketch:
     """The distance of X from a matrix that has exactly the singular triplets (U, s, V), all in fp64.
 
     With orthonormal U ``[m, r]`` and V ``[n, r]`` that matrix is ``U diag(s) V^T + (I - U U^T) X (I - V V^T)``, at the
@@ -79,8 +81,8 @@ def sketch_triplets(X: Tensor, U: Tensor, s: Tensor, V: Tensor, generator: torch
     bound = math.hypot(norm_from_probes(left), norm_from_probes(F)) + sum(map(norm_from_probes, skew))
     if not math.isfinite(bound):
         return Sketch(math.inf, math.inf, torch.full_like(s, math.inf))
-    spectral = sum(float(torch.linalg.matrix_norm(R, 2)) for R in (left, F, *skew)) if len(s) else 0.0
-    return Sketch(bound, spectral / math.sqrt(PROBES), left.square().sum(1) / PROBES)
+    spectral = sum(float(torch.linalg.matrix_norm(R, 2)) for R in (gain[:, None] * left, F, *skew)) if len(s) else 0.0
+    return Sketch(bound, spectral / math.sqrt(PROBES), left.square().mean(1))
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

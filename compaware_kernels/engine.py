@@ -28,9 +28,8 @@ from .ops import compute_dtype
 from .products import ROWS, product
 from .spectral import SoftThreshold, Spectral
 from .state import WarmState
-from .subspace import Subspace, columns_for, orthonormalise
+from .subspace import FIRST as COLD, Subspace, columns_for
 
-COLD = 16  # columns to begin with where nothing is known
 FEW = 3  # the subspace may have n / FEW columns
 LITTLE = 1e8  # multiplications of a matrix product, below which threads are not worth starting
 
@@ -114,11 +113,11 @@ def _try_subspace(task: Task, X: Tensor, dtype: torch.dtype) -> bool:
     if 2 * u * task.norm > task.tol * floor or not in_range(dtype, task.norm, floor):
         task.reason = f"{dtype} is too coarse for ||W||_F / tau = {task.norm / floor:.1e}"
         return False
-    known = task.basis is not None and bool(task.basis.isfinite().all())
-    guess = task.basis.to(dtype) if known else _random(n, columns_for(function.count or COLD), dtype, X, generator)
-    V = orthonormalise(guess)
-    columns = (n // 2, 4 * u * task.norm, function.count)
-    found = Subspace(X, function.floor, V, task.tol, generator, *columns).run()
+    known = task.basis is not None and bool(((task.basis.norm(dim=0) - 1).abs() < 0.1).all())
+    V = task.basis.to(dtype) if known else X.new_empty(n, 0, dtype=dtype)
+    limits = {"max_columns": n // 2, "slack": 4 * u * task.norm}
+    search = Subspace(X, function.floor, V, task.tol, generator, **limits, gain=function.gain, count=function.count)
+    found = search.run()
     if found is None:
         task.reason = f"a subspace of {n // 2} columns would not do, or not in {dtype}"
         return False
@@ -131,12 +130,8 @@ def _try_subspace(task: Task, X: Tensor, dtype: torch.dtype) -> bool:
     task.error = moved * gain + (r + 1) * u * float(task.s.norm())
     task.basis = found.basis.to(X.dtype)
     task.method = f"subspace, fp{torch.finfo(dtype).bits}"
-    task.reason = f"{found.passes} passes, {found.products} products"
+    task.reason = f"{search.passes} passes, {search.products} products"
     return True
-
-
-def _random(n: int, columns: int, dtype: torch.dtype, like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(n, columns, generator=generator, dtype=dtype, device=like.device)
 
 
 def worth_it(m: int, n: int, columns: int) -> bool:

@@ -31,6 +31,9 @@ class Spectral(Protocol):
         s: the singular values known, ``[k]``; ``below`` bounds all others.
         """
 
+    def gain(self, s: Tensor, below: float) -> Tensor:
+        """How much it moves per unit of what the triplets of s lack, where that is little: an estimate."""
+
 
 @dataclass(frozen=True)
 class SoftThreshold:
@@ -48,6 +51,10 @@ class SoftThreshold:
 
     def lipschitz(self, s: Tensor, below: float, error: float) -> float:
         return 1.0
+
+    def gain(self, s: Tensor, below: float) -> Tensor:
+        """``f(s_i) / (s_i - s_j)``, the divided difference to what is mapped to 0; 1/2 at least, for second order."""
+        return ((s - self.tau) / (s - below).clamp_min(1e-300)).clamp(0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,9 @@ class WeightedThreshold:
             return math.inf
         return 1 + max(((rise + 2 * error) / gap)[steep].tolist(), default=0.0)
 
+    def gain(self, s: Tensor, below: float) -> Tensor:
+        return torch.ones_like(s)
+
 
 @dataclass(frozen=True)
 class Truncate:
@@ -103,3 +113,6 @@ class Truncate:
         below = float(s[self.count]) if len(s) > self.count else below
         gap = last - below - 2 * error
         return (last + error) / gap if gap > 0 else math.inf
+
+    def gain(self, s: Tensor, below: float) -> Tensor:
+        return torch.ones_like(s)

@@ -1,37 +1,43 @@
-"""The leading singular triplets of one matrix from a growing subspace of right vectors.
+"""The leading singular triplets of one matrix from a subspace of right vectors.
 
-Nothing but products with a few columns: no n x n matrix, no O(n^3). From an orthonormal block V ``[n, k]``,
+Nothing but products with a few columns: no n x n matrix, no O(n^3). V ``[n, k]`` holds a guess of the right singular
+vectors, from the last call and at random, or it is grown from nothing by blocks ``(X^T X) Omega``. One step of subspace
+iteration, ``V <- orth(X^T X V)``, and Rayleigh-Ritz,
 
-    ``B = X V``,   ``V <- [V, orth((I - V V^T) X^T B)]``,   ``X V = U diag(mu) Q^T``,   ``V' = V Q``   (Rayleigh-Ritz)
+    ``Y = X V = U diag(mu) Q^T``,   ``V' = V Q``,
 
-after which ``X V' = U diag(mu)`` holds exactly; mu and Q come from ``B^T B`` in fp64. What is missing in a triplet
+after which ``X V' = U diag(mu)`` holds exactly; mu and Q come from ``Y^T Y`` in fp64. What is missing in a triplet
 (u, mu, v) is ``E = X^T u - mu v``. It is measured by a few Gaussian probes in fp64, which see the rounding, too
-(:func:`.certificate.sketch_triplets`), and the directions of what is too large join V (a block Krylov step). After a
-warm start the first V is nearly right, and once is enough.
+(:func:`.certificate.sketch_triplets`). Where it is too much, its directions join V (a block Krylov step).
 
 All that is not wanted must be nowhere above the threshold. What is near it is checked like what is wanted. The columns
 of the rest are ``U_e diag(mu_e)``, of the pairs that were found, too, and ``R = X (I - V V^T)``: its norm is at most
 ``sqrt(mu_e^2 + rho^2)``, with rho a bound of ``||R||_2`` from probes.
 
-Sources: Halko, Martinsson & Tropp, SIAM Review 53(2), 2011; Musco & Musco, NIPS 2015 (block Krylov).
+Sources: Rutishauser, Numer. Math. 13, 1969; Halko, Martinsson & Tropp, SIAM Review 53(2), 2011; Musco & Musco, NIPS
+2015 (block Krylov).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .certificate import PROBES, Sketch, norm_from_log, sketch_triplets
+from .certificate import Sketch, norm_from_log, sketch_triplets
 from .products import COLUMNS, inner, product, times, without
 
-SPARE = 16  # right singular vectors kept beyond the rank: they follow the top of what is left out
-MAX_PASSES = 8
-MAX_POWER = 7
+SPARE = 8  # right singular vectors kept beyond the rank: they follow the top of what is left out
+FRESH = 24  # columns at random beside those of the last call: they find what is new
+FIRST = 32  # columns to begin with where nothing is known
+PROBES = 24  # of the rest
+MAX_PASSES, MAX_POWER = 5, 6
 MARGIN = 1.25  # for what is an estimate of the spectral norm, by 12 probes; measured: it was at most 6 % too small
-NEAR = 0.8  # of the threshold: triplets from here on are checked as if they were wanted
+NEAR = 0.8  # of the threshold: triplets from here on are checked as if they were wanted,
+QUIET = 0.6  # and with a rest of up to here those before cannot be above it together: sqrt(0.8^2 + 0.6^2) = 1
 WELL = 0.1  # least diagonal of the Cholesky factor of unit columns that fp32 can do with
 
 
@@ -46,8 +52,6 @@ class Triplets:
     tail: float  # >= how far the rest stands out above the threshold, Frobenius norm of the excess
     below: float  # >= the largest singular value of the rest
     basis: Tensor  # [n, k] V and the next right singular vectors, roughly
-    passes: int
-    products: int  # columns multiplied with X or X^T
 
 
 class Subspace:
@@ -56,12 +60,13 @@ class Subspace:
     Args:
         threshold: how large the singular values are that are looked for; of no use where there is a ``count``: then it
             is the count-th singular value.
-        V: ``[n, k]`` an orthonormal guess of the right singular vectors; its dtype is computed in.
-        tol: the distance allowed between X and the matrix that has the triplets found, relative to the threshold, in
-            the spectral norm.
+        V: ``[n, k]`` a guess of the right singular vectors, roughly orthonormal, or no column; its dtype is computed in.
+        tol: how far the result may be from the exact one, relative to the threshold, in the spectral norm.
         generator: draws the probes; the guess must not depend on it.
         max_columns: give up when more are needed.
         slack: what rounding may do to a product of X with a unit vector.
+        gain: how far the result moves per unit of what its triplets lack: of (their s ``[r]``, a bound of all other
+            singular values) -> ``[r]``.
         count: look for this many.
     """
 
@@ -72,81 +77,110 @@ class Subspace:
         V: Tensor,
         tol: float,
         generator: torch.Generator,
+        *,
         max_columns: int,
         slack: float,
+        gain: Callable[[Tensor, float], Tensor],
         count: int | None = None,
     ):
-        self.X, self.threshold, self.tol, self.count = X, threshold, tol, count
-        self.generator, self.max_columns, self.slack = generator, max_columns, slack
-        self.V, self.B = V[:, :0], V.new_empty(X.shape[0], 0)
-        self.BtB = V.new_empty(0, 0, dtype=torch.float64)
+        self.X, self.threshold, self.V, self.tol, self.generator = X, threshold, V, tol, generator
+        self.max_columns, self.slack, self.gain, self.count = max_columns, slack, gain, count
+        self.rho, self.spread = math.inf, 0.0  # >= ||X (I - V V^T)||_2; about how many directions that has
         self.passes = self.products = 0
-        self.rho = math.inf
-        self._take(V)
+        self.too_wide = False  # needs more columns than allowed, whatever the precision
 
     def run(self) -> Triplets | None:
         """The triplets, or None where a dense factorisation is the better way."""
-        source = self.B
-        while source.shape[1] and self.passes < MAX_PASSES and self.V.shape[1] + source.shape[1] <= self.max_columns:
-            self.passes += 1
-            self._take(self._outside(self._times(self.X.mT, source)))
-            if not self.BtB.isfinite().all():
-                return None
-            self._rayleigh_ritz()
-            if self.checked < self.rank:
-                return None
+        if not self.V.shape[1]:
+            return self._polish() if self._cover(max(FIRST, columns_for(self.count or 0))) else None
+        fresh = even(self.V.shape[1] + FRESH) - self.V.shape[1]
+        self.V = torch.cat([self.V, without(self._draw(fresh), self.V)], 1)
+        found = self._polish()
+        if not found and self.rho > self.threshold and self._cover(self.V.shape[1] // 2):
+            found = self._polish()
+        return found
+
+    def _cover(self, columns: int) -> bool:
+        """Widen V until the rest is shown to be below the threshold."""
+        while not self.rho <= self.threshold:
+            W = without(self._draw(even(columns)), self.V)
+            W = outside(self._times(self.X.mT, self._times(self.X, W)), self.V)
+            if not self._fits(W.shape[1]):
+                return False
+            self.V = torch.cat([self.V, W], 1)
+            if self.count is not None:
+                B = self._times(self.X, self.V)
+                self._choose(torch.linalg.eigvalsh(inner(B, B)).clamp_min(0).sqrt().flip(0))
             self._bound_rest()
-            if self.below > self.threshold and self.spread > self.max_columns - self.V.shape[1]:
+            columns = self.V.shape[1] // 2
+        return True
+
+    def _polish(self) -> Triplets | None:
+        """The triplets from the directions that V has."""
+        source = torch.nn.functional.normalize(self._times(self.X, self.V), dim=0)
+        self.V, self.Y = self.V[:, :0], source[:, :0]
+        self.YtY = source.new_empty(0, 0, dtype=torch.float64)
+        for step in range(MAX_PASSES):
+            if not source.shape[1] or not self._take(outside(self._times(self.X.mT, source), self.V)):
                 return None
-            sketch = sketch_triplets(self.X, *self.triplets, self.generator)
-            tail = self._tail(sketch)
-            if MARGIN * sketch.spectral + tail <= self.tol * self.threshold and self.threshold > 0:
-                return self._result(sketch, tail)
-            source = self._sources(sketch)
+            self.passes += 1
+            mu, U, V = self._rayleigh_ritz()
+            if step == 0:
+                self._bound_rest()
+            if self.checked < self.rank or not self.rho <= self.threshold or not self.threshold > 0:
+                return None
+            s, V = mu[: self.checked], V[:, : self.checked]
+            gain = self.gain(s, self.rho)
+            sketch = sketch_triplets(self.X, U, s, V, gain, self.generator)
+            tail = self._tail(mu, sketch)
+            if MARGIN * sketch.spectral + tail <= self.tol * self.threshold:
+                return self._result(mu, U, sketch, tail)
+            source = U[:, gain**2 * sketch.columns > (0.5 * self.tol * self.threshold) ** 2 / max(1, self.rank)]
         return None
 
-    def _take(self, V: Tensor) -> None:
+    def _fits(self, columns: int) -> bool:
+        """Whether as many, and as many as the rest seems to need, may join V."""
+        left = self.max_columns - self.V.shape[1]
+        self.too_wide = columns > left or (self.rho > self.threshold and self.spread > left)
+        return columns > 0 and not self.too_wide
+
+    def _take(self, V: Tensor) -> bool:
         """Take the block V, orthonormal and orthogonal to self.V, into the subspace."""
-        B = self._times(self.X, V)
-        own = inner(B, B)
-        if len(self.BtB):
-            cross = inner(self.B, B)
-            own = torch.cat([torch.cat([self.BtB, cross], 1), torch.cat([cross.mT, own], 1)])
-        self.V, self.B, self.BtB = torch.cat([self.V, V], 1), torch.cat([self.B, B], 1), own
+        if not self._fits(V.shape[1]):
+            return False
+        Y = self._times(self.X, V)
+        own = inner(Y, Y)
+        if len(self.YtY):
+            cross = inner(self.Y, Y)
+            own = torch.cat([torch.cat([self.YtY, cross], 1), torch.cat([cross.mT, own], 1)])
+        self.V, self.Y, self.YtY = torch.cat([self.V, V], 1), torch.cat([self.Y, Y], 1), own
+        return bool(own.isfinite().all())
 
-    def _outside(self, Y: Tensor) -> Tensor:
-        """An orthonormal basis of (I - V V^T) Y, filled up at random where that has too few directions."""
-        W = without(Y, self.V)
-        for _ in range(4):
-            W = without(orthonormalise(W), self.V)
-            norms = torch.linalg.vector_norm(W, dim=0)
-            if bool((norms > 1 - 1e-5).all()):
-                break
-            lost = norms < 0.1  # little more than rounding, which lay in V
-            W[:, lost] = without(self._draw(int(lost.sum())), self.V)
-        return W
+    def _rayleigh_ritz(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All mu, descending; U of the triplets to check; V of those, and some to spare."""
+        squares, Q = torch.linalg.eigh(self.YtY)
+        mu, Q = squares.clamp_min(0).sqrt().flip(0), Q.flip(1)
+        self._choose(mu)
+        c, dtype = self.checked, self.V.dtype
+        self.right = product(self.V, Q[:, : columns_for(self.rank)].to(dtype))
+        return mu, product(self.Y, (Q[:, :c] / mu[:c]).to(dtype)), self.right
 
-    def _rayleigh_ritz(self) -> None:
-        squares, Q = torch.linalg.eigh(self.BtB)
-        mu = squares.clamp_min(0).sqrt().flip(0)
+    def _choose(self, mu: Tensor) -> None:
+        """How many triplets are wanted, and how many are to be checked."""
         if self.count is not None:
             self.threshold = float(mu[self.count - 1]) if len(mu) >= self.count else 0.0
         self.rank = int((mu > self.threshold).sum()) if self.count is None else min(self.count, len(mu))
-        self.mu, Q = mu, Q.flip(1)[:, : columns_for(self.rank)]
-        self.right = product(self.V, Q.to(self.V.dtype))
         near = int((mu > NEAR * self.threshold).sum())
-        self.checked = c = min(max(1, self.rank, near), Q.shape[1], int((mu > 1e-6 * mu[0]).sum()))
-        self.triplets = product(self.B, (Q[:, :c] / mu[:c]).to(self.B.dtype)), mu[:c], self.right[:, :c]
+        self.checked = min(max(1, self.rank, near), columns_for(self.rank), int((mu > 1e-6 * mu[0]).sum()))
 
     def _bound_rest(self) -> None:
-        """below >= the norm of all that is not wanted, from the powers (R^T R)^j Omega, R = X (I - V V^T).
+        """rho >= ||R||_2 from the powers (R^T R)^j Omega, R = X (I - V V^T).
 
-        A larger V only makes R smaller: what was shown of it stays true.
+        A larger V only makes R smaller, and so does a step of the subspace iteration: what was shown of it stays true.
         """
-        top = float(self.mu[self.checked]) if self.checked < len(self.mu) else 0.0
-        y = self.probes = without(self._draw(PROBES), self.V)
-        power, growth, log_norm, self.spread = 0, 0.0, 0.0, 0.0
-        while power < MAX_POWER and growth < self.threshold < math.hypot(top, self.rho):
+        y = without(self._draw(PROBES), self.V)
+        power, growth, log_norm = 0, 0.0, 0.0
+        while power < MAX_POWER and growth < self.threshold and self.rho > QUIET * self.threshold:
             y = self._times(self.X, y) if power % 2 == 0 else without(self._times(self.X.mT, y), self.V)
             norm, power = float(torch.linalg.vector_norm(y)), power + 1
             if norm == 0:
@@ -158,27 +192,18 @@ class Subspace:
                 first = norm**2 / PROBES  # about sum sigma^2
             elif power == 2:  # (sum sigma^2)^2 / sum sigma^4: about how many directions R has
                 self.spread = first / norm**2
-            if power % 2 == 0:
-                self.probes = y
-        self.below = math.hypot(top, self.rho)
 
-    def _tail(self, sketch: Sketch) -> float:
+    def _tail(self, mu: Tensor, sketch: Sketch) -> float:
         """A bound of (sum (sigma_i - threshold)_+^2)^(1/2) over the singular values of all that is not wanted."""
-        if self.rho > self.threshold:
-            return math.inf
-        sigma = (self.mu[self.checked :].square() + self.rho**2).sqrt()  # Weyl; all others are at most rho
+        sigma = (mu[self.checked :].square() + self.rho**2).sqrt()  # Weyl; all others are at most rho
         sigma = sigma + self.slack + sketch.bound
         return float((sigma - self.threshold).clamp_min(0).norm())
 
-    def _sources(self, sketch: Sketch) -> Tensor:
-        """What to multiply with X^T, so that the next directions are those that are missing."""
-        U, _, _ = self.triplets
-        bad = sketch.columns > (0.5 * self.tol * self.threshold) ** 2 / max(1, self.rank)
-        source = [U[:, bad]]
-        if self.below > self.threshold:  # follow what stands out of the rest, and look elsewhere
-            draw = self._draw(even(int(bad.sum()) + PROBES + self.V.shape[1] // 2) - int(bad.sum()) - PROBES)
-            source.append(self._times(self.X, torch.cat([self.probes, draw], 1)))
-        return torch.cat(source, 1)
+    def _result(self, mu: Tensor, U: Tensor, sketch: Sketch, tail: float) -> Triplets:
+        r, c = self.rank, self.checked
+        below = math.hypot(float(mu[c]) if c < len(mu) else 0.0, self.rho)
+        below = max(below, float(mu[r]) if r < len(mu) else 0.0)
+        return Triplets(U[:, :r], mu[:r], self.right[:, :r], sketch, tail, below, self.right)
 
     def _draw(self, columns: int) -> Tensor:
         n = self.X.shape[1]
@@ -188,10 +213,14 @@ class Subspace:
         self.products += Y.shape[1]
         return times(X, Y)
 
-    def _result(self, sketch: Sketch, tail: float) -> Triplets:
-        U, s, V = (x[..., : self.rank] for x in self.triplets)
-        below = max(self.below, float(self.mu[self.rank]) if self.rank < len(self.mu) else 0.0)
-        return Triplets(U, s, V, sketch, tail, below, self.right, self.passes, self.products)
+
+def outside(Y: Tensor, V: Tensor) -> Tensor:
+    """An orthonormal basis of (I - V V^T) Y, or of the directions of it that are more than rounding."""
+    if not V.shape[1]:
+        return orthonormalise(Y)
+    W = without(orthonormalise(without(Y, V)), V)
+    norms = torch.linalg.vector_norm(W, dim=0)
+    return W if bool((norms > 1 - 1e-5).all()) else without(orthonormalise(W[:, norms > 0.1]), V)
 
 
 def orthonormalise(B: Tensor) -> Tensor:

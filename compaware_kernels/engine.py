@@ -139,7 +139,7 @@ def worth_it(m: int, n: int, columns: int) -> bool:
 
     In multiplications and additions of a matrix product; what is no product is counted by its measured time.
     """
-    subspace = 2 * m * n * (3 * columns + 60) + 6 * (m + n) * columns**2 + 1e8
+    subspace = 2 * m * n * (3 * columns + 60) + 6 * (m + n) * columns**2 + 6e7
     return columns * FEW < n and subspace < 4 * m * n * n + 20 * n**3 + 5e6
 
 

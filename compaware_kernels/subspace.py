@@ -31,7 +31,7 @@ from .certificate import Sketch, norm_from_log, sketch_triplets
 from .products import COLUMNS, inner, product, times, without
 
 SPARE = 8  # right singular vectors kept beyond the rank: they follow the top of what is left out
-FRESH = 24  # columns at random beside those of the last call: they find what is new
+FRESH, PART = 8, 5  # so many columns, and one per so many known, at random beside those of the last call
 FIRST = 32  # columns to begin with where nothing is known
 PROBES = 24  # of the rest
 MAX_PASSES, MAX_POWER = 5, 6
@@ -93,7 +93,8 @@ class Subspace:
         """The triplets, or None where a dense factorisation is the better way."""
         if not self.V.shape[1]:
             return self._polish() if self._cover(max(FIRST, columns_for(self.count or 0))) else None
-        fresh = even(self.V.shape[1] + FRESH) - self.V.shape[1]
+        known = self.V.shape[1]
+        fresh = even(known + FRESH + known // PART) - known
         self.V = torch.cat([self.V, without(self._draw(fresh), self.V)], 1)
         found = self._polish()
         if not found and self.rho > self.threshold and self._cover(self.V.shape[1] // 2):
@@ -121,7 +122,8 @@ class Subspace:
         self.V, self.Y = self.V[:, :0], source[:, :0]
         self.YtY = source.new_empty(0, 0, dtype=torch.float64)
         for step in range(MAX_PASSES):
-            if not source.shape[1] or not self._take(outside(self._times(self.X.mT, source), self.V)):
+            Z = self._times(self.X.mT, source)
+            if not source.shape[1] or not self._take(outside(Z, self.V) if step else torch.linalg.qr(Z).Q):
                 return None
             self.passes += 1
             mu, U, V = self._rayleigh_ritz()

@@ -62,9 +62,7 @@ class Sketch:
     columns: Tensor  # [r] estimates of the squares of what each triplet lacks
 
 
-def sketch_triplets(
-    X: Tensor, U: Tensor, s: Tensor, V: Tensor, gain: Tensor, generator: torch.Generator
-) -> Sketch:
+def sketch_triplets(X: Tensor, U: Tensor, s: Tensor, V: Tensor, gain: Tensor, generator: torch.Generator) -> Sketch:
     """The distance of X from a matrix that has exactly the singular triplets (U, s, V), all in fp64.
 
     With orthonormal U ``[m, r]`` and V ``[n, r]`` that matrix is ``U diag(s) V^T + (I - U U^T) X (I - V V^T)``, at the
@@ -96,6 +94,14 @@ def spectral_estimate(sketch: Tensor) -> float:
     return float((K.square().sum() - K.diagonal().square().sum()).clamp_min(0) / (p * (p - 1))) ** 0.25
 
 
+def svd_loss(dtype: torch.dtype, m: int, n: int) -> float:
+    """A dense SVD is the exact one of a matrix at most this far away, in units of the Frobenius norm.
+
+    ``p(m, n) eps ||W||_2``, with ``p = 2 sqrt(min(m, n)) max(m, n)``. Source: LAPACK Users' Guide, 4.9.
+    """
+    return 2 * min(m, n) ** 0.5 * max(m, n) * torch.finfo(dtype).eps
+
+
 def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
@@ -113,7 +119,7 @@ def norms(W: Tensor) -> Tensor:
         return torch.zeros(W.shape[:-2], dtype=torch.float64)
     dtype = torch.promote_types(W.dtype, torch.float32)
     found = torch.linalg.vector_norm(W, dim=(-2, -1), dtype=dtype).double().cpu()
-    if not all(in_range(dtype, norm) for norm in found.flatten().tolist()):
+    if not in_range(dtype, float(found.min()), float(found.max())):
         scale = W.abs().amax((-2, -1), keepdim=True).double().clamp_min(torch.finfo(torch.float64).tiny)
         found = (torch.linalg.vector_norm(W.double() / scale, dim=(-2, -1)) * scale[..., 0, 0]).cpu()
     return 1.01 * found

@@ -18,12 +18,20 @@ def checked(W: Tensor, tau: float | Tensor, what: str = "tau") -> tuple[Tensor, 
 
 
 def check_weight(W: Tensor, name: str, axes: int = 2) -> None:
+    check_kind(W, name, axes)
+    check_finite(W, name)
+
+
+def check_kind(W: Tensor, name: str, axes: int = 2) -> None:
     if not isinstance(W, Tensor):
         raise TypeError(f"{name}: wanted a torch.Tensor; got {type(W).__name__}")
     if W.dtype not in DTYPES:
         raise TypeError(f"{name}: wanted dtype {', '.join(str(d)[6:] for d in DTYPES)}; got {str(W.dtype)[6:]}")
     if W.ndim < axes:
         raise ValueError(f"{name}: wanted a matrix or a batch of them, [..., m, n]; got shape {list(W.shape)}")
+
+
+def check_finite(W: Tensor, name: str) -> None:
     if has_values(W) and W.numel() and not all_finite(W.detach()):
         raise ValueError(f"{name}: contains {'NaN' if W.isnan().any() else 'Inf'}; nothing was changed")
 
@@ -54,6 +62,14 @@ def all_finite(W: Tensor) -> bool:
     return bool(torch.linalg.vector_norm(W).isfinite()) or bool(W.isfinite().all())
 
 
+def _clearly_finite(weights: Sequence[Tensor]) -> bool:
+    """All at once, where that says that they are."""
+    if not weights or not all(map(has_values, weights)) or len({W.device for W in weights}) > 1:
+        return False
+    norms = torch._foreach_norm([W.detach() for W in weights])
+    return bool(torch.stack([norm.float() for norm in norms]).isfinite().all())
+
+
 def checked_tau(tau: float | Tensor, W: Tensor, what: str = "tau") -> Tensor:
     t = torch.as_tensor(tau, dtype=ops.compute_dtype(W.dtype), device=W.device)
     if t.ndim and t.shape != W.shape[:-2]:
@@ -79,8 +95,12 @@ def checked_list(
         raise TypeError("weights: wanted a list of tensors, one per layer; got one tensor (put it in a list)")
     if names is not None and len(names) != len(weights):
         raise ValueError(f"names: wanted {len(weights)}, one per weight; got {len(names)}")
-    for i, W in enumerate(weights):
-        check_weight(W, names[i] if names else f"weights[{i}]", axes)
+    names = names or [f"weights[{i}]" for i in range(len(weights))]
+    for W, name in zip(weights, names, strict=True):
+        check_kind(W, name, axes)
+    if not _clearly_finite(weights):
+        for W, name in zip(weights, names, strict=True):
+            check_finite(W, name)
     t = torch.as_tensor(tau, dtype=torch.float64, device="cpu")
     if t.ndim and t.shape != (len(weights),):
         raise ValueError(f"{what}: wanted one number, or {len(weights)}, one per weight; got shape {list(t.shape)}")

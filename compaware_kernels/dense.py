@@ -19,14 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .certificate import PROBES, in_range, norm_from_probes, unit_roundoff
+from .certificate import PROBES, in_range, norm_from_probes, svd_loss, unit_roundoff
 from .products import ROWS, inner, product, times
-from .spectral import Spectral
+from .spectral import SoftThreshold, Spectral
 
-GRAM_LOSS = 32  # spectral error of the SVT, in units of u s_1^2 / tau; measured: below 16
-EIGH_LOSS = 100  # ||V diag(w) V^T - G||_F in units of u trace(G); measured: 43 in fp32, 31 in fp64 for n <= 1000
-TINY = torch.finfo(torch.float64).tiny
-SVD_LOSS = 100  # the same for the SVD, in units of u ||X||_F; measured: below 30
+GRAM_LOSS = 32  # spectral error of the SVT, in units of u s_1^2 / tau; measured: up to 21
+EIGH_LOSS = 400  # ||V diag(w) V^T - G||_F in units of u trace(G), fp64; measured: up to 82 (all ones, n <= 1500)
+NOT_ZERO = torch.finfo(torch.float64).tiny
 
 
 @dataclass
@@ -42,9 +41,9 @@ class Dense:
     method: str
 
 
-def by_gram(X: Tensor, function: Spectral, tol: float, norm: float, generator: torch.Generator) -> Dense | None:
+def by_gram(X: Tensor, function: SoftThreshold, tol: float, norm: float, generator: torch.Generator) -> Dense | None:
     """The SVT through the Gram matrix; None where even fp64 would not give ``tol`` (relative to tau)."""
-    tau = function.floor
+    tau = function.tau
     for dtype in (torch.float32, torch.float64):
         u = unit_roundoff(dtype)
         if unit_roundoff(X.dtype) < u or u * norm > tau or not in_range(dtype, norm, tau):
@@ -56,9 +55,10 @@ def by_gram(X: Tensor, function: Spectral, tol: float, norm: float, generator: t
         if GRAM_LOSS * u * float(w[-1]) > tol * tau**2:  # the estimate was one
             continue
         s, V = w.double().clamp_min(0).sqrt().flip(0), V.flip(1)
-        K = split(V, function(s) / s.clamp_min(TINY))
+        gain = function(s) / s.clamp_min(NOT_ZERO)
+        K = split(V, gain)
         if dtype == torch.float32:
-            error = gram_error(X, V, w.flip(0), K, tau, generator)
+            error = gram_error(X, V, s, gain, K, tau, generator)
         else:  # a sum of m products, in any order, and what LAPACK does to it
             error = (X.shape[0] + EIGH_LOSS) * u * norm**2 / tau
         return Dense(*K, s, V, error, f"gram, fp{torch.finfo(dtype).bits}")
@@ -68,9 +68,9 @@ def by_gram(X: Tensor, function: Spectral, tol: float, norm: float, generator: t
 def by_svd(X: Tensor, function: Spectral, norm: float) -> Dense:
     """Any function of the spectrum, through an SVD in fp64."""
     _, s, Vh = torch.linalg.svd(X.double(), full_matrices=False)
-    error = SVD_LOSS * unit_roundoff(torch.float64) * norm
+    error = svd_loss(torch.float64, *X.shape) * norm
     error *= function.lipschitz(s, 0.0, error)
-    return Dense(*split(Vh.mT, function(s) / s.clamp_min(TINY)), s, Vh.mT, error, "svd, fp64")
+    return Dense(*split(Vh.mT, function(s) / s.clamp_min(NOT_ZERO)), s, Vh.mT, error, "svd, fp64")
 
 
 def split(V: Tensor, gain: Tensor) -> tuple[Tensor, Tensor | None, bool]:
@@ -86,19 +86,21 @@ def gram_in_parts(X: Tensor) -> Tensor:
     return sum(inner(part, part) for part in X.split(max(1, ROWS // X.shape[1])))
 
 
-def gram_error(X: Tensor, V: Tensor, w: Tensor, K: tuple, tau: float, generator: torch.Generator) -> float:
+def gram_error(
+    X: Tensor, V: Tensor, s: Tensor, gain: Tensor, K: tuple, tau: float, generator: torch.Generator
+) -> float:
     """A bound of the error of X K, all of it probed in fp64: the factorisation, V's orthogonality, the product in K.
 
     With ``V^T V = I + 2 S`` both ``V diag(w) V^T`` and K are off in the same direction: what remains of it in X K is,
     by the quotients above, at most ``3 |S_ij| max(s_i, s_j)``.
     """
     omega = torch.randn(X.shape[1], PROBES, generator=generator, dtype=torch.float64, device=X.device)
-    V, s = V.double(), w.double().clamp_min(0).sqrt()
-    in_V, gain = V.mT @ omega, (1 - tau / s.clamp_min(TINY)).clamp_min(0)
+    V = V.double()
+    in_V = V.mT @ omega
     L, R, residual = K
     in_K = L.double() @ (omega if R is None else R.double().mT @ omega)
     products = times(X, torch.cat([omega, in_K - V @ ((1 - gain if residual else gain)[:, None] * in_V)], 1))
-    E = V @ (w.double()[:, None] * in_V) - times(X.mT, products[:, :PROBES])
+    E = V @ (s.square()[:, None] * in_V) - times(X.mT, products[:, :PROBES])
     # Rows and columns above tau alike; 0.9 and 1.1, since the computed basis stands for the exact one.
     factorisation = 1.1 * math.sqrt(2) * torch.where(s > 0.9 * tau, 1 / s, 0)[:, None] * (V.mT @ E)
     skew = V.mT @ (V @ (s[:, None] * omega)) - s[:, None] * omega

@@ -28,9 +28,10 @@ from .ops import compute_dtype
 from .products import ROWS, product
 from .spectral import SoftThreshold, Spectral
 from .state import WarmState
-from .subspace import FIRST as COLD, Subspace, columns_for
+from .subspace import FIRST as COLD
+from .subspace import Subspace, columns_for
 
-FEW = 3  # the subspace may have n / FEW columns
+FEW = 3  # a subspace may begin with n / FEW columns, and grow to n / 2
 LITTLE = 1e8  # multiplications of a matrix product, below which threads are not worth starting
 
 
@@ -42,10 +43,10 @@ class Task:
     function: Spectral
     center: Tensor | None
     key: str  # in the state
-    norm: float  # >= ||W - center||_F
     tol: float
     basis: Tensor | None = None  # from the state
     seed: int = 0
+    norm: float = 0.0  # >= ||W - center||_F
     # what comes out
     method: str = ""
     reason: str = ""
@@ -58,10 +59,9 @@ class Task:
 
     def matrix(self) -> Tensor:
         """X [m, n], m >= n, in the compute dtype: fp32, or fp64 where the weight is, or a difference needs it."""
-        X = self.W if self.W.dtype == torch.float64 else self.W.float()
-        if self.center is not None:
-            X = self.W.double() - self.center.double()
-            X = X.to(_product_dtype(self, compute_dtype(self.W.dtype)))
+        dtype = compute_dtype(self.W.dtype)
+        X = small.difference(self.W, self.center)
+        X = X.to(dtype if self.center is None else _product_dtype(self, dtype))
         return X if X.shape[0] >= X.shape[1] else X.mT
 
     @property
@@ -71,6 +71,7 @@ class Task:
 
 def compute(task: Task) -> None:
     """Find the result of one task; write nothing."""
+    task.norm = float(norms(small.difference(task.W, task.center)))
     if task.norm == 0 or task.function.count == 0 or (task.function.count is None and task.norm <= task.function.floor):
         task.method, task.reason = "zero", f"||W||_F is at most {task.norm:.3g}"
         return
@@ -137,7 +138,7 @@ def _try_subspace(task: Task, X: Tensor, dtype: torch.dtype) -> bool:
 def worth_it(m: int, n: int, columns: int) -> bool:
     """Whether a subspace of so many columns is cheaper than a Gram matrix and its eigenvectors.
 
-    In multiplications and additions of a matrix product; what is no product is counted by its measured time.
+    In flops of an fp32 matrix product; what is no such product is counted by about the time it takes.
     """
     subspace = 2 * m * n * (3 * columns + 60) + 6 * (m + n) * columns**2 + 6e7
     return columns * FEW < n and subspace < 4 * m * n * n + 20 * n**3 + 5e6
@@ -225,28 +226,25 @@ class Outcome:
 def shrink_all(
     weights: Sequence[Tensor],  # [..., m, n] each, ragged
     functions: Sequence[Spectral],
-    sizes: Sequence[Tensor],  # [...] norms of every weight less its center
+    keys: Sequence[str],  # in the state
     *,
     tol: float,
     state: WarmState | None = None,
-    keys: Sequence[str] | None = None,
     centers: Sequence[Tensor] | None = None,
     ball: bool = False,  # write W - f(W) instead
 ) -> list[Outcome]:
     """Apply to every weight, in place, the function of its singular values.  Nothing is written before all is known."""
-    keys = [str(i) for i in range(len(weights))] if keys is None else keys
     centers = [None] * len(weights) if centers is None else centers
-    call = state.calls if state else 0
     work: list[small.Group | list[Task]] = []
     small_shapes = small.small_shapes(weights)
-    for W, function, norm, key, center in zip(weights, functions, sizes, keys, centers, strict=True):
-        if tuple(W.shape[-2:]) in small_shapes and not _vanishes(norm, function):
-            work.append(small.group(W, function, center, norm, tol))
+    for W, function, key, center in zip(weights, functions, keys, centers, strict=True):
+        if tuple(W.shape[-2:]) in small_shapes:
+            work.append(small.Group(W, function, center))
         else:
-            work.append(_tasks(W, function, norm, key, center, tol, state, call))
+            work.append(_tasks(W, function, key, center, tol, state))
     groups = [entry for entry in work if isinstance(entry, small.Group)]
     tasks = [task for entry in work if isinstance(entry, list) for task in entry]
-    small.compute(groups, ball)
+    small.compute(groups, tol, ball)
     in_parallel(compute, tasks)
     small.write(groups)
     in_parallel(lambda task: write(task, ball), tasks)
@@ -256,26 +254,20 @@ def shrink_all(
     return [_outcome(W, entry) for W, entry in zip(weights, work, strict=True)]
 
 
-def _tasks(W, function, norm, key, center, tol, state, call) -> list[Task]:
+def _tasks(W, function, key, center, tol, state: WarmState | None) -> list[Task]:
     m, n = W.shape[-2:]
     if not W.numel():
         return []
-    matrices, norms = W.reshape(-1, m, n), norm.flatten().tolist()
+    matrices = W.reshape(-1, m, n)
     centers = [None] * len(matrices) if center is None else center.reshape(-1, m, n)
-    tasks = []
-    for j, (M, C) in enumerate(zip(matrices, centers, strict=True)):
-        task = Task(M, function, C, f"{key}.{j}", norms[j], tol)
+    tasks = [Task(M, function, C, f"{key}.{j}", tol) for j, (M, C) in enumerate(zip(matrices, centers, strict=True))]
+    for task in tasks:
         if state:
             V = state.bases.get(task.key)
             fits = V is not None and V.shape[0] == min(m, n) and V.device == W.device
             task.basis = V if fits else None
-        task.seed = seed_of(state.seed if state else 0, call, task.key)
-        tasks.append(task)
+        task.seed = seed_of(state.seed, state.calls, task.key) if state else seed_of(0, 0, task.key)
     return tasks
-
-
-def _vanishes(norm: Tensor, function: Spectral) -> bool:
-    return function.count == 0 or (function.count is None and bool((norm <= function.floor).all()))
 
 
 def _outcome(W: Tensor, entry: small.Group | list[Task]) -> Outcome:
@@ -283,12 +275,10 @@ def _outcome(W: Tensor, entry: small.Group | list[Task]) -> Outcome:
     if not W.numel():
         zeros = torch.zeros(batch, dtype=torch.float64)
         return Outcome(zeros.long(), zeros[..., None].expand(*batch, k).clone(), zeros, "empty", "")
-    numel = W.shape[-2] * W.shape[-1]
     if isinstance(entry, small.Group):
-        stored = 2 * storage(W.dtype, 1.0, 0) * torch.linalg.matrix_norm(entry.P.double())
-        error = entry.error + stored.flatten() + storage(W.dtype, 0.0, numel)
-        results = [x.cpu().reshape(batch + x.shape[1:]) for x in ((entry.s > 0).sum(-1), entry.s, error)]
-        return Outcome(*results, entry.method, "small")
+        s = entry.s.reshape(*batch, k)
+        return Outcome((s > 0).sum(-1), s, entry.error.reshape(batch), entry.method, "small")
+    numel = W.shape[-2] * W.shape[-1]
     s = torch.zeros(len(entry), k, dtype=torch.float64)
     for row, task in zip(s, entry, strict=True):
         row[: len(task.s)] = task.s.cpu()

@@ -264,13 +264,8 @@ def _shrink(weights, functions, state, tol, fold, groups, names, center=None, ba
     mats = _matrices(weights, fold, groups)
     targets = _targets(mats)
     centers = None if center is None else _matrices(center, fold, groups)
-    differences = (
-        targets if centers is None else [M.double() - C.double() for M, C in zip(targets, centers, strict=True)]
-    )
-    norms = [certificate.norms(M) for M in differences]
-    del differences
     keys = names or [str(i) for i in range(len(weights))]
-    outcomes = engine.shrink_all(targets, functions, norms, tol=tol, state=state, keys=keys, centers=centers, ball=ball)
+    outcomes = engine.shrink_all(targets, functions, keys, tol=tol, state=state, centers=centers, ball=ball)
     for W, M, T in zip(weights, mats, targets, strict=True):
         if T.data_ptr() != W.data_ptr() or T.stride() != M.stride():
             W.copy_(T if fold is None else folds.from_matrix(T, W.shape, fold))
@@ -365,8 +360,7 @@ def _svt_info(s: Tensor, W: Tensor, tau: Tensor, name: str | None = None) -> Svt
     k, s64 = min(m, n), s.double()
     norm_P = s64.square().sum(-1).sqrt()
     norm_W = norm_P + tau.double() * k**0.5  # every discarded singular value is at most tau
-    eps = torch.finfo(ops.compute_dtype(W.dtype)).eps
-    bound = 2 * k**0.5 * max(m, n) * eps * norm_W + torch.finfo(W.dtype).eps * norm_P
+    bound = certificate.svd_loss(ops.compute_dtype(W.dtype), m, n) * norm_W + torch.finfo(W.dtype).eps * norm_P
     if W.dtype != torch.float64:  # subnormals round absolutely
         bound = bound + (m * n) ** 0.5 * torch.finfo(W.dtype).smallest_normal * torch.finfo(W.dtype).eps
     return SvtInfo(rank=(s > 0).sum(-1), s=s, error_bound=bound, name=name)

@@ -9,36 +9,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .certificate import unit_roundoff
+from .certificate import norms, storage, unit_roundoff
 from .spectral import SoftThreshold, Spectral
 
 SHORT, LONG = 64, 256  # up to here Jacobi is faster than a Gram matrix and its eigenvectors,
-TINY, MANY = 16, 16  # of a single matrix up to TINY, of larger ones where there are MANY of one shape
+ALONE, MANY = 16, 16  # of a single matrix up to ALONE, of larger ones where there are MANY of one shape
 LOSS = 40  # error of U f(s) V^T before the last product, in units of u ||W||_F; measured: below 20
-TYPICAL = 10  # the same, usually
+COARSE = 10  # the same where fp32 is worth a try: the bound shows whether it was good enough
 
 
 @dataclass
 class Group:
-    """All matrices of one weight ``[..., m, n]``."""
+    """All matrices of one weight ``[..., m, n]``, B in number."""
 
     W: Tensor
     function: Spectral
     center: Tensor | None
-    norms: Tensor  # fp64 [...]
-    dtype: torch.dtype  # to compute in
     # what comes out
-    s: Tensor | None = None  # [B, k] of the result
-    error: Tensor | None = None  # [B]
+    s: Tensor | None = None  # fp64 [B, k] of the result
+    error: Tensor | None = None  # fp64 [B], storage included
     P: Tensor | None = None  # [B, m, n]
-
-    @property
-    def method(self) -> str:
-        return f"jacobi, fp{torch.finfo(self.dtype).bits}"
+    method: str = ""
 
     def matrices(self) -> Tensor:
-        X = self.W if self.center is None else self.W.double() - self.center.double()
-        return X.to(self.dtype).reshape(-1, *self.W.shape[-2:])
+        return difference(self.W, self.center).reshape(-1, *self.W.shape[-2:])
+
+
+def difference(W: Tensor, center: Tensor | None) -> Tensor:
+    """W less its center, in fp64 where there is one."""
+    return W if center is None else W.double() - center.double()
 
 
 def small_shapes(weights: Sequence[Tensor]) -> set[tuple[int, int]]:
@@ -49,55 +48,62 @@ def small_shapes(weights: Sequence[Tensor]) -> set[tuple[int, int]]:
     return {
         (m, n)
         for (m, n), count in counts.items()
-        if min(m, n) <= (SHORT if count >= MANY else TINY) and max(m, n) <= LONG
+        if 0 < min(m, n) <= (SHORT if count >= MANY else ALONE) and max(m, n) <= LONG
     }
 
 
-def group(W: Tensor, function: Spectral, center: Tensor | None, norms: Tensor, tol: float) -> Group:
-    """The work of one weight, in fp32 where that is accurate enough."""
-    coarse = TYPICAL * unit_roundoff(torch.float32) * float(norms.max()) > tol * function.floor
-    double = W.dtype == torch.float64 or (coarse and function.count is None)
-    return Group(W, function, center, norms, torch.float64 if double else torch.float32)
-
-
-def compute(groups: Sequence[Group], ball: bool) -> None:
+def compute(groups: Sequence[Group], tol: float, ball: bool) -> None:
     """Find the results, in one call for all matrices of the same shape and dtype; write nothing."""
     alike = defaultdict(list)
     for entry in groups:
-        alike[entry.W.shape[-2:], entry.dtype, entry.W.device].append(entry)
+        alike[entry.W.shape[-2:], entry.W.dtype, entry.W.device, entry.center is None].append(entry)
     for members in alike.values():
-        counts = [entry.norms.numel() for entry in members]
-        X = torch.cat([entry.matrices() for entry in members])
-        U, s, V = torch.ops.compaware.small_svd(X)
-        new = _new_spectra(s.double(), members, counts)
-        P = torch.bmm(U * new.to(U.dtype)[:, None, :], V.mT)
-        P = X - P if ball else P
-        norms = torch.cat([entry.norms.flatten().to(X.device) for entry in members])
-        error = (LOSS + min(X.shape[1:])) * unit_roundoff(X.dtype) * norms
-        parts = (P.split(counts), s.double().split(counts), new.split(counts), error.split(counts))
-        for entry, P_, s_, new_, error_ in zip(members, *parts, strict=True):
-            entry.P, entry.s, entry.error = P_, new_, error_ * _gain(entry.function, s_, error_)
+        _compute_alike(members, tol, ball)
 
 
-def _new_spectra(s: Tensor, groups: Sequence[Group], counts: Sequence[int]) -> Tensor:
+def _compute_alike(groups: Sequence[Group], tol: float, ball: bool) -> None:
+    counts = [entry.W.shape[:-2].numel() for entry in groups]
+    X = torch.cat([entry.matrices() for entry in groups])
+    floor = torch.tensor([entry.function.floor for entry in groups], dtype=torch.float64)
+    exact = torch.tensor([entry.function.count is not None for entry in groups])  # of no use to them: no tolerance
+    of = torch.arange(len(groups)).repeat_interleave(torch.tensor(counts))  # the group of each matrix
+    size = norms(X)
+    coarse = (COARSE * unit_roundoff(torch.float32) * size > tol * floor[of]) & ~exact[of]
+    double = bool(coarse.any()) or groups[0].W.dtype == torch.float64
+    dtype = torch.float64 if double else torch.float32
+    X = X.to(dtype)
+    U, s, V = torch.ops.compaware.small_svd(X)
+    s = s.double()
+    new = _new_spectra(s, groups, counts, floor[of].to(s.device))
+    P = torch.bmm(U * new.to(dtype)[:, None, :], V.mT)
+    P = X - P if ball else P
+    moved = (LOSS + s.shape[1]) * unit_roundoff(dtype) * size
+    error = moved * _gains(groups, s.split(counts), moved.split(counts))
+    if groups[0].center is not None:
+        P = P + torch.cat([entry.center.reshape(-1, *P.shape[1:]).to(dtype) for entry in groups])
+    half = 2 * storage(groups[0].W.dtype, 1.0, 0)  # of the result, and of adding the center
+    error += half * torch.linalg.vector_norm(P, dim=(-2, -1), dtype=torch.float64).cpu()
+    error += storage(groups[0].W.dtype, 0.0, P[0].numel())
+    parts = (P.split(counts), new.cpu().split(counts), error.split(counts))
+    for entry, entry.P, entry.s, entry.error in zip(groups, *parts, strict=True):
+        entry.method = f"jacobi, fp{torch.finfo(dtype).bits}"
+
+
+def _new_spectra(s: Tensor, groups: Sequence[Group], counts: Sequence[int], floor: Tensor) -> Tensor:
     if all(isinstance(entry.function, SoftThreshold) for entry in groups):
-        tau = torch.tensor([entry.function.tau for entry in groups], dtype=s.dtype, device=s.device)
-        return (s - tau.repeat_interleave(torch.tensor(counts, device=s.device))[:, None]).clamp_min(0)
+        return (s - floor[:, None]).clamp_min(0)
     return torch.cat([entry.function(part) for entry, part in zip(groups, s.split(counts), strict=True)])
 
 
-def _gain(function: Spectral, s: Tensor, error: Tensor) -> float | Tensor:
-    if isinstance(function, SoftThreshold):
+def _gains(groups: Sequence[Group], s: Sequence[Tensor], moved: Sequence[Tensor]) -> Tensor | float:
+    if all(isinstance(entry.function, SoftThreshold) for entry in groups):
         return 1.0
-    gains = [function.lipschitz(row, 0.0, float(moved)) for row, moved in zip(s, error, strict=True)]
-    return torch.tensor(gains, dtype=error.dtype, device=error.device)
+    parts = zip(groups, s, moved, strict=True)
+    rows = ((entry.function, row, float(by)) for entry, part, bys in parts for row, by in zip(part, bys, strict=True))
+    return torch.tensor([function.lipschitz(row, 0.0, by) for function, row, by in rows], dtype=torch.float64)
 
 
 def write(groups: Sequence[Group]) -> None:
     """Put the results in their places."""
-    for entry in groups:
-        entry.P = entry.P.reshape(entry.W.shape)
-        if entry.center is not None:
-            entry.P = entry.P + entry.center.to(entry.P.dtype)
     if groups:
-        torch._foreach_copy_([entry.W for entry in groups], [entry.P for entry in groups])
+        torch._foreach_copy_([entry.W for entry in groups], [entry.P.view_as(entry.W) for entry in groups])

@@ -60,7 +60,7 @@ class Subspace:
     Args:
         threshold: how large the singular values are that are looked for; of no use where there is a ``count``: then it
             is the count-th singular value.
-        V: ``[n, k]`` a guess of the right singular vectors, roughly orthonormal, or no column; its dtype is computed in.
+        V: ``[n, k]`` a guess of the right singular vectors, roughly orthonormal, or no column; computed in its dtype.
         tol: how far the result may be from the exact one, relative to the threshold, in the spectral norm.
         generator: draws the probes; the guess must not depend on it.
         max_columns: give up when more are needed.

@@ -271,13 +271,12 @@ def _tasks(W, function, key, center, tol, state: WarmState | None) -> list[Task]
 
 
 def _outcome(W: Tensor, entry: small.Group | list[Task]) -> Outcome:
+    if isinstance(entry, small.Group):
+        return Outcome(entry.rank, entry.s, entry.error, entry.method, "small")
     batch, k = W.shape[:-2], min(W.shape[-2:])
     if not W.numel():
         zeros = torch.zeros(batch, dtype=torch.float64)
         return Outcome(zeros.long(), zeros[..., None].expand(*batch, k).clone(), zeros, "empty", "")
-    if isinstance(entry, small.Group):
-        s = entry.s.reshape(*batch, k)
-        return Outcome((s > 0).sum(-1), s, entry.error.reshape(batch), entry.method, "small")
     numel = W.shape[-2] * W.shape[-1]
     s = torch.zeros(len(entry), k, dtype=torch.float64)
     for row, task in zip(s, entry, strict=True):

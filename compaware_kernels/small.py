@@ -20,15 +20,16 @@ COARSE = 10  # the same where fp32 is worth a try: the bound shows whether it wa
 
 @dataclass
 class Group:
-    """All matrices of one weight ``[..., m, n]``, B in number."""
+    """All matrices of one weight ``[..., m, n]``."""
 
     W: Tensor
     function: Spectral
     center: Tensor | None
     # what comes out
-    s: Tensor | None = None  # fp64 [B, k] of the result
-    error: Tensor | None = None  # fp64 [B], storage included
-    P: Tensor | None = None  # [B, m, n]
+    s: Tensor | None = None  # fp64 [..., k] of the result
+    rank: Tensor | None = None  # int64 [...]
+    error: Tensor | None = None  # fp64 [...], storage included
+    P: Tensor | None = None  # [..., m, n]
     method: str = ""
 
     def matrices(self) -> Tensor:
@@ -75,18 +76,25 @@ def _compute_alike(groups: Sequence[Group], tol: float, ball: bool) -> None:
     U, s, V = torch.ops.compaware.small_svd(X)
     s = s.double()
     new = _new_spectra(s, groups, counts, floor[of].to(s.device))
-    P = torch.bmm(U * new.to(dtype)[:, None, :], V.mT)
-    P = X - P if ball else P
+    P = X.baddbmm_(U.mul_(new.to(dtype)[:, None, :]), V.mT, beta=float(ball), alpha=-1 if ball else 1)
     moved = (LOSS + s.shape[1]) * unit_roundoff(dtype) * size
-    error = moved * _gains(groups, s.split(counts), moved.split(counts))
+    error = moved * _gains(groups, s, moved, counts)
     if groups[0].center is not None:
         P = P + torch.cat([entry.center.reshape(-1, *P.shape[1:]).to(dtype) for entry in groups])
     half = 2 * storage(groups[0].W.dtype, 1.0, 0)  # of the result, and of adding the center
-    error += half * torch.linalg.vector_norm(P, dim=(-2, -1), dtype=torch.float64).cpu()
-    error += storage(groups[0].W.dtype, 0.0, P[0].numel())
-    parts = (P.split(counts), new.cpu().split(counts), error.split(counts))
-    for entry, entry.P, entry.s, entry.error in zip(groups, *parts, strict=True):
-        entry.method = f"jacobi, fp{torch.finfo(dtype).bits}"
+    error += half * norms(P) + storage(groups[0].W.dtype, 0.0, P[0].numel())
+    new, method = new.cpu(), f"jacobi, fp{torch.finfo(dtype).bits}"
+    parts = (_per_weight(each, groups, counts) for each in (P, new, (new > 0).sum(-1), error))
+    for entry, entry.P, entry.s, entry.rank, entry.error in zip(groups, *parts, strict=True):
+        entry.method = method
+
+
+def _per_weight(results: Tensor, groups: Sequence[Group], counts: Sequence[int]) -> Sequence[Tensor]:
+    """``[B, ...]`` of all matrices, in the shapes of the weights' batches."""
+    if all(entry.W.ndim == 2 for entry in groups):
+        return results.unbind()
+    parts = zip(results.split(counts), groups, strict=True)
+    return [part.view(entry.W.shape[:-2] + part.shape[1:]) for part, entry in parts]
 
 
 def _new_spectra(s: Tensor, groups: Sequence[Group], counts: Sequence[int], floor: Tensor) -> Tensor:
@@ -95,10 +103,10 @@ def _new_spectra(s: Tensor, groups: Sequence[Group], counts: Sequence[int], floo
     return torch.cat([entry.function(part) for entry, part in zip(groups, s.split(counts), strict=True)])
 
 
-def _gains(groups: Sequence[Group], s: Sequence[Tensor], moved: Sequence[Tensor]) -> Tensor | float:
+def _gains(groups: Sequence[Group], s: Tensor, moved: Tensor, counts: Sequence[int]) -> Tensor | float:
     if all(isinstance(entry.function, SoftThreshold) for entry in groups):
         return 1.0
-    parts = zip(groups, s, moved, strict=True)
+    parts = zip(groups, s.split(counts), moved.split(counts), strict=True)
     rows = ((entry.function, row, float(by)) for entry, part, bys in parts for row, by in zip(part, bys, strict=True))
     return torch.tensor([function.lipschitz(row, 0.0, by) for function, row, by in rows], dtype=torch.float64)
 
@@ -106,4 +114,4 @@ def _gains(groups: Sequence[Group], s: Sequence[Tensor], moved: Sequence[Tensor]
 def write(groups: Sequence[Group]) -> None:
     """Put the results in their places."""
     if groups:
-        torch._foreach_copy_([entry.W for entry in groups], [entry.P.view_as(entry.W) for entry in groups])
+        torch._foreach_copy_([entry.W for entry in groups], [entry.P for entry in groups])

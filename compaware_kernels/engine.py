@@ -47,6 +47,7 @@ class Task:
     basis: Tensor | None = None  # from the state
     seed: int = 0
     norm: float = 0.0  # >= ||W - center||_F
+    too_wide: bool = False  # the subspace that would be needed
     # what comes out
     method: str = ""
     reason: str = ""
@@ -102,7 +103,7 @@ def _by_subspace(task: Task, X: Tensor) -> bool:
         task.reason = "too small, or of too high rank, for a subspace"
     else:
         for dtype in (torch.float32, torch.float64):
-            if unit_roundoff(dtype) <= unit_roundoff(X.dtype) and _try_subspace(task, X, dtype):
+            if unit_roundoff(dtype) <= unit_roundoff(X.dtype) and not task.too_wide and _try_subspace(task, X, dtype):
                 return True
     return False
 
@@ -120,12 +121,14 @@ def _try_subspace(task: Task, X: Tensor, dtype: torch.dtype) -> bool:
     search = Subspace(X, function.floor, V, task.tol, generator, **limits, gain=function.gain, count=function.count)
     found = search.run()
     if found is None:
-        task.reason = f"a subspace of {n // 2} columns would not do, or not in {dtype}"
+        task.too_wide = search.too_wide
+        why = "needs too many columns" if search.too_wide else f"would not do in {dtype}"
+        task.reason = f"a subspace {why}"
         return False
     new = function(found.s)
     r = int((new > 0).sum())
     task.s = new[:r]
-    task.left, task.right = found.U[:, :r] * task.s.to(dtype), found.V[:, :r].clone()
+    task.left, task.right = found.U[:, :r] * task.s.to(dtype), found.V[:, :r]
     moved = math.hypot(found.sketch.bound, found.tail)
     gain = function.lipschitz(found.s, min(found.below, float(found.s[-1])) if len(found.s) else 0.0, moved)
     task.error = moved * gain + (r + 1) * u * float(task.s.norm())

@@ -85,7 +85,7 @@ class Subspace:
     ):
         self.X, self.threshold, self.V, self.tol, self.generator = X, threshold, V, tol, generator
         self.max_columns, self.slack, self.gain, self.count = max_columns, slack, gain, count
-        self.rho, self.spread = math.inf, 0.0  # >= ||X (I - V V^T)||_2; about how many directions that has
+        self.rho = math.inf  # >= ||X (I - V V^T)||_2
         self.passes = self.products = 0
         self.too_wide = False  # needs more columns than allowed, whatever the precision
 
@@ -105,8 +105,13 @@ class Subspace:
         """Widen V until the rest is shown to be below the threshold."""
         while not self.rho <= self.threshold:
             W = without(self._draw(even(columns)), self.V)
-            W = outside(self._times(self.X.mT, self._times(self.X, W)), self.V)
-            if not self._fits(W.shape[1]):
+            B = self._times(self.X, W)
+            Z = self._times(self.X.mT, B)
+            # (sum sigma^2)^2 / sum sigma^4: about how many directions the rest has
+            norm = float(Z.norm())
+            spread = (float(B.norm()) ** 2 / norm) ** 2 / B.shape[1] if norm else 0.0
+            W = outside(Z, self.V)
+            if not self._fits(max(W.shape[1], int(spread))):
                 return False
             self.V = torch.cat([self.V, W], 1)
             if self.count is not None:
@@ -141,9 +146,8 @@ class Subspace:
         return None
 
     def _fits(self, columns: int) -> bool:
-        """Whether as many, and as many as the rest seems to need, may join V."""
-        left = self.max_columns - self.V.shape[1]
-        self.too_wide = columns > left or (self.rho > self.threshold and self.spread > left)
+        """Whether as many may join V."""
+        self.too_wide = self.V.shape[1] + columns > self.max_columns
         return columns > 0 and not self.too_wide
 
     def _take(self, V: Tensor) -> bool:
@@ -190,10 +194,6 @@ class Subspace:
                 break
             y, log_norm, growth = y / norm, log_norm + math.log(norm), norm if power > 1 else 0.0
             self.rho = min(self.rho, norm_from_log(log_norm, PROBES, power) + self.slack)
-            if power == 1:
-                first = norm**2 / PROBES  # about sum sigma^2
-            elif power == 2:  # (sum sigma^2)^2 / sum sigma^4: about how many directions R has
-                self.spread = first / norm**2
 
     def _tail(self, mu: Tensor, sketch: Sketch) -> float:
         """A bound of (sum (sigma_i - threshold)_+^2)^(1/2) over the singular values of all that is not wanted."""

@@ -6,24 +6,8 @@
 
 #include <algorithm>
 
-#define CK_ISA baseline
-#include "../core/wide.h"
-#undef CK_ISA
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define CK_X86_LEVELS
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-#define CK_ISA avx2
-#include "../core/wide.h"
-#undef CK_ISA
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4")
-#define CK_ISA avx512
-#include "../core/wide.h"
-#undef CK_ISA
-#pragma GCC pop_options
-#endif
+#define CK_KERNEL "wide.h"
+#include "../core/each_isa.h"
 
 namespace compaware {
 namespace {

@@ -26,6 +26,7 @@ from torch import Tensor
 from .products import inner, times
 
 PROBES = 12
+NOT_ZERO = torch.finfo(torch.float64).tiny
 FAILURE = 5e-12  # of one statement; a bound rests on fewer than two hundred
 
 
@@ -84,14 +85,17 @@ def sketch_triplets(X: Tensor, U: Tensor, s: Tensor, V: Tensor, gain: Tensor, ge
 
 
 def spectral_estimate(sketch: Tensor) -> float:
-    """About ``||R||_2``, of R Omega: ``(tr (R^T R)^2)^(1/4)``, which is larger, without bias up to the root.
+    """About ``||R||_2``, of R Omega, and rather too much: ``(tr (R^T R)^2)^(1/4)``, without bias up to the root.
 
-    Products of different probes: ``E (x^T R^T R y)^2 = tr (R^T R)^2``.
+    Products of different probes: ``E (x^T R^T R y)^2 = tr (R^T R)^2``. A few probes vary the more, the fewer directions
+    share in it (``1 / concentration``): to one of them up to twice as much is allowed.
     Source: Kong & Valiant, Ann. Stat. 45(5), 2017, section 2.
     """
     K = sketch.mT @ sketch
-    p = len(K)
-    return float((K.square().sum() - K.diagonal().square().sum()).clamp_min(0) / (p * (p - 1))) ** 0.25
+    p, diagonal = len(K), K.diagonal()
+    fourth = float((K.square().sum() - diagonal.square().sum()).clamp_min(0)) / (p * (p - 1))
+    concentration = min(1.0, fourth / max(float(diagonal.mean()) ** 2, NOT_ZERO))
+    return fourth**0.25 * (1 + concentration)
 
 
 def svd_loss(dtype: torch.dtype, m: int, n: int) -> float:

@@ -19,13 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .certificate import PROBES, in_range, norm_from_probes, svd_loss, unit_roundoff
+from .certificate import NOT_ZERO, PROBES, in_range, norm_from_probes, svd_loss, unit_roundoff
 from .products import ROWS, inner, product, times
 from .spectral import SoftThreshold, Spectral
 
 GRAM_LOSS = 32  # spectral error of the SVT, in units of u s_1^2 / tau; measured: up to 21
 EIGH_LOSS = 400  # ||V diag(w) V^T - G||_F in units of u trace(G), fp64; measured: up to 82 (all ones, n <= 1500)
-NOT_ZERO = torch.finfo(torch.float64).tiny
 
 
 @dataclass

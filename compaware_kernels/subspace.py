@@ -31,7 +31,7 @@ from .certificate import Sketch, norm_from_log, sketch_triplets
 from .products import COLUMNS, inner, product, times, without
 
 SPARE = 8  # right singular vectors kept beyond the rank: they follow the top of what is left out
-FRESH, PART = 8, 5  # so many columns, and one per so many known, at random beside those of the last call
+FRESH, PART = 12, 5  # so many columns, and one per so many known, at random beside those of the last call
 FIRST = 32  # columns to begin with where nothing is known
 PROBES = 24  # of the rest
 MAX_PASSES, MAX_POWER = 5, 6

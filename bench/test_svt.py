@@ -17,7 +17,7 @@ from sklearn.utils.extmath import randomized_svd
 import compaware_kernels as ck
 from compaware_kernels.products import product
 
-TAU, TOL = 1.0, 1e-3
+TAU = 1.0
 
 
 def shrink(U, s, V):
@@ -135,9 +135,16 @@ def race(svt_race, name, weights, ours, peers):
         for W, P in zip(Ws, torch.unbind(svd(torch.stack(Ws), 0)), strict=True):
             W.copy_(P)
 
+    def one_batch(Ws):
+        X = torch.stack(Ws)
+        (info,) = ck.svt_([X], TAU, fold=None)
+        torch._foreach_copy_(Ws, X.unbind())
+        parts = zip(info.rank, info.s, info.error_bound, strict=True)
+        return [ck.SvtInfo(*part, info.method, info.reason) for part in parts]
+
     peers = {peer.__name__: each(peer) for peer in peers}
     if len({W.shape for W in weights}) == 1 and len(weights) > 1:
-        peers["batched svd"] = batched
+        peers["batched svd"], ours["one batch"] = batched, one_batch
     svt_race(name, weights, truths, ours, peers, lambda infos: floor(weights, infos))
 
 

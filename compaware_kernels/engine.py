@@ -28,8 +28,7 @@ from .ops import compute_dtype
 from .products import ROWS, product
 from .spectral import SoftThreshold, Spectral
 from .state import WarmState
-from .subspace import FIRST as COLD
-from .subspace import Subspace, columns_for
+from .subspace import FIRST, Subspace, columns_for
 
 FEW = 3  # a subspace may begin with n / FEW columns, and grow to n / 2
 LITTLE = 1e8  # multiplications of a matrix product, below which threads are not worth starting
@@ -94,7 +93,7 @@ def compute(task: Task) -> None:
 
 def _by_subspace(task: Task, X: Tensor) -> bool:
     function = task.function
-    wanted = task.basis.shape[1] if task.basis is not None else max(COLD, function.count or 0)
+    wanted = task.basis.shape[1] if task.basis is not None else max(FIRST, function.count or 0)
     if function.floor <= 0 and function.count is None:
         task.reason = "the threshold is 0"
     elif task.basis is not None and not wanted:

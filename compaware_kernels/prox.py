@@ -9,6 +9,10 @@ Every function raises, before anything is changed:
 * ``TypeError``: not a tensor, or not fp64, fp32, bf16 or fp16;
 * ``ValueError``: fewer axes than a matrix has, a threshold that is negative, not finite or of the wrong shape,
   NaN or Inf in a weight (named by its layer).  Values are not checked while ``torch.compile`` traces.
+
+The forms with ``tol``, ``state`` and ``center`` raise ``ValueError`` for a tolerance that is no positive number, for a
+center that is not like its weight, and for a state or a center under ``torch.compile``, and ``TypeError`` for a state
+that is no :class:`WarmState`.
 """
 
 from __future__ import annotations
@@ -65,7 +69,8 @@ def svt(W: Tensor, tau: float | Tensor, *, return_info: bool = False) -> Tensor 
     Returns:
         ``P`` ``[..., m, n]`` in the dtype of W, and the info if asked for.
 
-    Twice differentiable in W and tau, with finite gradients at repeated and at zero singular values.
+    Twice differentiable in W and tau, with finite gradients at repeated and at zero singular values; the third
+    derivative raises NotImplementedError.
 
     Source: Cai, Candes & Shen, SIAM J. Optim. 20(4), 2010, theorem 2.1; Alvarez & Salzmann, NIPS 2017, 3.2.
     """
@@ -140,10 +145,10 @@ def svt_(
         weights: layer weights, ragged.  Linear ``[O, I]`` and convolution ``[O, C/G, *K]`` weights are folded to
             matrices by ``fold``; with ``fold=None`` each weight is taken as it is, ``[..., m, n]``.
         tau: threshold >= 0: a number, or one per layer.
-        state: what is remembered from one call to the next; with it, later calls are several times faster.  Layers are
+        state: what is remembered from one call to the next; with it, later calls cost less.  Layers are
             told apart by their names, or else by their place in the list.
         tol: how far the computed result may be from the exact one, relative to tau, in the spectral norm, before it
-            is rounded to the dtype of the weight.
+            is rounded to the dtype of the weight.  Judged from probes; ``error_bound`` is the bound.
         center: ``C``, one tensor per weight (default: 0): the prox of ``tau ||W - C||_*``.
         groups: the convolutions' groups, one per layer (default: all 1).
         names: layer names for errors, the report and the state.

@@ -24,7 +24,7 @@ import typer
 from rich.progress import track
 
 import compaware_kernels as ck
-from compaware_kernels import engine, small
+from compaware_kernels import engine, small, subspace
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Case:
     kwargs: dict
     state: ck.WarmState | None = None
     forced: bool = False  # the subspace route, also where it does not pay
-    cold: int = engine.COLD
+    first: int = subspace.FIRST  # columns where nothing is known
     wrong: int | None = None  # seed of what replaces the state after the first call
 
 
@@ -187,18 +187,18 @@ def case(seed: int, family: str | None = None) -> Case:
         calls.append([_next(W, how, rng) for W in calls[-1]])
     calls = [[tensor(W) for W in A] for A in calls]
     made = Case(" + ".join(names), op, calls, parameter, kwargs, forced=bool(rng.random() < 0.6))
-    made.cold, made.state = int(rng.choice([0, 1, 16])), ck.WarmState(int(rng.integers(99))) if warm else None
+    made.first, made.state = int(rng.choice([1, 8, 32])), ck.WarmState(int(rng.integers(99))) if warm else None
     made.wrong = int(rng.integers(1, 2**32)) if warm and rng.random() < 0.3 else None
     return made
 
 
 def run(case: Case) -> list[tuple[list[torch.Tensor], list[ck.SvtInfo]]]:
     """Per call the weights after it and what it said."""
-    state, out, patches = copy.deepcopy(case.state), [], {"COLD": engine.COLD}
+    state, out, patches = copy.deepcopy(case.state), [], {}
     if case.forced:
-        patches = {"worth_it": lambda m, n, columns: True, "COLD": case.cold, "small": mock.Mock(wraps=small)}
+        patches = {"worth_it": lambda m, n, columns: True, "small": mock.Mock(wraps=small)}
         patches["small"].small_shapes, patches["small"].Group = lambda weights: set(), small.Group
-    with mock.patch.multiple(engine, **patches):
+    with mock.patch.multiple(engine, **patches), mock.patch.object(subspace, "FIRST", case.first):
         for weights in copy.deepcopy(case.calls):
             out.append((weights, getattr(ck, case.op)(weights, case.parameter, state=state, **case.kwargs)))
             if case.wrong is not None and len(out) == 1:

@@ -122,6 +122,37 @@ def test_refused_with_a_reason(name):
     assert not removed and kept["a"].startswith("dead neurons kept: ")
 
 
+def hooked(model):
+    model.b.register_forward_hook(lambda module, args, out: 2 * out)
+    return model
+
+
+def with_its_own_forward(model):
+    model.a.forward = lambda x: F.conv2d(x, model.a.weight, model.a.bias) + 1
+    return model
+
+
+def with_more_state(model):
+    model.a.register_buffer("scale", torch.ones(6))
+    return model
+
+
+@pytest.mark.parametrize("change, why", [(hooked, "hooks"), (with_its_own_forward, "hooks"), (with_more_state, "state")])
+def test_layers_that_do_more_than_their_class_says_keep_their_size(change, why):
+    _, removed, kept, _ = remove(change(prepared(Net())))
+    assert not removed and why in kept["a"], kept
+
+
+def test_a_value_changed_in_place_with_several_readers_is_refused():
+    _, removed, kept, _ = remove(prepared(Net(lambda self, x: F.relu(x, inplace=True) + 0 * self.norm(x).sum())))
+    assert not removed and "in place" in kept["a"], kept
+
+
+def test_an_example_without_a_batch_axis_is_refused():
+    _, removed, kept = remove_dead_neurons(prepared(Net()), (torch.randn(IMAGE[1:], dtype=torch.float64),))
+    assert not removed and "no batch axis" in kept["a"], kept
+
+
 def test_zero_padding_reads_a_constant_only_where_it_is_zero():
     small, removed, kept, x = remove(model := prepared(Net(padding=1)))
     assert not removed and "zero-padded" in kept["a"]

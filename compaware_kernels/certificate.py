@@ -73,28 +73,34 @@ def sketch_triplets(X: Tensor, U: Tensor, s: Tensor, V: Tensor, gain: Tensor, ge
     draw = {"generator": generator, "dtype": torch.float64, "device": X.device}
     right, inside = torch.randn(X.shape[1], PROBES, **draw), torch.randn(len(s), PROBES, **draw)
     scaled = s[:, None] * inside
-    products = times(X, torch.cat([right, times(V, inside)], 1))
-    left = inner(U, products[:, :PROBES]) - s[:, None] * inner(V, right)  # (X^T U - V s)^T Omega
-    F = products[:, PROBES:] - times(U, scaled)
-    skew = [inner(Y, times(Y, scaled)) - scaled for Y in (U, V)]
-    bound = math.hypot(norm_from_probes(left), norm_from_probes(F)) + sum(map(norm_from_probes, skew))
-    if not math.isfinite(bound):
+    V_inside, V_scaled = times(V, torch.cat([inside, scaled], 1)).split(PROBES, 1)
+    X_right, X_inside = times(X, torch.cat([right, V_inside], 1)).split(PROBES, 1)
+    U_scaled = times(U, scaled)
+    UX, UU = inner(U, torch.cat([X_right, U_scaled], 1)).split(PROBES, 1)
+    VR, VV = inner(V, torch.cat([right, V_scaled], 1)).split(PROBES, 1)
+    left = UX - s[:, None] * VR  # (X^T U - V s)^T Omega
+    K = torch.stack([R.mT @ R for R in (left, X_inside - U_scaled, UU - scaled, VV - scaled, gain[:, None] * left)])
+    squares = K.diagonal(dim1=1, dim2=2)
+    traces = squares.sum(1).tolist()
+    if not math.isfinite(sum(traces)):
         return Sketch(math.inf, math.inf, torch.full_like(s, math.inf))
-    spectral = math.hypot(spectral_estimate(gain[:, None] * left), spectral_estimate(F))
-    return Sketch(bound, spectral + sum(map(spectral_estimate, skew)), left.square().mean(1))
+    E, F, skew_U, skew_V, _ = (_factor(PROBES) * math.sqrt(trace) for trace in traces)
+    pairs = (K.square().sum((1, 2)) - squares.square().sum(1)).tolist()
+    about = [_spectral(trace, pair) for trace, pair in zip(traces, pairs, strict=True)]
+    spectral = math.hypot(about[4], about[1]) + about[2] + about[3]
+    return Sketch(math.hypot(E, F) + skew_U + skew_V, spectral, left.square().mean(1))
 
 
-def spectral_estimate(sketch: Tensor) -> float:
-    """About ``||R||_2``, of R Omega, and rather too much: ``(tr (R^T R)^2)^(1/4)``, without bias up to the root.
+def _spectral(trace: float, pairs: float) -> float:
+    """About ``||R||_2``, and rather too much: ``(tr (R^T R)^2)^(1/4)``, without bias up to the root.
 
-    Products of different probes: ``E (x^T R^T R y)^2 = tr (R^T R)^2``. A few probes vary the more, the fewer directions
-    share in it (``1 / concentration``): to one of them up to twice as much is allowed.
+    From ``K = (R Omega)^T R Omega``: its trace, and the sum of the squares of its other elements, the inner products of
+    two different probes: ``E (x^T R^T R y)^2 = tr (R^T R)^2``. A few probes vary the more, the fewer directions share
+    in R (``1 / concentration``): to one of them up to twice as much is allowed.
     Source: Kong & Valiant, Ann. Stat. 45(5), 2017, section 2.
     """
-    K = sketch.mT @ sketch
-    p, diagonal = len(K), K.diagonal()
-    fourth = float((K.square().sum() - diagonal.square().sum()).clamp_min(0)) / (p * (p - 1))
-    concentration = min(1.0, fourth / max(float(diagonal.mean()) ** 2, NOT_ZERO))
+    fourth = max(pairs, 0.0) / (PROBES * (PROBES - 1))
+    concentration = min(1.0, fourth / max((trace / PROBES) ** 2, NOT_ZERO))
     return fourth**0.25 * (1 + concentration)
 
 

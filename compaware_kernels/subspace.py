@@ -116,7 +116,7 @@ class Subspace:
             self.V = torch.cat([self.V, W], 1)
             if self.count is not None:
                 B = self._times(self.X, self.V)
-                self._choose(torch.linalg.eigvalsh(inner(B, B)).clamp_min(0).sqrt().flip(0))
+                self._choose(torch.linalg.eigvalsh(inner(B, B)))
             self._bound_rest()
             columns = self.V.shape[1] // 2
         return True
@@ -131,17 +131,16 @@ class Subspace:
             if not source.shape[1] or not self._take(outside(Z, self.V) if step else torch.linalg.qr(Z).Q):
                 return None
             self.passes += 1
-            mu, U, V = self._rayleigh_ritz()
+            s, U, V = self._rayleigh_ritz()
             if step == 0:
                 self._bound_rest()
             if self.checked < self.rank or not self.rho <= self.threshold or not self.threshold > 0:
                 return None
-            s, V = mu[: self.checked], V[:, : self.checked]
             gain = self.gain(s, self.rho)
             sketch = sketch_triplets(self.X, U, s, V, gain, self.generator)
-            tail = self._tail(mu, sketch)
+            tail = self._tail(sketch)
             if MARGIN * sketch.spectral + tail <= self.tol * self.threshold:
-                return self._result(mu, U, sketch, tail)
+                return self._result(s, U, sketch, tail)
             source = U[:, gain**2 * sketch.columns > (0.5 * self.tol * self.threshold) ** 2 / max(1, self.rank)]
         return None
 
@@ -160,24 +159,25 @@ class Subspace:
             cross = inner(self.Y, Y)
             own = torch.cat([torch.cat([self.YtY, cross], 1), torch.cat([cross.mT, own], 1)])
         self.V, self.Y, self.YtY = torch.cat([self.V, V], 1), torch.cat([self.Y, Y], 1), own
-        return bool(own.isfinite().all())
+        return math.isfinite(float(own.trace()))
 
     def _rayleigh_ritz(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All mu, descending; U of the triplets to check; V of those, and some to spare."""
+        """The triplets to check."""
         squares, Q = torch.linalg.eigh(self.YtY)
-        mu, Q = squares.clamp_min(0).sqrt().flip(0), Q.flip(1)
-        self._choose(mu)
-        c, dtype = self.checked, self.V.dtype
+        self._choose(squares)
+        c, dtype, Q = self.checked, self.V.dtype, Q.flip(1)
+        s = torch.tensor(self.mu[:c], dtype=torch.float64, device=Q.device)
         self.right = product(self.V, Q[:, : columns_for(self.rank)].to(dtype))
-        return mu, product(self.Y, (Q[:, :c] / mu[:c]).to(dtype)), self.right
+        return s, product(self.Y, (Q[:, :c] / s).to(dtype)), self.right[:, :c]
 
-    def _choose(self, mu: Tensor) -> None:
-        """How many triplets are wanted, and how many are to be checked."""
+    def _choose(self, squares: Tensor) -> None:
+        """mu, descending, from ascending squares; how many triplets are wanted, and how many are to be checked."""
+        mu = self.mu = [math.sqrt(max(square, 0.0)) for square in reversed(squares.tolist())]
         if self.count is not None:
-            self.threshold = float(mu[self.count - 1]) if len(mu) >= self.count else 0.0
-        self.rank = int((mu > self.threshold).sum()) if self.count is None else min(self.count, len(mu))
-        near = int((mu > NEAR * self.threshold).sum())
-        self.checked = min(max(1, self.rank, near), columns_for(self.rank), int((mu > 1e-6 * mu[0]).sum()))
+            self.threshold = mu[self.count - 1] if len(mu) >= self.count else 0.0
+        self.rank = sum(x > self.threshold for x in mu) if self.count is None else min(self.count, len(mu))
+        near = sum(x > NEAR * self.threshold for x in mu)
+        self.checked = min(max(1, self.rank, near), columns_for(self.rank), sum(x > 1e-6 * mu[0] for x in mu))
 
     def _bound_rest(self) -> None:
         """rho >= ||R||_2 from the powers (R^T R)^j Omega, R = X (I - V V^T).
@@ -195,17 +195,15 @@ class Subspace:
             y, log_norm, growth = y / norm, log_norm + math.log(norm), norm if power > 1 else 0.0
             self.rho = min(self.rho, norm_from_log(log_norm, PROBES, power) + self.slack)
 
-    def _tail(self, mu: Tensor, sketch: Sketch) -> float:
+    def _tail(self, sketch: Sketch) -> float:
         """A bound of (sum (sigma_i - threshold)_+^2)^(1/2) over the singular values of all that is not wanted."""
-        sigma = (mu[self.checked :].square() + self.rho**2).sqrt()  # Weyl; all others are at most rho
-        sigma = sigma + self.slack + sketch.bound
-        return float((sigma - self.threshold).clamp_min(0).norm())
+        sigma = (math.hypot(x, self.rho) for x in self.mu[self.checked :])  # Weyl; all others are at most rho
+        return math.hypot(*(max(0.0, x + self.slack + sketch.bound - self.threshold) for x in sigma))
 
-    def _result(self, mu: Tensor, U: Tensor, sketch: Sketch, tail: float) -> Triplets:
+    def _result(self, s: Tensor, U: Tensor, sketch: Sketch, tail: float) -> Triplets:
         r, c = self.rank, self.checked
-        below = math.hypot(float(mu[c]) if c < len(mu) else 0.0, self.rho)
-        below = max(below, float(mu[r]) if r < len(mu) else 0.0)
-        return Triplets(U[:, :r], mu[:r], self.right[:, :r], sketch, tail, below, self.right)
+        below = max(math.hypot(*self.mu[c : c + 1], self.rho), *self.mu[r : r + 1], 0.0)
+        return Triplets(U[:, :r], s[:r], self.right[:, :r], sketch, tail, below, self.right)
 
     def _draw(self, columns: int) -> Tensor:
         n = self.X.shape[1]

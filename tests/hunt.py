@@ -194,9 +194,9 @@ def case(seed: int, family: str | None = None) -> Case:
 
 def run(case: Case) -> list[tuple[list[torch.Tensor], list[ck.SvtInfo]]]:
     """Per call the weights after it and what it said."""
-    state, out, patches = copy.deepcopy(case.state), [], {}
+    state, out, patches = copy.deepcopy(case.state), [], {"FIRST": case.first}
     if case.forced:
-        patches = {"worth_it": lambda m, n, columns: True, "small": mock.Mock(wraps=small)}
+        patches |= {"worth_it": lambda m, n, columns: True, "small": mock.Mock(wraps=small)}
         patches["small"].small_shapes, patches["small"].Group = lambda weights: set(), small.Group
     with mock.patch.multiple(engine, **patches), mock.patch.object(subspace, "FIRST", case.first):
         for weights in copy.deepcopy(case.calls):

@@ -137,7 +137,9 @@ def with_more_state(model):
     return model
 
 
-@pytest.mark.parametrize("change, why", [(hooked, "hooks"), (with_its_own_forward, "hooks"), (with_more_state, "state")])
+@pytest.mark.parametrize(
+    "change, why", [(hooked, "hooks"), (with_its_own_forward, "hooks"), (with_more_state, "state")]
+)
 def test_layers_that_do_more_than_their_class_says_keep_their_size(change, why):
     _, removed, kept, _ = remove(change(prepared(Net())))
     assert not removed and why in kept["a"], kept

@@ -14,10 +14,12 @@ storing the result in the dtype of the weight rounds it, whatever the route.
 from __future__ import annotations
 
 import math
+import os
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -202,9 +204,17 @@ def in_parallel(work: Callable[[Task], None], tasks: Sequence[Task]) -> None:
     large = [task for task in tasks if cost(task) > share]
     for task in large:
         work(task)
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        list(pool.map(torch.no_grad()(work), tasks[len(large) :]))
+    list(_pool(threads).map(torch.no_grad()(work), tasks[len(large) :]))
     torch.set_num_threads(threads)  # the workers' setting is what new threads of the program would get
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Workers of one thread each, kept: new ones would first set up the buffers of every library."""
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
 def seed_of(state_seed: int, call: int, key: str) -> int:

@@ -9,6 +9,8 @@ import torch
 
 import compaware_kernels as ck
 from compaware_kernels import certificate, dense, engine, products, small
+from compaware_kernels.spectral import SoftThreshold
+from compaware_kernels.subspace import Subspace
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -223,6 +225,29 @@ def test_a_direction_that_grows_between_two_calls_is_found():
     (info,) = ck.svt_([W], 0.5, state=state, names=["layer"])
     check(W, truth, info, 0.5)
     assert int(info.rank) >= 23
+
+
+def test_more_new_directions_than_fresh_columns_are_found():
+    state = ck.WarmState()
+    for W, _, _ in drifting(2, state):
+        last = W.clone()
+    columns = state.bases["layer.0"].shape[1]
+    W = last + with_spectrum(500, 300, torch.full((columns + 30,), 1.5), seed=11).float()
+    truth = exact(W)
+    (info,) = ck.svt_([W], 1.0, state=state, names=["layer"])
+    check(W, truth, info)
+    assert int(info.rank) > columns
+
+
+def test_what_is_left_out_together_may_stand_out():
+    """A pair found just below the threshold, and the rest beside it: sqrt(0.8^2 + 0.7^2) > 1."""
+    V = torch.eye(6, 2, dtype=torch.float64)
+    search = Subspace(
+        torch.eye(6).double(), 1.0, V, 1e-3, torch.Generator(), max_columns=3, slack=0.01, gain=SoftThreshold(1.0).gain
+    )
+    search.mu, search.checked, search.rho = [3.0, 0.8, 0.1], 1, 0.7
+    sketch = certificate.Sketch(bound=0.02, spectral=0.0, columns=torch.zeros(1))
+    assert search._tail(sketch) == pytest.approx(math.hypot(0.8, 0.7) + 0.03 - 1)
 
 
 def test_state_moves_and_refuses_what_is_no_state():

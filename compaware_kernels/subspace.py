@@ -197,6 +197,8 @@ class Subspace:
 
     def _tail(self, sketch: Sketch) -> float:
         """A bound of (sum (sigma_i - threshold)_+^2)^(1/2) over the singular values of all that is not wanted."""
+        if not self.rho <= self.threshold:
+            return math.inf
         sigma = (math.hypot(x, self.rho) for x in self.mu[self.checked :])  # Weyl; all others are at most rho
         return math.hypot(*(max(0.0, x + self.slack + sketch.bound - self.threshold) for x in sigma))
 

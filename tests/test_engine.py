@@ -248,6 +248,8 @@ def test_what_is_left_out_together_may_stand_out():
     search.mu, search.checked, search.rho = [3.0, 0.8, 0.1], 1, 0.7
     sketch = certificate.Sketch(bound=0.02, spectral=0.0, columns=torch.zeros(1))
     assert search._tail(sketch) == pytest.approx(math.hypot(0.8, 0.7) + 0.03 - 1)
+    search.mu, search.rho = [3.0], 1.01
+    assert search._tail(sketch) == math.inf
 
 
 def test_state_moves_and_refuses_what_is_no_state():

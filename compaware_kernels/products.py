@@ -30,7 +30,7 @@ def product(A: Tensor, B: Tensor) -> Tensor:
 
 
 def times(X: Tensor, Y: Tensor) -> Tensor:
-    """X Y in the dtype of Y, which may be wider than X's."""
+    """X Y: in fp32 where both are, else in fp64."""
     return product(X, Y) if X.dtype == Y.dtype == torch.float32 else torch.ops.compaware.wide_product(X, Y)
 
 

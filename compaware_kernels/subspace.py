@@ -107,11 +107,8 @@ class Subspace:
             W = without(self._draw(even(columns)), self.V)
             B = self._times(self.X, W)
             Z = self._times(self.X.mT, B)
-            # (sum sigma^2)^2 / sum sigma^4: about how many directions the rest has
-            norm = float(Z.norm())
-            spread = (float(B.norm()) ** 2 / norm) ** 2 / B.shape[1] if norm else 0.0
             W = outside(Z, self.V)
-            if not self._fits(max(W.shape[1], int(spread))):
+            if not self._fits(max(W.shape[1], _spread(B, Z))):
                 return False
             self.V = torch.cat([self.V, W], 1)
             if self.count is not None:
@@ -214,6 +211,12 @@ class Subspace:
     def _times(self, X: Tensor, Y: Tensor) -> Tensor:
         self.products += Y.shape[1]
         return times(X, Y)
+
+
+def _spread(B: Tensor, Z: Tensor) -> int:
+    """About how many directions R has, from R Omega and R^T R Omega: ``(sum sigma^2)^2 / sum sigma^4``."""
+    squares, fourths = (float(torch.linalg.vector_norm(Y, dtype=torch.float64)) ** 2 for Y in (B, Z))
+    return int(squares**2 / fourths / B.shape[1]) if fourths else 0
 
 
 def outside(Y: Tensor, V: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ class WarmState:
     faster: the error bound of a result never rests on them. A layer that changed shape, or that comes for the first
     time, starts from nothing; one whose weights were edited costs a few more passes.
 
-    Holds at most ``(rank + 23) min(m, n)`` numbers per matrix, in its compute dtype, on its device. The same calls with
+    Holds at most ``(rank + 15) min(m, n)`` numbers per matrix, in its compute dtype, on its device. The same calls with
     the same seed and number of threads give the same results, also after :meth:`load_state_dict`.
 
     Args:

@@ -85,7 +85,8 @@ def sketch_triplets(X: Tensor, U: Tensor, s: Tensor, V: Tensor, gain: Tensor, ge
     if not math.isfinite(sum(traces)):
         return Sketch(math.inf, math.inf, torch.full_like(s, math.inf))
     E, F, skew_U, skew_V, _ = (_factor(PROBES) * math.sqrt(trace) for trace in traces)
-    pairs = (K.square().sum((1, 2)) - squares.square().sum(1)).tolist()
+    K = K / squares.sum(1).clamp_min(NOT_ZERO)[:, None, None]
+    pairs = (K.square().sum((1, 2)) - K.diagonal(dim1=1, dim2=2).square().sum(1)).tolist()
     about = [_spectral(trace, pair) for trace, pair in zip(traces, pairs, strict=True)]
     spectral = math.hypot(about[4], about[1]) + about[2] + about[3]
     return Sketch(math.hypot(E, F) + skew_U + skew_V, spectral, left.square().mean(1))
@@ -94,14 +95,14 @@ def sketch_triplets(X: Tensor, U: Tensor, s: Tensor, V: Tensor, gain: Tensor, ge
 def _spectral(trace: float, pairs: float) -> float:
     """About ``||R||_2``, and rather too much: ``(tr (R^T R)^2)^(1/4)``, without bias up to the root.
 
-    From ``K = (R Omega)^T R Omega``: its trace, and the sum of the squares of its other elements, the inner products of
-    two different probes: ``E (x^T R^T R y)^2 = tr (R^T R)^2``. A few probes vary the more, the fewer directions share
-    in R (``1 / concentration``): to one of them up to twice as much is allowed.
+    From ``K = (R Omega)^T R Omega``: its trace, and in units of that the sum of the squares of its other elements, the
+    inner products of two different probes: ``E (x^T R^T R y)^2 = tr (R^T R)^2``. A few probes vary the more, the fewer
+    directions share in R (``1 / concentration``): to one of them up to twice as much is allowed.
     Source: Kong & Valiant, Ann. Stat. 45(5), 2017, section 2.
     """
     fourth = max(pairs, 0.0) / (PROBES * (PROBES - 1))
-    concentration = min(1.0, fourth / max((trace / PROBES) ** 2, NOT_ZERO))
-    return fourth**0.25 * (1 + concentration)
+    concentration = min(1.0, fourth * PROBES**2)
+    return math.sqrt(trace) * fourth**0.25 * (1 + concentration)
 
 
 def svd_loss(dtype: torch.dtype, m: int, n: int) -> float:

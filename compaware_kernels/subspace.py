@@ -215,8 +215,8 @@ class Subspace:
 
 def _spread(B: Tensor, Z: Tensor) -> int:
     """About how many directions R has, from R Omega and R^T R Omega: ``(sum sigma^2)^2 / sum sigma^4``."""
-    squares, fourths = (float(torch.linalg.vector_norm(Y, dtype=torch.float64)) ** 2 for Y in (B, Z))
-    return int(squares**2 / fourths / B.shape[1]) if fourths else 0
+    first, second = (float(torch.linalg.vector_norm(Y, dtype=torch.float64)) for Y in (B, Z))
+    return int((first * (first / second)) ** 2 / B.shape[1]) if second else 0  # in this order it cannot overflow
 
 
 def outside(Y: Tensor, V: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import compaware_kernels as ck
 from compaware_kernels import certificate, dense, engine, products, small
 from compaware_kernels.spectral import SoftThreshold
-from compaware_kernels.subspace import Subspace
+from compaware_kernels.subspace import MARGIN, Subspace
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -424,3 +424,27 @@ def test_small_shapes():
     assert small.small_shapes([torch.empty(60, 40)]) == set()
     assert small.small_shapes([torch.empty(60, 40)] * 20) == {(60, 40)}
     assert engine.worth_it(1024, 256, 40) and not engine.worth_it(1024, 64, 16)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 40])
+def test_the_estimate_of_a_spectral_norm_is_rarely_too_small(rank):
+    """In a thousand draws: with the margin it is allowed; for one direction as for many."""
+    R = with_spectrum(80, 60, torch.ones(rank))
+    small = 0
+    for seed in range(1000):
+        generator = torch.Generator().manual_seed(seed)
+        sketch = R @ torch.randn(60, certificate.PROBES, generator=generator, dtype=torch.float64)
+        K = sketch.mT @ sketch
+        trace = float(K.trace())
+        pairs = float((K.square().sum() - K.diagonal().square().sum()) / trace**2)
+        small += MARGIN * certificate._spectral(trace, pairs) < 1
+    assert small <= 3
+
+
+@pytest.mark.parametrize("scale", [1e-140, 1e-30, 1e30, 1e140])
+def test_scales_at_the_ends_of_fp64(scale):
+    W = scale * low_rank(500, 300, 20)
+    truth = exact(W / scale)
+    (info,) = ck.svt_([W], scale)
+    error = float((W / scale - truth).norm())
+    assert error <= float(info.error_bound) / scale and error < 1e-2 and info.method.startswith("subspace")

@@ -1,4 +1,6 @@
-"""All the shapes, dtypes, spectra and tolerances that the op tests go through."""
+"""The shapes, dtypes, spectra and tolerances that the tests go through, and matrices of a given spectrum."""
+
+import math
 
 import numpy as np
 import torch
@@ -36,3 +38,17 @@ def matrix(shape, spectrum, seed=0):
     U = np.linalg.qr(rng.standard_normal((*batch, m, k)))[0]
     V = np.linalg.qr(rng.standard_normal((*batch, n, k)))[0]
     return (U * SPECTRA[spectrum](k)) @ np.swapaxes(V, -1, -2)
+
+
+def with_spectrum(m, n, s, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    U, V = (torch.linalg.qr(torch.randn(k, len(s), generator=generator, dtype=torch.float64)).Q for k in (m, n))
+    return (U * torch.as_tensor(s, dtype=torch.float64)) @ V.mT
+
+
+def low_rank(m, n, r, largest=100.0, outside=0.4, seed=0):
+    """Singular values from 1.5 to ``largest``, and full-rank noise of spectral norm ``outside``."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    noise = torch.randn(m, n, generator=generator, dtype=torch.float64)
+    noise *= outside / torch.linalg.matrix_norm(noise, 2)
+    return with_spectrum(m, n, torch.logspace(math.log10(1.5), math.log10(largest), r), seed) + noise

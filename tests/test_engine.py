@@ -6,27 +6,12 @@ import math
 import hunt
 import pytest
 import torch
+from cases import low_rank, with_spectrum
 
 import compaware_kernels as ck
-from compaware_kernels import certificate, dense, engine, products, small
-from compaware_kernels.spectral import SoftThreshold
-from compaware_kernels.subspace import MARGIN, Subspace
+from compaware_kernels import dense, engine, products, small
 
 EPS = torch.finfo(torch.float32).eps
-
-
-def with_spectrum(m, n, s, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    U, V = (torch.linalg.qr(torch.randn(k, len(s), generator=generator, dtype=torch.float64)).Q for k in (m, n))
-    return (U * torch.as_tensor(s, dtype=torch.float64)) @ V.mT
-
-
-def low_rank(m, n, r, largest=100.0, outside=0.4, seed=0):
-    """Singular values from 1.5 to ``largest``, and full-rank noise of spectral norm ``outside``."""
-    generator = torch.Generator().manual_seed(seed + 1)
-    noise = torch.randn(m, n, generator=generator, dtype=torch.float64)
-    noise *= outside / torch.linalg.matrix_norm(noise, 2)
-    return with_spectrum(m, n, torch.logspace(math.log10(1.5), math.log10(largest), r), seed) + noise
 
 
 def apply(W, function):
@@ -103,6 +88,22 @@ def test_many_small_matrices_go_together():
     assert (torch.linalg.matrix_norm(W - truth) <= info.error_bound).all()
     torch.testing.assert_close(torch.stack(listed), W)
     assert [int(i.rank) for i in infos] == info.rank.tolist()
+
+
+def test_small_shapes():
+    assert small.small_shapes([torch.empty(6, 25)]) == {(6, 25)}
+    assert small.small_shapes([torch.empty(60, 40)]) == set()
+    assert small.small_shapes([torch.empty(60, 40)] * 20) == {(60, 40)}
+    assert engine.worth_it(1024, 256, 40) and not engine.worth_it(1024, 64, 16)
+
+
+@pytest.mark.parametrize("scale", [1e-140, 1e-30, 1e30, 1e140])
+def test_scales_at_the_ends_of_fp64(scale):
+    W = scale * low_rank(500, 300, 20)
+    truth = exact(W / scale)
+    (info,) = ck.svt_([W], scale)
+    error = float((W / scale - truth).norm())
+    assert error <= float(info.error_bound) / scale and error < 1e-2 and info.method.startswith("subspace")
 
 
 # --- a tolerance met, or the next route ------------------------------------------------------------------------------
@@ -239,19 +240,6 @@ def test_more_new_directions_than_fresh_columns_are_found():
     assert int(info.rank) > columns
 
 
-def test_what_is_left_out_together_may_stand_out():
-    """A pair found just below the threshold, and the rest beside it: sqrt(0.8^2 + 0.7^2) > 1."""
-    V = torch.eye(6, 2, dtype=torch.float64)
-    search = Subspace(
-        torch.eye(6).double(), 1.0, V, 1e-3, torch.Generator(), max_columns=3, slack=0.01, gain=SoftThreshold(1.0).gain
-    )
-    search.mu, search.checked, search.rho = [3.0, 0.8, 0.1], 1, 0.7
-    sketch = certificate.Sketch(bound=0.02, spectral=0.0, columns=torch.zeros(1))
-    assert search._tail(sketch) == pytest.approx(math.hypot(0.8, 0.7) + 0.03 - 1)
-    search.mu, search.rho = [3.0], 1.01
-    assert search._tail(sketch) == math.inf
-
-
 def test_state_moves_and_refuses_what_is_no_state():
     state = ck.WarmState()
     list(drifting(1, state))
@@ -375,76 +363,3 @@ def test_hunt(part):
     for seed in range(100 * part, 100 * part + 100):
         holds, _, message = hunt.check(hunt.case(seed))
         assert holds, (seed, message)
-
-
-# --- what it is made of -----------------------------------------------------------------------------------------------
-
-
-def test_probes_fail_as_rarely_as_they_say():
-    from scipy.stats import chi2
-
-    c = 1 / (certificate._factor(certificate.PROBES) ** 2 * certificate.PROBES)
-    assert 1e-14 < chi2.cdf(c * certificate.PROBES, certificate.PROBES) <= certificate.FAILURE
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.5, 3.0])
-def test_norms_from_probes_are_upper_bounds(decay):
-    R = with_spectrum(80, 60, torch.arange(1.0, 61) ** -decay)
-    for seed in range(50):
-        y = torch.randn(60, certificate.PROBES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        for power in range(1, 6):
-            y = R @ y if power % 2 else R.mT @ y
-            assert certificate.norm_from_probes(y, power) >= (R.norm() if power == 1 else 1.0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_products_in_fp64(dtype):
-    for m, n, p in ((1, 1, 1), (7, 5, 3), (64, 33, 24), (1000, 600, 40), (0, 4, 2), (4, 0, 2), (5, 4, 0)):
-        X, Y = torch.randn(m, n).to(dtype), torch.randn(n, p)
-        for A in (X, X.mT.contiguous().mT, torch.randn(2 * m, 2 * n).to(dtype)[::2, ::2]):
-            for B in (Y, Y.double(), Y.mT.contiguous().mT):
-                wanted = A.double() @ B.double()
-                got = torch.ops.compaware.wide_product(A, B)
-                assert got.dtype == torch.float64
-                torch.testing.assert_close(got, wanted, rtol=1e-13, atol=1e-12)
-    with pytest.raises(RuntimeError, match="wanted"):
-        torch.ops.compaware.wide_product(torch.randn(2, 3), torch.randn(2, 3))
-
-
-def test_product_is_a_product_whatever_the_strides():
-    for m, n, p in ((300, 200, 40), (200, 300, 24), (5, 4, 3)):
-        A, B = torch.randn(m, n), torch.randn(n, p)
-        for X in (A, A.mT.contiguous().mT):
-            for Y in (B, B.mT.contiguous().mT):
-                torch.testing.assert_close(products.product(X, Y), A @ B, rtol=1e-4, atol=1e-4)
-
-
-def test_small_shapes():
-    assert small.small_shapes([torch.empty(6, 25)]) == {(6, 25)}
-    assert small.small_shapes([torch.empty(60, 40)]) == set()
-    assert small.small_shapes([torch.empty(60, 40)] * 20) == {(60, 40)}
-    assert engine.worth_it(1024, 256, 40) and not engine.worth_it(1024, 64, 16)
-
-
-@pytest.mark.parametrize("rank", [1, 3, 40])
-def test_the_estimate_of_a_spectral_norm_is_rarely_too_small(rank):
-    """In a thousand draws: with the margin it is allowed; for one direction as for many."""
-    R = with_spectrum(80, 60, torch.ones(rank))
-    small = 0
-    for seed in range(1000):
-        generator = torch.Generator().manual_seed(seed)
-        sketch = R @ torch.randn(60, certificate.PROBES, generator=generator, dtype=torch.float64)
-        K = sketch.mT @ sketch
-        trace = float(K.trace())
-        pairs = float((K.square().sum() - K.diagonal().square().sum()) / trace**2)
-        small += MARGIN * certificate._spectral(trace, pairs) < 1
-    assert small <= 3
-
-
-@pytest.mark.parametrize("scale", [1e-140, 1e-30, 1e30, 1e140])
-def test_scales_at_the_ends_of_fp64(scale):
-    W = scale * low_rank(500, 300, 20)
-    truth = exact(W / scale)
-    (info,) = ck.svt_([W], scale)
-    error = float((W / scale - truth).norm())
-    assert error <= float(info.error_bound) / scale and error < 1e-2 and info.method.startswith("subspace")

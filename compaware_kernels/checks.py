@@ -49,12 +49,14 @@ def check_center(center: Sequence[Tensor], weights: Sequence[Tensor], names: Seq
 
 def has_values(x: Tensor) -> bool:
     """False while torch.compile traces, and under vmap, which refuses every branch on a value."""
+    if torch.compiler.is_compiling():
+        return False
     functorch = torch._C._functorch
-    while not torch.compiler.is_compiling() and functorch.is_functorch_wrapped_tensor(x):
+    while functorch.is_functorch_wrapped_tensor(x):
         if functorch.is_batchedtensor(x):
             return False
         x = functorch.get_unwrapped(x)
-    return not torch.compiler.is_compiling()
+    return True
 
 
 def all_finite(W: Tensor) -> bool:

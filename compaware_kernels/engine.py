@@ -28,6 +28,7 @@ from . import dense, small
 from .certificate import in_range, norms, storage, unit_roundoff
 from .ops import compute_dtype
 from .products import ROWS, product
+from .report import SvtInfo
 from .spectral import SoftThreshold, Spectral
 from .state import WarmState
 from .subspace import FIRST, Subspace, columns_for
@@ -224,32 +225,23 @@ def seed_of(state_seed: int, call: int, key: str) -> int:
 # --- all layers -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What was done to one weight ``[..., m, n]``."""
-
-    rank: Tensor  # int64 [...]
-    s: Tensor  # fp64 [..., k]
-    error: Tensor  # fp64 [...], storage included
-    method: str
-    reason: str
-
-
 def shrink_all(
     weights: Sequence[Tensor],  # [..., m, n] each, ragged
     functions: Sequence[Spectral],
-    keys: Sequence[str],  # in the state
+    names: Sequence[str] | None,  # in the report and the state; or else places in the list
     *,
     tol: float,
     state: WarmState | None = None,
     centers: Sequence[Tensor] | None = None,
     ball: bool = False,  # write W - f(W) instead
-) -> list[Outcome]:
+) -> list[SvtInfo]:
     """Apply to every weight, in place, the function of its singular values.  Nothing is written before all is known."""
     centers = [None] * len(weights) if centers is None else centers
     work: list[small.Group | list[Task]] = []
     small_shapes = small.small_shapes(weights)
-    for W, function, key, center in zip(weights, functions, keys, centers, strict=True):
+    for W, function, key, center in zip(
+        weights, functions, names or map(str, range(len(weights))), centers, strict=True
+    ):
         if tuple(W.shape[-2:]) in small_shapes:
             work.append(small.Group(W, function, center))
         else:
@@ -263,7 +255,7 @@ def shrink_all(
     if state:
         state.calls += 1
         state.bases |= {task.key: task.basis for task in tasks if task.basis is not None}
-    return [_outcome(W, entry) for W, entry in zip(weights, work, strict=True)]
+    return [_report(*each) for each in zip(weights, work, names or [None] * len(work), strict=True)]
 
 
 def _tasks(W, function, key, center, tol, state: WarmState | None) -> list[Task]:
@@ -282,13 +274,13 @@ def _tasks(W, function, key, center, tol, state: WarmState | None) -> list[Task]
     return tasks
 
 
-def _outcome(W: Tensor, entry: small.Group | list[Task]) -> Outcome:
+def _report(W: Tensor, entry: small.Group | list[Task], name: str | None) -> SvtInfo:
     if isinstance(entry, small.Group):
-        return Outcome(entry.rank, entry.s, entry.error, entry.method, "small")
+        return SvtInfo(entry.rank, entry.s, entry.error, entry.method, "small", name)
     batch, k = W.shape[:-2], min(W.shape[-2:])
     if not W.numel():
         zeros = torch.zeros(batch, dtype=torch.float64)
-        return Outcome(zeros.long(), zeros[..., None].expand(*batch, k).clone(), zeros, "empty", "")
+        return SvtInfo(zeros.long(), zeros[..., None].expand(*batch, k).clone(), zeros, "empty", "", name)
     numel = W.shape[-2] * W.shape[-1]
     s = torch.zeros(len(entry), k, dtype=torch.float64)
     for row, task in zip(s, entry, strict=True):
@@ -297,4 +289,4 @@ def _outcome(W: Tensor, entry: small.Group | list[Task]) -> Outcome:
     ranks = torch.tensor([len(task.s) for task in entry], dtype=torch.int64)
     methods, reasons = (list(dict.fromkeys(getattr(t, what) for t in entry)) for what in ("method", "reason"))
     shape = [s.reshape(*batch, k), torch.tensor(error, dtype=torch.float64).reshape(batch)]
-    return Outcome(ranks.reshape(batch), *shape, " + ".join(methods), "; ".join(reasons))
+    return SvtInfo(ranks.reshape(batch), *shape, " + ".join(methods), "; ".join(reasons), name)

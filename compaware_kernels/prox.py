@@ -19,41 +19,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import certificate, engine, folds, ops
 from .checks import check_center, checked, checked_list, checked_tau
+from .report import SvtInfo
 from .spectral import SoftThreshold, Truncate, WeightedThreshold
 from .state import WarmState
-
-
-@dataclass(frozen=True)
-class SvtInfo:
-    """What one call did to one weight ``[..., m, n]``.
-
-    Attributes:
-        rank: singular values above the threshold, int64 ``W.shape[:-2]``.
-        s: singular values of the result, descending, fp64 ``[..., min(m, n)]`` (of :func:`spectral_ball_`: of what was
-            taken away).
-        error_bound: fp64 ``W.shape[:-2]``, an upper bound of ``||computed - exact||_F``, the rounding of the result to
-            its dtype included.  Of :func:`svt`: a-priori; a dense SVD is the exact one of a matrix within
-            ``p(m, n) eps ||W||_2`` (LAPACK Users' Guide, 4.9), here with ``p = 2 sqrt(k) max(m, n)`` in the Frobenius
-            norm, k = min(m, n), and SVT is non-expansive.  Of the forms in place: a-posteriori, as
-            :mod:`compaware_kernels.certificate` explains; its probabilistic parts fail with a probability below 1e-9.
-        method: the route taken.
-        reason: why, or what it took.
-        name: the layer's name, where names were given.
-    """
-
-    rank: Tensor
-    s: Tensor
-    error_bound: Tensor
-    method: str = "svd"
-    reason: str = ""
-    name: str | None = None
 
 
 def svt(W: Tensor, tau: float | Tensor, *, return_info: bool = False) -> Tensor | tuple[Tensor, SvtInfo]:
@@ -269,13 +243,11 @@ def _shrink(weights, functions, state, tol, fold, groups, names, center=None, ba
     mats = _matrices(weights, fold, groups)
     targets = _targets(mats)
     centers = None if center is None else _matrices(center, fold, groups)
-    keys = names or [str(i) for i in range(len(weights))]
-    outcomes = engine.shrink_all(targets, functions, keys, tol=tol, state=state, centers=centers, ball=ball)
+    infos = engine.shrink_all(targets, functions, names, tol=tol, state=state, centers=centers, ball=ball)
     for W, M, T in zip(weights, mats, targets, strict=True):
         if T.data_ptr() != W.data_ptr() or T.stride() != M.stride():
             W.copy_(T if fold is None else folds.from_matrix(T, W.shape, fold))
-    named = zip(outcomes, names or [None] * len(outcomes), strict=True)
-    return [SvtInfo(o.rank, o.s, o.error, o.method, o.reason, name) for o, name in named]
+    return infos
 
 
 def _matrices(weights: Sequence[Tensor], fold: str | None, groups: Sequence[int] | None) -> list[Tensor]:

@@ -48,10 +48,9 @@ def norm_from_log(log_norm: float, probes: int, power: int = 1) -> float:
     return math.exp((math.log(_factor(probes)) + log_norm) / power)
 
 
-def norm_from_probes(sketch: Tensor, power: int = 1) -> float:
-    """The same, from the sketch ``[., p]``."""
-    norm = float(torch.linalg.vector_norm(sketch.double()))
-    return 0.0 if norm == 0 else norm_from_log(math.log(norm), sketch.shape[1], power)
+def norm_from_probes(sketch: Tensor) -> float:
+    """An upper bound of ||R||_F from the sketch ``R Omega`` ``[., p]``."""
+    return _factor(sketch.shape[1]) * float(torch.linalg.vector_norm(sketch.double()))
 
 
 @dataclass
@@ -68,7 +67,8 @@ def sketch_triplets(X: Tensor, U: Tensor, s: Tensor, V: Tensor, gain: Tensor, ge
 
     With orthonormal U ``[m, r]`` and V ``[n, r]`` that matrix is ``U diag(s) V^T + (I - U U^T) X (I - V V^T)``, at the
     distance ``(||X^T U - V s||^2 + ||X V - U s||^2)^(1/2)`` or less. U and V are replaced by the nearest orthonormal
-    matrices, at a distance (from U s) of about ``||(U^T U - I) s|| / 2``: counted once fully.
+    matrices, at a distance (from U s) of about ``||(U^T U - I) s|| / 2``: counted once fully. ``gain`` ``[r]`` says how
+    far what a triplet lacks matters; it enters the estimate only, never the bound.
     """
     draw = {"generator": generator, "dtype": torch.float64, "device": X.device}
     right, inside = torch.randn(X.shape[1], PROBES, **draw), torch.randn(len(s), PROBES, **draw)
@@ -80,29 +80,29 @@ def sketch_triplets(X: Tensor, U: Tensor, s: Tensor, V: Tensor, gain: Tensor, ge
     VR, VV = inner(V, torch.cat([right, V_scaled], 1)).split(PROBES, 1)
     left = UX - s[:, None] * VR  # (X^T U - V s)^T Omega
     K = torch.stack([R.mT @ R for R in (left, X_inside - U_scaled, UU - scaled, VV - scaled, gain[:, None] * left)])
-    squares = K.diagonal(dim1=1, dim2=2)
-    traces = squares.sum(1).tolist()
+    traces = K.diagonal(dim1=1, dim2=2).sum(1).tolist()
     if not math.isfinite(sum(traces)):
         return Sketch(math.inf, math.inf, torch.full_like(s, math.inf))
     E, F, skew_U, skew_V, _ = (_factor(PROBES) * math.sqrt(trace) for trace in traces)
-    K = K / squares.sum(1).clamp_min(NOT_ZERO)[:, None, None]
-    pairs = (K.square().sum((1, 2)) - K.diagonal(dim1=1, dim2=2).square().sum(1)).tolist()
-    about = [_spectral(trace, pair) for trace, pair in zip(traces, pairs, strict=True)]
-    spectral = math.hypot(about[4], about[1]) + about[2] + about[3]
+    _, about_F, about_skew_U, about_skew_V, about_E = spectral_estimates(K)
+    spectral = math.hypot(about_E, about_F) + about_skew_U + about_skew_V
     return Sketch(math.hypot(E, F) + skew_U + skew_V, spectral, left.square().mean(1))
 
 
-def _spectral(trace: float, pairs: float) -> float:
-    """About ``||R||_2``, and rather too much: ``(tr (R^T R)^2)^(1/4)``, without bias up to the root.
+def spectral_estimates(K: Tensor) -> list[float]:
+    """About ``||R||_2`` of q matrices R, and rather too much, from ``K = (R Omega)^T R Omega`` ``[q, p, p]``.
 
-    From ``K = (R Omega)^T R Omega``: its trace, and in units of that the sum of the squares of its other elements, the
-    inner products of two different probes: ``E (x^T R^T R y)^2 = tr (R^T R)^2``. A few probes vary the more, the fewer
-    directions share in R (``1 / concentration``): to one of them up to twice as much is allowed.
+    ``(tr (R^T R)^2)^(1/4)``, without bias up to the root, as inner products of two different probes have
+    ``E (x^T R^T R y)^2 = tr (R^T R)^2``. A few probes vary the more, the fewer directions share in R
+    (``1 / concentration``): to one of them up to twice as much is allowed.
     Source: Kong & Valiant, Ann. Stat. 45(5), 2017, section 2.
     """
-    fourth = max(pairs, 0.0) / (PROBES * (PROBES - 1))
-    concentration = min(1.0, fourth * PROBES**2)
-    return math.sqrt(trace) * fourth**0.25 * (1 + concentration)
+    p, trace = K.shape[-1], K.diagonal(dim1=1, dim2=2).sum(1).clamp_min(NOT_ZERO)
+    K = K / trace[:, None, None]  # whose squares cannot overflow
+    pairs = K.square().sum((1, 2)) - K.diagonal(dim1=1, dim2=2).square().sum(1)
+    fourth = pairs.clamp_min(0) / (p * (p - 1))
+    concentration = (fourth * p**2).clamp_max(1)
+    return (trace.sqrt() * fourth.sqrt().sqrt() * (1 + concentration)).tolist()
 
 
 def svd_loss(dtype: torch.dtype, m: int, n: int) -> float:

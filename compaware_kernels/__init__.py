@@ -3,7 +3,7 @@
 weights --prox--> shrunk weights --ranks--> ranks --factorize--> two small weights --layers--> inference
 """
 
-from . import _library, folds, ops, ranks
+from . import _library, folds, lowrank_ops, ops, ranks
 from .checkpoint import CheckpointError, load, save
 from .compress import CompressReport, LayerReport, compress
 from .info import info

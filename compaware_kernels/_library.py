@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from . import ops  # noqa: F401  (the schemas must exist before the library implements them)
+from . import lowrank_ops, ops  # noqa: F401  (the schemas must exist before the library implements them)
 
 PATH = Path(__file__).with_name("_C.abi3.so")
 

@@ -1,0 +1,203 @@
+// Both factors of a low-rank convolution, a tile of pixels at a time: the intermediate of rank r stays in the cache. Free of
+// torch. Included once for every instruction set, which names its namespace CK_ISA (each_isa.h).
+//
+// Each factor is a product of rows found through pointers (one per pixel and tap of the kernel, so that nothing is copied,
+// and padding is a pointer to zeros) and a weight packed in panels of as many columns as the registers hold.
+#include <algorithm>
+#include <cstdint>
+
+#include "lanes.h"
+#include "lowrank_work.h"
+
+namespace compaware::CK_ISA {
+
+// The rows of a product: row i of tap t is at[t * stride + i] + offset, `depth` floats long.
+struct Rows {
+  const float* const* at;
+  int64_t stride, taps, depth, offset;
+};
+
+// How a tile's sums begin and end: from what is in C, or the bias; then the residual (laid out as C) and the clamp.
+struct Ends {
+  bool add = false, clamp = false;
+  const float *bias = nullptr, *residual = nullptr;
+  float low = 0, high = 0;
+};
+
+constexpr int64_t kPiece = 8192;  // floats of a panel that stay in L1
+
+template <int L>
+struct Panel {  // the sums of R rows, a row of the panel and one number of the input fill the registers
+  static constexpr int vectors = L == 16 ? 4 : 2;
+  static constexpr int rows(int V) { return L == 16 ? (V == 4 ? 6 : V == 3 ? 8 : 10) : (V == 2 ? 6 : 8); }
+};
+
+// C[R, V vectors] (+)= rows i .. i + R of A, times B [taps depth, V vectors].
+template <int L, int V, int R>
+__attribute__((noinline)) void tile(const Rows& A, int64_t i, const float* B, int64_t B_tap, float* C, int64_t ldc,
+                                    const Ends& ends) {
+  using P = Pack<float, L>;
+  const auto load = [](const float* p) { P v; std::memcpy(&v, p, sizeof(P)); return v; };
+  P sum[R][V];
+  const auto each = [&](auto change) {
+    for (int m = 0; m < R; ++m)
+      for (int v = 0; v < V; ++v) change(sum[m][v], m * ldc + v * L, v * L);
+  };
+  if (ends.add) each([&](P& s, int64_t at, int) { s = load(C + at); });
+  else if (ends.bias) each([&](P& s, int64_t, int column) { s = load(ends.bias + column); });
+  else each([](P& s, int64_t, int) { s = P{}; });
+  int64_t t = 0;
+  do {  // never empty: a loop that might be costs a copy of the sums
+    const float* a[R];
+    for (int m = 0; m < R; ++m) a[m] = A.at[t * A.stride + i + m] + A.offset;
+    const float* b = B + t * B_tap;
+    int64_t k = 0;
+    do {
+      P row[V];
+      for (int v = 0; v < V; ++v) row[v] = load(b + v * L);
+      for (int m = 0; m < R; ++m) {
+        const float x = a[m][k];
+        for (int v = 0; v < V; ++v) sum[m][v] += x * row[v];
+      }
+      b += V * L;
+    } while (++k < A.depth);
+  } while (++t < A.taps);
+  if (ends.residual) each([&](P& s, int64_t at, int) { s += load(ends.residual + at); });
+  if (ends.clamp)
+    each([&](P& s, int64_t, int) {  // in this form NaN stays NaN
+      s = s < ends.low ? P{} + ends.low : s;
+      s = s > ends.high ? P{} + ends.high : s;
+    });
+  each([&](const P& s, int64_t at, int) { std::memcpy(C + at, &s, sizeof(P)); });
+}
+
+template <int L, int V, int R, class... Args>
+CK_LANES_INLINE void tile_of(int64_t rows, const Args&... args) {
+  if constexpr (R > 1)
+    if (rows < R) return tile_of<L, V, R - 1>(rows, args...);
+  tile<L, V, R>(args...);
+}
+
+// The last columns of a row of C that is not padded: there and back through a tile that is.
+template <int L, int V, int R>
+void edge(int64_t rows, int64_t columns, const Rows& A, int64_t i, const float* B, int64_t B_tap, float* C, int64_t ldc,
+          Ends ends) {
+  float sums[R * V * L] = {}, bias[V * L] = {}, residual[R * V * L] = {};
+  const auto move = [&](float* to, int64_t to_ld, const float* from, int64_t from_ld, int64_t count) {
+    for (int64_t m = 0; m < count; ++m) std::memcpy(to + m * to_ld, from + m * from_ld, columns * sizeof(float));
+  };
+  if (ends.add) move(sums, V * L, C, ldc, rows);
+  if (ends.bias) move(bias, 0, ends.bias, 0, 1), ends.bias = bias;
+  if (ends.residual) move(residual, V * L, ends.residual, ldc, rows), ends.residual = residual;
+  const int64_t ld = V * L;
+  tile_of<L, V, R>(rows, A, i, B, B_tap, static_cast<float*>(sums), ld, ends);
+  move(C, ldc, sums, V * L, rows);
+}
+
+// One panel of V vectors, the first `columns` of them wanted, for rows 0 .. count; rows are shared out evenly.
+template <int L, int V>
+void panel(int64_t count, int64_t columns, const Rows& A, const float* B, int64_t B_tap, float* C, int64_t ldc, Ends ends) {
+  constexpr int R = Panel<L>::rows(V);
+  const int64_t groups = (count + R - 1) / R;
+  const float* residual = ends.residual;
+  for (int64_t g = 0, i = 0; g < groups; ++g) {
+    const int64_t rows = count / groups + (g < count % groups);
+    float* c = C + i * ldc;
+    if (residual) ends.residual = residual + i * ldc;
+    if (columns == V * L) tile_of<L, V, R>(rows, A, i, B, B_tap, c, ldc, ends);
+    else edge<L, V, R>(rows, columns, A, i, B, B_tap, c, ldc, ends);
+    i += rows;
+  }
+}
+
+template <int L, int V = Panel<L>::vectors, class... Args>
+CK_LANES_INLINE void panel_of(int64_t vectors, const Args&... args) {
+  if constexpr (V > 1)
+    if (vectors < V) return panel_of<L, V - 1>(vectors, args...);
+  panel<L, V>(args...);
+}
+
+// C[count, columns] = clamp(A B + bias + residual); the sum is cut so that the piece of a panel it reads stays in L1.
+template <int L>
+void product(int64_t count, const Rows& A, const float* B, int64_t columns, float* C, int64_t ldc, const Ends& ends) {
+  constexpr int64_t width = Panel<L>::vectors * L;
+  const int64_t most = kPiece / std::min(width, padded(columns));
+  const int64_t cuts = (A.depth + most - 1) / most, depth = (A.depth + cuts - 1) / cuts;
+  const int64_t taps = std::max<int64_t>(1, most / std::max<int64_t>(1, A.depth));
+  for (int64_t t = 0; t < A.taps; t += taps)
+    for (int64_t k = 0; k < A.depth; k += depth) {
+      const Rows part{A.at + t * A.stride, A.stride, std::min(taps, A.taps - t), std::min(depth, A.depth - k), A.offset + k};
+      const bool first = t == 0 && k == 0, last = t + taps >= A.taps && k + depth >= A.depth;
+      for (int64_t j = 0; j < columns; j += width) {
+        const int64_t wide = std::min(width, padded(columns) - j), vectors = (wide + L - 1) / L;
+        const float* b = B + j * A.taps * A.depth + (t * A.depth + k) * wide;
+        const Ends here{!first, last && ends.clamp, ends.bias ? ends.bias + j : nullptr,
+                        last && ends.residual ? ends.residual + j : nullptr, ends.low, ends.high};
+        panel_of<L>(vectors, count, std::min(wide, columns - j), part, b, A.depth * wide, C + j, ldc, here);
+      }
+    }
+}
+
+// Where each pixel of a tile finds its input: rows[tap * count + i], padding as `zeros`.
+inline void find_rows(const LowRankWork& w, int64_t first, int64_t count, const float* zeros, const float** rows) {
+  for (int64_t i = 0, run; i < count; i += run) {  // pixels of one row of one image
+    const int64_t line = (first + i) / w.OW, ow = (first + i) % w.OW, oh = line % w.OH, n = line / w.OH;
+    run = std::min(count - i, w.OW - ow);
+    for (int64_t tap = 0; tap < w.taps(); ++tap) {
+      const int64_t ih = oh * w.stride_h - w.pad_h + tap / w.kw * w.dilation_h;
+      const int64_t iw = ow * w.stride_w - w.pad_w + tap % w.kw * w.dilation_w;
+      const int64_t width = ih >= 0 && ih < w.H ? w.W : 0;
+      const float* line_at = w.x + (n * w.H + ih) * w.W * w.C;
+      const float** out = rows + tap * count + i;
+      for (int64_t p = 0; p < run; ++p) {
+        const int64_t column = iw + p * w.stride_w;
+        out[p] = column >= 0 && column < width ? line_at + column * w.C : zeros;
+      }
+    }
+  }
+}
+
+// Pixels first .. first + count. scratch: T [count, padded r], aligned; rows: max(taps, 1) * count pointers, then count.
+template <int L>
+void lowrank_tile(const LowRankWork& w, int64_t first, int64_t count, const float* zeros, const float** rows, float* T) {
+  const int64_t C = w.C / w.G, O = w.O / w.G, ldt = padded(w.r), taps = w.taps();
+  const float** T_rows = rows + taps * count;
+  for (int64_t i = 0; i < count; ++i) T_rows[i] = T + i * ldt;
+  find_rows(w, first, count, zeros, rows);
+  for (int64_t g = 0; g < w.G; ++g) {
+    const float* V = w.packed + g * packed_group(taps, C, w.r, O);
+    const Rows input{rows, count, taps, C, g * C}, middle{T_rows, count, 1, w.r, 0};
+    product<L>(count, input, V, ldt, T, ldt, Ends{});
+    const int64_t at = first * w.O + g * O;
+    const Ends ends{false, w.low > -INFINITY, w.bias ? w.bias + g * O : nullptr, w.residual ? w.residual + at : nullptr,
+                    w.low, w.high};
+    product<L>(count, middle, V + packed_first(taps, C, w.r), O, w.y + at, w.O, ends);
+  }
+}
+
+// A factor in panels of columns, padded columns zero.
+template <int L>
+void pack(const Factor& W, float* out) {
+  constexpr int64_t width = Panel<L>::vectors * L;
+  for (int64_t j = 0; j < padded(W.columns); j += width) {
+    const int64_t wide = std::min(width, padded(W.columns) - j);
+    for (int64_t k = 0; k < W.depth(); ++k)
+      for (int64_t c = 0; c < wide; ++c) *out++ = j + c < W.columns ? W.at(j + c, k) : 0.0f;
+  }
+}
+
+// Do `samples` entries, spread over the factor, agree with what was packed?
+template <int L>
+bool is_packed(const Factor& W, const float* packed, int64_t samples) {
+  constexpr int64_t width = Panel<L>::vectors * L;
+  const int64_t size = W.columns * W.depth(), step = std::max<int64_t>(1, size / samples);
+  for (int64_t i = 0; i < size; i += step) {
+    const int64_t j = i / W.depth(), k = (i + j) % W.depth(), panel = j / width * width;
+    const int64_t wide = std::min(width, padded(W.columns) - panel);
+    const float value = W.at(j, k);
+    if (std::memcmp(&value, packed + panel * W.depth() + k * wide + j - panel, sizeof(float)) != 0) return false;
+  }
+  return true;
+}
+
+}  // namespace compaware::CK_ISA

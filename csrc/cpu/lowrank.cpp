@@ -1,0 +1,270 @@
+// lowrank_conv2d and lowrank_linear on the CPU in fp32: both factors tile by tile, in one parallel region. What is not fp32,
+// or has a second factor that is no 1 x 1, goes to lowrank_two_step.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#define CK_KERNEL "lowrank.h"
+#include "../core/each_isa.h"
+
+namespace compaware {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
+
+constexpr int64_t kHeader = 16;   // floats before the packed factors: a Stamp
+constexpr int64_t kSamples = 32;  // entries of a factor that are compared with what was packed
+constexpr int64_t kTile = 96;     // pixels: an intermediate of rank 128 takes 48 KiB
+
+struct Kernels {
+  void (*tile)(const LowRankWork&, int64_t, int64_t, const float*, const float**, float*);
+  void (*pack)(const Factor&, float*);
+  bool (*is_packed)(const Factor&, const float*, int64_t);
+};
+
+Kernels kernels() {
+#ifdef CK_X86_LEVELS
+  if (__builtin_cpu_supports("x86-64-v4")) return {avx512::lowrank_tile<16>, avx512::pack<16>, avx512::is_packed<16>};
+  if (__builtin_cpu_supports("x86-64-v3")) return {avx2::lowrank_tile<8>, avx2::pack<8>, avx2::is_packed<8>};
+#endif
+  return {baseline::lowrank_tile<4>, baseline::pack<4>, baseline::is_packed<4>};
+}
+
+// --- calls of other ops -----------------------------------------------------------------------------------------------
+
+template <class Result, class... Args>
+Result call(const char* op, const Args&... args) {
+  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Result>(stack[0]);
+}
+
+// How often the tensor was written to, where that is counted.
+int64_t version(const Tensor& W) { return call<bool>("aten::is_inference", W) ? -1 : call<int64_t>("aten::_version", W); }
+
+// --- packed factors ---------------------------------------------------------------------------------------------------
+
+// V [G r, C/G, kh, kw] or [r, C], U [O, r, 1, 1] or [O, r]: the columns of one group's factor.
+Factor factor(const Tensor& W, int64_t groups, int64_t g) {
+  const bool conv = W.dim() == 4;
+  const int64_t columns = W.size(0) / groups;
+  return {W.const_data_ptr<float>() + g * columns * W.stride(0), columns, W.size(1), conv ? W.size(2) : 1,
+          conv ? W.size(3) : 1, W.stride(0), W.stride(1), conv ? W.stride(2) : 0, conv ? W.stride(3) : 0};
+}
+
+// What was packed, and when.
+struct Stamp {
+  const void *V = nullptr, *U = nullptr;
+  int64_t V_version = -1, U_version = -1;
+
+  Stamp(const Tensor& V, const Tensor& U)
+      : V(V.const_data_ptr()), U(U.const_data_ptr()), V_version(version(V)), U_version(version(U)) {}
+  bool operator==(const Stamp&) const = default;
+};
+static_assert(sizeof(Stamp) <= kHeader * sizeof(float));
+
+bool packs(const Tensor& V, const Tensor& U) {
+  const bool single = V.scalar_type() == ScalarType::Float && U.scalar_type() == ScalarType::Float;
+  return single && (U.dim() == 2 || (U.size(2) == 1 && U.size(3) == 1));
+}
+
+template <class Each>  // each(factor, where it is packed) for every factor of every group
+void each_factor(const Tensor& V, const Tensor& U, int64_t groups, Each each) {
+  int64_t at = kHeader;
+  for (int64_t g = 0; g < groups; ++g)
+    for (const Tensor* W : {&V, &U}) {
+      const Factor f = factor(*W, groups, g);
+      each(f, at);
+      at += f.depth() * padded(f.columns);
+    }
+}
+
+Tensor lowrank_pack(const Tensor& V, const Tensor& U, int64_t groups) {
+  int64_t size = 0;
+  if (packs(V, U))
+    each_factor(V, U, groups, [&](const Factor& f, int64_t at) { size = at + f.depth() * padded(f.columns); });
+  Tensor packed = torch::stable::new_empty(V, {size}, ScalarType::Float);
+  if (size) {
+    float* out = packed.mutable_data_ptr<float>();
+    const Stamp stamp(V, U);
+    std::fill(out, out + kHeader, 0.0f);
+    std::memcpy(out, &stamp, sizeof(Stamp));
+    each_factor(V, U, groups, [&](const Factor& f, int64_t at) { kernels().pack(f, out + at); });
+  }
+  return packed;
+}
+
+// The factors as `packed` has them, unless they changed since; then packed anew, for this call.
+Tensor fresh(const MaybeTensor& packed, const Tensor& V, const Tensor& U, int64_t groups) {
+  bool good = packed && packed->numel() >= kHeader;
+  if (good) {
+    const float* data = packed->const_data_ptr<float>();
+    const Stamp stamp(V, U);
+    good = std::memcmp(data, &stamp, sizeof(Stamp)) == 0;
+    each_factor(V, U, groups, [&](const Factor& f, int64_t at) {
+      good = good && at + f.depth() * padded(f.columns) <= packed->numel() && kernels().is_packed(f, data + at, kSamples);
+    });
+  }
+  return good ? *packed : lowrank_pack(V, U, groups);
+}
+
+// --- arguments --------------------------------------------------------------------------------------------------------
+
+std::string text(const std::vector<int64_t>& sizes) {
+  std::string out = "[";
+  for (int64_t size : sizes) out += (out.size() > 1 ? ", " : "") + std::to_string(size);
+  return out + "]";
+}
+
+Sizes sizes_of(const Tensor& A) { return Sizes(A.sizes().begin(), A.sizes().end()); }
+
+void want(const char* op, const char* name, const Tensor& A, const Sizes& sizes) {
+  STD_TORCH_CHECK(sizes_of(A) == sizes, op, ": wanted ", name, " of shape ", text(sizes), "; got ", text(sizes_of(A)));
+}
+
+// x has C channels, y is [*y]: everything else must fit.
+void check(const char* op, int64_t C, int64_t groups, const Tensor& V, const Tensor& U, const MaybeTensor& bias,
+           const MaybeTensor& residual, const Sizes& y) {
+  const int64_t O = U.size(0);
+  STD_TORCH_CHECK(groups >= 1 && C % groups == 0 && O % groups == 0 && V.size(0) % groups == 0, op,
+                  ": wanted groups that divide the channels; got ", groups, " for ", C, " -> ", V.size(0), " -> ", O);
+  Sizes first = sizes_of(V), second = sizes_of(U);
+  first[1] = C / groups;
+  second[1] = V.size(0) / groups;
+  want(op, "V", V, first);
+  want(op, "U", U, second);
+  if (bias) want(op, "bias", *bias, {O});
+  if (residual) want(op, "residual", *residual, y);
+}
+
+// --- the product ------------------------------------------------------------------------------------------------------
+
+struct Scratch {  // of one thread, kept
+  std::unique_ptr<char[]> memory;
+  size_t size = 0;
+
+  char* aligned(size_t bytes) {
+    if (size < bytes + 64) memory.reset(new char[size = bytes + 64]);
+    return memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64;
+  }
+};
+
+// Pixels per tile: as many tiles as threads, or a multiple; none much larger than another.
+int64_t tile_of(int64_t pixels) {
+  const int64_t threads = torch::stable::get_num_threads(), tiles = (pixels + kTile - 1) / kTile;
+  const int64_t even = (tiles + threads - 1) / threads * threads;
+  return (pixels + even - 1) / even;
+}
+
+void run(const LowRankWork& w) {
+  const int64_t pixels = w.pixels(), P = tile_of(pixels), tiles = (pixels + P - 1) / P;
+  const Kernels k = kernels();
+  torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    const int64_t sums = P * padded(w.r), zeros = padded(w.C), pointers = (w.taps() + 1) * P;
+    char* memory = scratch.aligned((sums + zeros) * sizeof(float) + pointers * sizeof(float*));
+    float *T = reinterpret_cast<float*>(memory), *zero = T + sums;
+    std::fill(zero, zero + zeros, 0.0f);
+    for (int64_t t = begin; t < end; ++t)
+      k.tile(w, t * P, std::min(P, pixels - t * P), zero, reinterpret_cast<const float**>(zero + zeros), T);
+  });
+}
+
+bool clamps(const std::string& activation) { return activation == "none" || activation == "relu" || activation == "relu6"; }
+
+const float* data_of(const MaybeTensor& A) { return A ? A->const_data_ptr<float>() : nullptr; }
+
+// Fills in what both ops share, runs, and applies an activation that is no clamp.
+Tensor finish(LowRankWork& w, Tensor& y, const Tensor& x, const Tensor& packed, const MaybeTensor& bias,
+              const MaybeTensor& residual, const std::string& activation) {
+  w.x = x.const_data_ptr<float>();
+  w.packed = packed.const_data_ptr<float>() + kHeader;
+  w.bias = data_of(bias);
+  w.residual = data_of(residual);
+  w.y = y.mutable_data_ptr<float>();
+  w.low = activation.starts_with("relu") ? 0.0f : -INFINITY;
+  w.high = activation == "relu6" ? 6.0f : INFINITY;
+  if (w.pixels() > 0) run(w);
+  if (activation == "silu") return call<Tensor>("aten::silu_", y);
+  if (activation == "gelu") return call<Tensor>("aten::gelu_", y, std::string("none"));
+  return y;
+}
+
+bool all_single(const Tensor& x, const MaybeTensor& bias, const MaybeTensor& residual) {
+  const auto single = [](const Tensor& A) { return A.scalar_type() == ScalarType::Float; };
+  return single(x) && (!bias || single(*bias)) && (!residual || single(*residual));
+}
+
+Tensor lowrank_conv2d(const Tensor& x, const Tensor& V, const Tensor& U, const MaybeTensor& bias,
+                      const MaybeTensor& residual, const MaybeTensor& packed, const Sizes& stride, const Sizes& padding,
+                      const Sizes& dilation, int64_t groups, const std::string& fold, const std::string& activation) {
+  if (fold != "paper" || !packs(V, U) || !all_single(x, bias, residual) || x.numel() == 0)
+    return call<Tensor>("compaware::lowrank_two_step", x, V, U, bias, residual, stride, padding, dilation, groups, fold,
+                        activation);
+  const char* op = "lowrank_conv2d";
+  STD_TORCH_CHECK(x.dim() == 4 && V.dim() == 4 && U.dim() == 4, op, ": wanted x, V and U of 4 axes; got ", x.dim(), ", ",
+                  V.dim(), " and ", U.dim());
+  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
+                  ": wanted two numbers each as stride, padding and dilation");
+  STD_TORCH_CHECK(std::min(stride[0], stride[1]) > 0 && std::min(dilation[0], dilation[1]) > 0 &&
+                  std::min(padding[0], padding[1]) >= 0, op, ": wanted stride and dilation > 0 and padding >= 0; got ",
+                  text(stride), ", ", text(dilation), " and ", text(padding));
+  const auto out = [&](int i) {
+    return (x.size(2 + i) + 2 * padding[i] - dilation[i] * (V.size(2 + i) - 1) - 1) / stride[i] + 1;
+  };
+  LowRankWork w{};
+  w.N = x.size(0), w.C = x.size(1), w.H = x.size(2), w.W = x.size(3);
+  w.OH = out(0), w.OW = out(1), w.O = U.size(0), w.G = groups, w.r = V.size(0) / groups;
+  w.kh = V.size(2), w.kw = V.size(3);
+  w.stride_h = stride[0], w.stride_w = stride[1], w.pad_h = padding[0], w.pad_w = padding[1];
+  w.dilation_h = dilation[0], w.dilation_w = dilation[1];
+  STD_TORCH_CHECK(w.OH > 0 && w.OW > 0, op, ": a kernel of ", w.kh, " x ", w.kw, " does not fit an input of ", w.H, " x ", w.W);
+  check(op, w.C, groups, V, U, bias, residual, {w.N, w.O, w.OH, w.OW});
+  const auto last = MemoryFormat::ChannelsLast;
+  Tensor y = torch::stable::empty({w.N, w.O, w.OH, w.OW}, ScalarType::Float, std::nullopt, x.device(), std::nullopt, last);
+  const Tensor X = torch::stable::contiguous(x, last), P = fresh(packed, V, U, groups);
+  const MaybeTensor b = bias ? MaybeTensor(torch::stable::contiguous(*bias)) : std::nullopt;
+  const MaybeTensor added = residual ? MaybeTensor(torch::stable::contiguous(*residual, last)) : std::nullopt;
+  return finish(w, y, X, P, b, added, activation);
+}
+
+Tensor lowrank_linear(const Tensor& x, const Tensor& V, const Tensor& U, const MaybeTensor& bias,
+                      const MaybeTensor& residual, const MaybeTensor& packed, const std::string& activation) {
+  if (!packs(V, U) || !all_single(x, bias, residual) || x.numel() == 0)
+    return call<Tensor>("compaware::lowrank_linear_two_step", x, V, U, bias, residual, activation);
+  const char* op = "lowrank_linear";
+  STD_TORCH_CHECK(V.dim() == 2 && U.dim() == 2, op, ": wanted V [r, C] and U [O, r]; got axes ", V.dim(), " and ", U.dim());
+  LowRankWork w{};
+  w.C = x.size(-1), w.W = w.OW = x.numel() / w.C, w.O = U.size(0), w.r = V.size(0);
+  w.N = w.H = w.OH = w.G = w.kh = w.kw = w.stride_h = w.stride_w = w.dilation_h = w.dilation_w = 1;
+  Sizes shape = sizes_of(x);
+  shape.back() = w.O;
+  check(op, w.C, 1, V, U, bias, residual, shape);
+  Tensor y = torch::stable::new_empty(x, shape);
+  const Tensor X = torch::stable::contiguous(x), P = fresh(packed, V, U, 1);
+  const MaybeTensor b = bias ? MaybeTensor(torch::stable::contiguous(*bias)) : std::nullopt;
+  const MaybeTensor added = residual ? MaybeTensor(torch::stable::contiguous(*residual)) : std::nullopt;
+  return finish(w, y, X, P, b, added, activation);
+}
+
+}  // namespace
+}  // namespace compaware
+
+STABLE_TORCH_LIBRARY_IMPL(compaware, CPU, m) {
+  m.impl("lowrank_pack", TORCH_BOX(&compaware::lowrank_pack));
+  m.impl("lowrank_conv2d", TORCH_BOX(&compaware::lowrank_conv2d));
+  m.impl("lowrank_linear", TORCH_BOX(&compaware::lowrank_linear));
+}

@@ -6,6 +6,7 @@ weights --prox--> shrunk weights --ranks--> ranks --factorize--> two small weigh
 from . import _library, folds, lowrank_ops, ops, ranks
 from .checkpoint import CheckpointError, load, save
 from .compress import CompressReport, LayerReport, compress
+from .inference import lowrank_conv2d, lowrank_linear
 from .info import info
 from .layers import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear
 from .prox import (
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError", "CompressReport", "LayerReport", "LowRankConv1d", "LowRankConv2d", "LowRankConv3d",
     "LowRankLinear", "ProximalReport", "ProximalStep", "SvtInfo", "WarmState", "compress", "folds", "group_shrink",
-    "group_shrink_", "info", "load", "ranks", "save", "soft_threshold", "soft_threshold_", "sparse_group_shrink",
-    "sparse_group_shrink_", "spectral_ball_", "svt", "svt_", "truncate_", "weighted_svt_",
+    "group_shrink_", "info", "load", "lowrank_conv2d", "lowrank_linear", "ranks", "save", "soft_threshold",
+    "soft_threshold_", "sparse_group_shrink", "sparse_group_shrink_", "spectral_ball_", "svt", "svt_", "truncate_",
+    "weighted_svt_",
 ]  # fmt: skip

@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from .layers import LOW_RANK, _LowRank, low_rank_type
+from .layers import LOW_RANK, low_rank_type
+from .low_rank import LowRank
 from .surgery import NORMS, resized, sizes
 
 FORMAT = "compaware_kernels/1"
@@ -72,7 +73,7 @@ def _structure(model: nn.Module) -> dict[str, dict]:
     for name, module in model.named_modules():
         if inside and name.startswith(inside):
             continue
-        if isinstance(module, _LowRank):
+        if isinstance(module, LowRank):
             inside = (*inside, f"{name}.") if name else inside
             size = sizes(module.first)[0], sizes(module.second)[1]
             structure[name] = _entry(module, *size, rank=module.rank, fold=getattr(module, "fold", "paper"))
@@ -106,7 +107,7 @@ def _restructure(model: nn.Module, name: str, entry: dict, path: str | os.PathLi
     """Give one layer of the dense model the saved class, sizes and rank."""
     try:
         dense = model.get_submodule(name)
-        if isinstance(dense, _LowRank) or not isinstance(dense, (*LOW_RANK, *NORMS)):
+        if isinstance(dense, LowRank) or not isinstance(dense, (*LOW_RANK, *NORMS)):
             raise TypeError(f"a dense layer is wanted in the model; it has {type(dense).__name__}")
         low_rank = entry.get("rank") is not None
         wanted = low_rank_type(dense).__name__ if low_rank else type(dense).__name__

@@ -13,45 +13,10 @@ from torch import Tensor, nn
 
 from .factorize import check_rank, factors
 from .folds import from_matrix, row_axes, to_matrix
+from .low_rank import LowRank
 
 
-class _LowRank(nn.Module):
-    """What all low-rank layers share: two factors applied in turn."""
-
-    first: nn.Module
-    second: nn.Module
-    rank: int
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x))
-
-    def to_sequential(self) -> nn.Sequential:
-        """The same layer in plain torch: ``nn.Sequential(first, second)``, sharing the parameters."""
-        return nn.Sequential(self.first, self.second)
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        return self.second.bias
-
-    def _copy_from(self, layer: nn.Module, U: Tensor, V: Tensor) -> None:
-        with torch.no_grad():
-            self.first.weight.copy_(V)
-            self.second.weight.copy_(U)
-            if layer.bias is not None:
-                self.second.bias.copy_(layer.bias)
-        self.requires_grad_(layer.weight.requires_grad)
-        self.train(layer.training)
-
-    def _copy_to(self, layer: nn.Module, weight: Tensor) -> nn.Module:
-        with torch.no_grad():
-            layer.weight.copy_(weight)
-            if self.bias is not None:
-                layer.bias.copy_(self.bias)
-        layer.requires_grad_(self.first.weight.requires_grad)
-        return layer.train(self.training)
-
-
-class LowRankLinear(_LowRank):
+class LowRankLinear(LowRank):
     """``y = U (V x) + b``:  V ``[r, in_features]`` (``first``), U ``[out_features, r]`` (``second``).
 
     Args:
@@ -62,6 +27,9 @@ class LowRankLinear(_LowRank):
     Raises:
         ValueError: rank out of range.
     """
+
+    dense = nn.Linear
+    fold = "paper"
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = True, device=None, dtype=None):
         super().__init__()
@@ -81,9 +49,20 @@ class LowRankLinear(_LowRank):
     def from_dense(cls, layer: nn.Linear, rank: int, fold: str = "paper") -> LowRankLinear:
         """The best rank-r approximation of ``layer`` (truncated SVD of its weight)."""
         self = cls.like(layer, rank, fold)
-        U, V = factors(layer.weight, rank)
+        V, U = self._weights(layer.weight)
         self._copy_from(layer, U, V)
         return self
+
+    def _weights(self, dense: Tensor) -> tuple[Tensor, Tensor]:
+        return factors(dense, self.rank)[::-1]
+
+    def _dense_numel(self) -> int:
+        return self.in_features * self.out_features
+
+    def _in_one(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        return torch.ops.compaware.lowrank_linear(
+            x, self.first.weight, self.second.weight, self.bias, residual, self._packed_now(), self.activation
+        )
 
     def to_dense(self) -> nn.Linear:
         """One ``nn.Linear`` with weight ``U V``."""
@@ -92,10 +71,10 @@ class LowRankLinear(_LowRank):
         return self._copy_to(layer, self.second.weight @ self.first.weight)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self._extra()}"
 
 
-class _LowRankConv(_LowRank):
+class _LowRankConv(LowRank):
     """A convolution as two: ``first`` with the fold's column axes of the kernel, ``second`` with its row axes.
 
     Stride, padding, dilation and padding mode go with the kernel axes they belong to; groups are kept in both.
@@ -110,7 +89,7 @@ class _LowRankConv(_LowRank):
         ValueError: rank out of range, unknown fold.
     """
 
-    conv: type[nn.Module]
+    dense: type[nn.Module]
     axes: int
 
     def __init__(
@@ -130,7 +109,7 @@ class _LowRankConv(_LowRank):
         dtype=None,
     ):
         super().__init__()
-        whole = self.conv(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+        whole = self.dense(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
                           padding_mode, device="meta")  # fmt: skip
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride, self.dilation = whole.kernel_size, whole.stride, whole.dilation
@@ -139,8 +118,14 @@ class _LowRankConv(_LowRank):
         k = row_axes(fold, self.axes)
         check_rank(rank, *to_matrix(whole.weight, fold, groups).shape[-2:])
         shared = {"groups": groups, "padding_mode": padding_mode, "device": device, "dtype": dtype}
-        self.first = self.conv(in_channels, groups * rank, **self._part(k, self.axes), bias=False, **shared)
-        self.second = self.conv(groups * rank, out_channels, **self._part(0, k), bias=bias, **shared)
+        self.first = self.dense(in_channels, groups * rank, **self._part(k, self.axes), bias=False, **shared)
+        self.second = self.dense(groups * rank, out_channels, **self._part(0, k), bias=bias, **shared)
+
+    def _dense_numel(self) -> int:
+        return self.out_channels * self.in_channels // self.groups * math.prod(self.kernel_size)
+
+    def _why_not_geometry(self) -> str:
+        return "only 2-D convolutions have a kernel"
 
     def _part(self, start: int, stop: int) -> dict[str, object]:
         """Kernel, stride, padding and dilation on the axes start:stop, and 1, 1, 0, 1 on the others."""
@@ -155,8 +140,8 @@ class _LowRankConv(_LowRank):
     @classmethod
     def like(cls, layer: nn.Module, rank: int, fold: str = "paper"):
         """An untrained low-rank layer with the geometry, bias, device and dtype of the convolution ``layer``."""
-        if not isinstance(layer, cls.conv):
-            raise TypeError(f"{cls.__name__} wants a {cls.conv.__name__}; got {type(layer).__name__}")
+        if not isinstance(layer, cls.dense):
+            raise TypeError(f"{cls.__name__} wants a {cls.dense.__name__}; got {type(layer).__name__}")
         return cls(layer.in_channels, layer.out_channels, layer.kernel_size, rank, layer.stride, layer.padding,
                    layer.dilation, layer.groups, layer.bias is not None, layer.padding_mode, fold,
                    device=layer.weight.device, dtype=layer.weight.dtype)  # fmt: skip
@@ -165,17 +150,20 @@ class _LowRankConv(_LowRank):
     def from_dense(cls, layer: nn.Module, rank: int, fold: str = "paper"):
         """The best rank-r approximation of ``layer`` under the fold (truncated SVD per group)."""
         self = cls.like(layer, rank, fold)
-        U, V = factors(to_matrix(layer.weight, fold, layer.groups), rank)
-        k = row_axes(fold, self.axes)
-        K = self.kernel_size[:k]
-        U = U.reshape(self.groups, -1, *K, rank).movedim(-1, 2).reshape(self.second.weight.shape)
-        self._copy_from(layer, U, V.reshape(self.first.weight.shape))
+        V, U = self._weights(layer.weight)
+        self._copy_from(layer, U, V)
         return self
+
+    def _weights(self, dense: Tensor) -> tuple[Tensor, Tensor]:
+        U, V = factors(to_matrix(dense, self.fold, self.groups), self.rank)
+        K = self.kernel_size[: row_axes(self.fold, self.axes)]
+        U = U.reshape(self.groups, -1, *K, self.rank).movedim(-1, 2).reshape(self.second.weight.shape)
+        return V.reshape(self.first.weight.shape), U
 
     def to_dense(self) -> nn.Module:
         """One ordinary convolution whose folded weight is ``U V``."""
         layer = nn.utils.skip_init(
-            self.conv, self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
+            self.dense, self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
             self.groups, self.bias is not None, self.padding_mode,
             device=self.first.weight.device, dtype=self.first.weight.dtype,
         )  # fmt: skip
@@ -187,30 +175,50 @@ class _LowRankConv(_LowRank):
 
     def extra_repr(self) -> str:
         return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, rank={self.rank}, "
-            f"fold={self.fold}, groups={self.groups}"
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, fold={self.fold}, "
+            f"groups={self.groups}, {self._extra()}"
         )
 
 
 class LowRankConv1d(_LowRankConv):
     __doc__ = _LowRankConv.__doc__
-    conv, axes = nn.Conv1d, 1
+    dense, axes = nn.Conv1d, 1
 
 
 class LowRankConv2d(_LowRankConv):
     __doc__ = _LowRankConv.__doc__
-    conv, axes = nn.Conv2d, 2
+    dense, axes = nn.Conv2d, 2
+
+    def _why_not_geometry(self) -> str:
+        if self.padding_mode != "zeros":
+            return f"padding mode {self.padding_mode}"
+        return "" if self._padding() else f"padding {self.padding!r}, more on one side than on the other"
+
+    def _padding(self) -> list[int] | None:
+        """Padding in pixels; None where it is not symmetric."""
+        if not isinstance(self.padding, str):
+            return list(self.padding)
+        both = [
+            0 if self.padding == "valid" else d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)
+        ]
+        return None if any(p % 2 for p in both) else [p // 2 for p in both]
+
+    def _in_one(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        return torch.ops.compaware.lowrank_conv2d(
+            x, self.first.weight, self.second.weight, self.bias, residual, self._packed_now(), list(self.stride),
+            self._padding(), list(self.dilation), self.groups, self.fold, self.activation,
+        )  # fmt: skip
 
 
 class LowRankConv3d(_LowRankConv):
     __doc__ = _LowRankConv.__doc__
-    conv, axes = nn.Conv3d, 3
+    dense, axes = nn.Conv3d, 3
 
 
 LOW_RANK = {nn.Linear: LowRankLinear, nn.Conv1d: LowRankConv1d, nn.Conv2d: LowRankConv2d, nn.Conv3d: LowRankConv3d}
 
 
-def low_rank_type(layer: nn.Module) -> type[_LowRank]:
+def low_rank_type(layer: nn.Module) -> type[LowRank]:
     """The low-rank class that stands in for a dense layer.  Raises TypeError where there is none."""
     for dense, low_rank in LOW_RANK.items():
         if isinstance(layer, dense):

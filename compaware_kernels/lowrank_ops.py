@@ -1,7 +1,7 @@
-"""The ops of low-rank inference, in the manner of :mod:`compaware_kernels.ops`: schema, reference body, fake, gradient.
+"""The ops of low-rank inference, written as those of :mod:`compaware_kernels.ops`: schema, reference, fake, gradient.
 
-A layer's two factors in one op, with bias, residual and activation: ``y = act(U (V x) + bias + residual)``. The reference
-body is two steps of plain PyTorch. The CPU's C++ kernel and the GPU's Triton kernel keep the intermediate on the chip.
+A layer's two factors in one op, with bias, residual and activation: ``y = act(U (V x) + bias + residual)``. The
+reference body is two steps of plain PyTorch; the C++ and the Triton kernel keep the intermediate on the chip.
 
 ``packed`` is what ``lowrank_pack(V, U, groups)`` returned, or None: it saves the kernel the packing. It is a hint only:
 a kernel that finds V or U changed since packs anew.
@@ -9,11 +9,14 @@ a kernel that finds V or U changed since packs anew.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from .folds import row_axes
 
@@ -24,15 +27,18 @@ ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
 }
-HEADER, COLUMNS = 16, 16  # floats before the packed factors; what their columns are padded to (csrc/core/lowrank_work.h)
+HEADER, COLUMNS = (
+    16,
+    16,
+)  # floats before the packed factors; what their columns are padded to (csrc/core/lowrank_work.h)
 Ints = Sequence[int]
 
 
-def activate(y: Tensor, activation: str) -> Tensor:
-    """The activation by name.  Raises ValueError for an unknown one."""
+def check(activation: str, fold: str = "paper") -> None:
+    """Raise ValueError for an unknown activation or fold."""
+    row_axes(fold, 2)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-    return ACTIVATIONS[activation](y)
 
 
 # --- lowrank_pack: both factors as the CPU kernel reads them ----------------------------------------------------------
@@ -40,7 +46,7 @@ def activate(y: Tensor, activation: str) -> Tensor:
 
 @torch.library.custom_op("compaware::lowrank_pack", mutates_args=())
 def lowrank_pack(V: Tensor, U: Tensor, groups: int) -> Tensor:
-    """V ``[G r, C/G, kh, kw]`` or ``[r, C]``, U ``[O, r, 1, 1]`` or ``[O, r]`` -> 1-D fp32, empty where nothing packs."""
+    """V ``[G r, C/G, kh, kw]`` or ``[r, C]``, U ``[O, r, 1, 1]`` or ``[O, r]`` -> 1-D fp32; empty if nothing packs."""
     return V.new_empty(0, dtype=torch.float32)
 
 
@@ -75,10 +81,11 @@ def lowrank_two_step(
     dilation: Ints, groups: int, fold: str, activation: str,
 ) -> Tensor:  # fmt: skip
     """Two convolutions in channels_last; what the kernels fall back to."""
+    check(activation, fold)
     first, second = parts(fold, stride, padding, dilation)
     x = x.contiguous(memory_format=torch.channels_last)
     y = F.conv2d(F.conv2d(x, V, None, *first, groups), U, bias, *second, groups)
-    y = activate(y if residual is None else y + residual, activation)
+    y = ACTIVATIONS[activation](y if residual is None else y + residual)
     return y.contiguous(memory_format=torch.channels_last)
 
 
@@ -90,12 +97,14 @@ def lowrank_conv2d(
     return lowrank_two_step(x, V, U, bias, residual, stride, padding, dilation, groups, fold, activation)
 
 
+def _out(size: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints) -> list[int]:
+    """Height and width after a convolution."""
+    return [(size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
+
+
 def _conv2d_fake(x, V, U, bias, residual, stride, padding, dilation, groups, fold, activation):
-    k = [V.shape[2] * U.shape[2], V.shape[3] * U.shape[3]]  # one of the two factors is 1 along each axis
-    out = [
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (k[i] - 1) - 1) // stride[i] + 1 for i in range(2)
-    ]  # fmt: skip
-    y = x.new_empty(x.shape[0], U.shape[0], *out)
+    kernel = [V.shape[2 + i] * U.shape[2 + i] for i in range(2)]  # one of the two factors is 1 along each axis
+    y = x.new_empty(x.shape[0], U.shape[0], *_out(x.shape[2:], kernel, stride, padding, dilation))
     return y.contiguous(memory_format=torch.channels_last)
 
 
@@ -107,29 +116,41 @@ def _(x, V, U, bias, residual, packed, *rest):
     return _conv2d_fake(x, V, U, bias, residual, *rest)
 
 
+@register_flop_formula(torch.ops.compaware.lowrank_conv2d)
+def _(x, V, U, bias, residual, packed, stride, padding, dilation, groups, fold, activation, *, out_shape) -> int:
+    first, _ = parts(fold, stride, padding, dilation)
+    T = [x[0], V[0], *_out(x[2:], V[2:], *first)]
+    return conv_flop_count(list(x), list(V), T) + conv_flop_count(T, list(U), list(out_shape))
+
+
 def _save(ctx, inputs, output):
     x, V, U, bias, residual, _, *geometry = inputs
     ctx.save_for_backward(x, V, U, bias, residual, output)
     ctx.geometry = geometry
 
 
-def _through_activation(grad: Tensor, activation: str, y: Tensor, before) -> Tensor:
-    """The gradient before the activation; ``before()`` gives what went into it."""
+def _slope(activation: str, y: Tensor, before) -> Tensor | float:
+    """The derivative of the activation; ``before()`` gives what went into it (differentiable again)."""
     if activation == "relu":
-        return grad * (y > 0)
+        return y > 0
     if activation == "relu6":
-        return grad * ((y > 0) & (y < 6))
+        return (y > 0) & (y < 6)
     if activation == "silu":
-        return torch.ops.aten.silu_backward(grad, before())
-    return torch.ops.aten.gelu_backward(grad, before()) if activation == "gelu" else grad
+        z = before()
+        s = z.sigmoid()
+        return s * (1 + z * (1 - s))
+    if activation == "gelu":
+        z = before()
+        return 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+    return 1.0
 
 
 def _conv2d_backward(ctx, grad: Tensor):
     x, V, U, bias, residual, y = ctx.saved_tensors
     *geometry, groups, fold, activation = ctx.geometry
     first, second = parts(fold, *geometry)
-    grad = _through_activation(
-        grad, activation, y, lambda: lowrank_conv2d(x, V, U, bias, residual, None, *geometry, groups, fold, "none")
+    grad = grad * _slope(
+        activation, y, lambda: lowrank_conv2d(x, V, U, bias, residual, None, *geometry, groups, fold, "none")
     )
     T = F.conv2d(x, V, None, *first, groups)
     grad_T, grad_U, _ = _convolution_backward(grad, T, U, *second, groups, True, ctx.needs_input_grad[2])
@@ -154,8 +175,9 @@ lowrank_conv2d.register_autograd(_conv2d_backward, setup_context=_save)
 def lowrank_linear_two_step(
     x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
 ) -> Tensor:
+    check(activation)
     y = F.linear(F.linear(x, V), U, bias)
-    return activate(y if residual is None else y + residual, activation).clone(memory_format=torch.contiguous_format)
+    return ACTIVATIONS[activation](y if residual is None else y + residual).clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("compaware::lowrank_linear", mutates_args=())
@@ -170,12 +192,15 @@ lowrank_linear_two_step.register_fake(lambda x, V, U, *rest: x.new_empty(*x.shap
 lowrank_linear.register_fake(lambda x, V, U, *rest: x.new_empty(*x.shape[:-1], U.shape[0]))
 
 
+@register_flop_formula(torch.ops.compaware.lowrank_linear)
+def _(x, V, U, bias, residual, packed, activation, *, out_shape) -> int:
+    return 2 * math.prod(x[:-1]) * (math.prod(V) + math.prod(U))
+
+
 def _linear_backward(ctx, grad: Tensor):
     x, V, U, bias, residual, y = ctx.saved_tensors
     (activation,) = ctx.geometry
-    grad = _through_activation(
-        grad, activation, y, lambda: lowrank_linear(x, V, U, bias, residual, None, "none")
-    )  # fmt: skip
+    grad = grad * _slope(activation, y, lambda: lowrank_linear(x, V, U, bias, residual, None, "none"))
     flat_x, flat = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     grad_T = flat @ U
     grad_x = (grad_T @ V).reshape(x.shape)
@@ -185,3 +210,22 @@ def _linear_backward(ctx, grad: Tensor):
 
 
 lowrank_linear.register_autograd(_linear_backward, setup_context=_save)
+
+
+# --- autocast: floating-point arguments in the region's dtype, as torch does for convolutions and linear layers -------
+
+
+def _autocast(op, device: str, keys, *args):
+    dtype = torch.get_autocast_dtype(device)
+    cast = [
+        a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 else a for a in args
+    ]
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(f"Autocast{device.upper()}")):
+        return op(*cast)
+
+
+_library = torch.library.Library("compaware", "FRAGMENT")
+for _op in (lowrank_conv2d, lowrank_linear):
+    for _device in ("cpu", "cuda"):
+        _body = partial(_autocast, _op._opoverload, _device)
+        _library.impl(_op._opoverload, _body, f"Autocast{_device.upper()}", with_keyset=True)

@@ -21,7 +21,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._pytree import tree_leaves
 
 from .folds import CONVS, foldable_layers
-from .layers import _LowRank
+from .low_rank import LowRank
 from .surgery import NORMS, is_plain, is_shared, keep_inputs, keep_outputs, replace, why_fixed
 
 ELEMENTWISE = (
@@ -56,7 +56,7 @@ class _Sent(NamedTuple):
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, _LowRank) or super().is_leaf_module(module, name)
+        return isinstance(module, LowRank) or super().is_leaf_module(module, name)
 
 
 def remove_dead_neurons(

@@ -94,9 +94,20 @@ void edge(int64_t rows, int64_t columns, const Rows& A, int64_t i, const float* 
   move(C, ldc, sums, V * L, rows);
 }
 
+// Memory that is fetched while something else is computed, so many lines at a time.
+struct Fetch {
+  const char *at = nullptr, *end = nullptr;
+  int64_t step = 0;
+
+  CK_LANES_INLINE void some() {
+    const char* stop = std::min(end, at + step);
+    for (; at < stop; at += 64) __builtin_prefetch(at, 1, 2);
+  }
+};
+
 // One panel of V vectors, the first `columns` of them wanted, for rows 0 .. count; rows are shared out evenly.
 template <int L, int V>
-void panel(int64_t count, int64_t columns, const Rows& A, const float* B, int64_t B_tap, float* C, int64_t ldc, Ends ends) {
+void panel(int64_t count, int64_t columns, const Rows& A, const float* B, int64_t B_tap, float* C, int64_t ldc, Ends ends, Fetch& fetch) {
   constexpr int R = Panel<L>::rows(V);
   const int64_t groups = (count + R - 1) / R;
   const float* residual = ends.residual;
@@ -107,11 +118,12 @@ void panel(int64_t count, int64_t columns, const Rows& A, const float* B, int64_
     if (columns == V * L) tile_of<L, V, R>(rows, A, i, B, B_tap, c, ldc, ends);
     else edge<L, V, R>(rows, columns, A, i, B, B_tap, c, ldc, ends);
     i += rows;
+    fetch.some();
   }
 }
 
 template <int L, int V = Panel<L>::vectors, class... Args>
-CK_LANES_INLINE void panel_of(int64_t vectors, const Args&... args) {
+CK_LANES_INLINE void panel_of(int64_t vectors, Args&&... args) {
   if constexpr (V > 1)
     if (vectors < V) return panel_of<L, V - 1>(vectors, args...);
   panel<L, V>(args...);
@@ -119,11 +131,13 @@ CK_LANES_INLINE void panel_of(int64_t vectors, const Args&... args) {
 
 // C[count, columns] = clamp(A B + bias + residual); the sum is cut so that the piece of a panel it reads stays in L1.
 template <int L>
-void product(int64_t count, const Rows& A, const float* B, int64_t columns, float* C, int64_t ldc, const Ends& ends) {
+void product(int64_t count, const Rows& A, const float* B, int64_t columns, float* C, int64_t ldc, const Ends& ends,
+             Fetch fetch = {}) {
   constexpr int64_t width = Panel<L>::vectors * L;
   const int64_t most = kPiece / std::min(width, padded(columns));
   const int64_t cuts = (A.depth + most - 1) / most, depth = (A.depth + cuts - 1) / cuts;
   const int64_t taps = std::max<int64_t>(1, most / std::max<int64_t>(1, A.depth));
+  fetch.step = (fetch.end - fetch.at) * 8 / count;
   for (int64_t t = 0; t < A.taps; t += taps)
     for (int64_t k = 0; k < A.depth; k += depth) {
       const Rows part{A.at + t * A.stride, A.stride, std::min(taps, A.taps - t), std::min(depth, A.depth - k), A.offset + k};
@@ -133,7 +147,7 @@ void product(int64_t count, const Rows& A, const float* B, int64_t columns, floa
         const float* b = B + j * A.taps * A.depth + (t * A.depth + k) * wide;
         const Ends here{!first, last && ends.clamp, ends.bias ? ends.bias + j : nullptr,
                         last && ends.residual ? ends.residual + j : nullptr, ends.low, ends.high};
-        panel_of<L>(vectors, count, std::min(wide, columns - j), part, b, A.depth * wide, C + j, ldc, here);
+        panel_of<L>(vectors, count, std::min(wide, columns - j), part, b, A.depth * wide, C + j, ldc, here, fetch);
       }
     }
 }
@@ -167,8 +181,9 @@ void lowrank_tile(const LowRankWork& w, int64_t first, int64_t count, const floa
   for (int64_t g = 0; g < w.G; ++g) {
     const float* V = w.packed + g * packed_group(taps, C, w.r, O);
     const Rows input{rows, count, taps, C, g * C}, middle{T_rows, count, 1, w.r, 0};
-    product<L>(count, input, V, ldt, T, ldt, Ends{});
     const int64_t at = first * w.O + g * O;
+    const char* y = reinterpret_cast<const char*>(w.y + at);
+    product<L>(count, input, V, ldt, T, ldt, Ends{}, Fetch{y, y + count * w.O * 4});
     const Ends ends{false, w.low > -INFINITY, w.bias ? w.bias + g * O : nullptr, w.residual ? w.residual + at : nullptr,
                     w.low, w.high};
     product<L>(count, middle, V + packed_first(taps, C, w.r), O, w.y + at, w.O, ends);

@@ -137,7 +137,10 @@ void want(const char* op, const char* name, const Tensor& A, const Sizes& sizes)
 
 // x has C channels, y is [*y]: everything else must fit.
 void check(const char* op, int64_t C, int64_t groups, const Tensor& V, const Tensor& U, const MaybeTensor& bias,
-           const MaybeTensor& residual, const Sizes& y) {
+           const MaybeTensor& residual, const Sizes& y, const std::string& activation) {
+  constexpr const char* known[] = {"none", "relu", "relu6", "silu", "gelu"};
+  STD_TORCH_CHECK(std::find(std::begin(known), std::end(known), activation) != std::end(known), op,
+                  ": wanted activation none, relu, relu6, silu or gelu; got ", activation);
   const int64_t O = U.size(0);
   STD_TORCH_CHECK(groups >= 1 && C % groups == 0 && O % groups == 0 && V.size(0) % groups == 0, op,
                   ": wanted groups that divide the channels; got ", groups, " for ", C, " -> ", V.size(0), " -> ", O);
@@ -183,8 +186,6 @@ void run(const LowRankWork& w) {
   });
 }
 
-bool clamps(const std::string& activation) { return activation == "none" || activation == "relu" || activation == "relu6"; }
-
 const float* data_of(const MaybeTensor& A) { return A ? A->const_data_ptr<float>() : nullptr; }
 
 // Fills in what both ops share, runs, and applies an activation that is no clamp.
@@ -197,7 +198,7 @@ Tensor finish(LowRankWork& w, Tensor& y, const Tensor& x, const Tensor& packed, 
   w.y = y.mutable_data_ptr<float>();
   w.low = activation.starts_with("relu") ? 0.0f : -INFINITY;
   w.high = activation == "relu6" ? 6.0f : INFINITY;
-  if (w.pixels() > 0) run(w);
+  run(w);
   if (activation == "silu") return call<Tensor>("aten::silu_", y);
   if (activation == "gelu") return call<Tensor>("aten::gelu_", y, std::string("none"));
   return y;
@@ -232,7 +233,7 @@ Tensor lowrank_conv2d(const Tensor& x, const Tensor& V, const Tensor& U, const M
   w.stride_h = stride[0], w.stride_w = stride[1], w.pad_h = padding[0], w.pad_w = padding[1];
   w.dilation_h = dilation[0], w.dilation_w = dilation[1];
   STD_TORCH_CHECK(w.OH > 0 && w.OW > 0, op, ": a kernel of ", w.kh, " x ", w.kw, " does not fit an input of ", w.H, " x ", w.W);
-  check(op, w.C, groups, V, U, bias, residual, {w.N, w.O, w.OH, w.OW});
+  check(op, w.C, groups, V, U, bias, residual, {w.N, w.O, w.OH, w.OW}, activation);
   const auto last = MemoryFormat::ChannelsLast;
   Tensor y = torch::stable::empty({w.N, w.O, w.OH, w.OW}, ScalarType::Float, std::nullopt, x.device(), std::nullopt, last);
   const Tensor X = torch::stable::contiguous(x, last), P = fresh(packed, V, U, groups);
@@ -252,7 +253,7 @@ Tensor lowrank_linear(const Tensor& x, const Tensor& V, const Tensor& U, const M
   w.N = w.H = w.OH = w.G = w.kh = w.kw = w.stride_h = w.stride_w = w.dilation_h = w.dilation_w = 1;
   Sizes shape = sizes_of(x);
   shape.back() = w.O;
-  check(op, w.C, 1, V, U, bias, residual, shape);
+  check(op, w.C, 1, V, U, bias, residual, shape, activation);
   Tensor y = torch::stable::new_empty(x, shape);
   const Tensor X = torch::stable::contiguous(x), P = fresh(packed, V, U, 1);
   const MaybeTensor b = bias ? MaybeTensor(torch::stable::contiguous(*bias)) : std::nullopt;

@@ -1,0 +1,138 @@
+"""What all low-rank layers share: two factors, one kernel for both, packed weights, checkpoints of the dense layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .inference import why_two_step
+from .lowrank_ops import ACTIVATIONS
+from .surgery import is_plain
+
+MODULES = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "gelu": nn.GELU}  # of the fused activations
+
+
+class LowRank(nn.Module):
+    """Two factors applied in turn, by one kernel where there is one.
+
+    ``forward(x, residual=None)`` is ``act(second(first(x)) + residual)``; the activation is ``none`` until
+    :func:`compaware_kernels.fuse` gives the layer the one that follows it. The kernels read ``first.weight`` and
+    ``second.weight``; for the CPU they are packed once and again when they change (as much memory again).
+    """
+
+    first: nn.Module
+    second: nn.Module
+    rank: int
+    activation: str = "none"
+    _packed: Tensor | None = None
+    _packed_from: tuple | None = None
+
+    def __init__(self):
+        super().__init__()
+        self._register_load_state_dict_pre_hook(_factors_of_what_is_loaded, with_module=True)
+        self.register_load_state_dict_post_hook(_pack_what_was_loaded)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if not self.why_two_step(x):
+            return self._in_one(x, residual)
+        y = self.second(self.first(x))
+        return ACTIVATIONS[self.activation](y if residual is None else y + residual)
+
+    def why_two_step(self, x: Tensor) -> str:
+        """Why ``forward`` runs the factors one by one on this input; "" where one kernel does both."""
+        if torch.compiler.is_exporting() or torch.jit.is_tracing() or not isinstance(x, Tensor):
+            return "traced or exported: standard ops only"
+        if type(self.first) is not self.dense or type(self.second) is not self.dense:
+            return "a factor is no plain layer"
+        if not (is_plain(self.first) and is_plain(self.second)):
+            return "a factor has hooks or a forward of its own"
+        return self._why_not_geometry() or why_two_step(x, self.first.weight, self.second.weight, self.fold)
+
+    def _why_not_geometry(self) -> str:
+        return ""
+
+    def _in_one(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def to_sequential(self) -> nn.Sequential:
+        """The same layer in plain torch: ``nn.Sequential(first, second)``, sharing the parameters.
+
+        An activation that was fused follows as a module of its own.
+        """
+        after = [] if self.activation == "none" else [MODULES[self.activation]()]
+        return nn.Sequential(self.first, self.second, *after)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return self.second.bias
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        return self if mode else self._pack()
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        return self if self.training else self._pack()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_packed": None, "_packed_from": None}
+
+    def _pack(self):
+        """Pack the factors for the CPU kernel, unless that was done and they have not changed since."""
+        V, U = self.first.weight, self.second.weight
+        if V.is_cpu and V.dtype == torch.float32 and isinstance(V, nn.Parameter) and not self._why_not_geometry():
+            versions = [-1 if W.is_inference() else W._version for W in (V, U)]
+            now = (V.data_ptr(), U.data_ptr(), *versions)
+            if now != self._packed_from:
+                groups = getattr(self, "groups", 1)
+                self._packed, self._packed_from = torch.ops.compaware.lowrank_pack(V.detach(), U.detach(), groups), now
+        return self
+
+    def _packed_now(self) -> Tensor | None:
+        # A compiled graph takes what was packed last; the kernel packs anew what has changed since.
+        return self._packed if torch.compiler.is_compiling() or not self.first.weight.is_cpu else self._pack()._packed
+
+    def _copy_from(self, layer: nn.Module, U: Tensor, V: Tensor) -> None:
+        with torch.no_grad():
+            self.first.weight.copy_(V)
+            self.second.weight.copy_(U)
+            if layer.bias is not None:
+                self.second.bias.copy_(layer.bias)
+        self.requires_grad_(layer.weight.requires_grad)
+        self.train(layer.training)
+
+    def _copy_to(self, layer: nn.Module, weight: Tensor) -> nn.Module:
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+            if self.bias is not None:
+                layer.bias.copy_(self.bias)
+        layer.requires_grad_(self.first.weight.requires_grad)
+        return layer.train(self.training)
+
+    def _extra(self) -> str:
+        parameters, dense = self.first.weight.numel() + self.second.weight.numel(), self._dense_numel()
+        fused = "" if self.activation == "none" else f", activation={self.activation}"
+        return f"rank={self.rank}, weights={parameters:,} of {dense:,} ({parameters / dense:.0%}){fused}"
+
+    def _dense_numel(self) -> int:
+        raise NotImplementedError
+
+    def _weights(self, dense: Tensor) -> tuple[Tensor, Tensor]:
+        """first.weight and second.weight of the best approximation of a dense weight."""
+        raise NotImplementedError
+
+
+def _factors_of_what_is_loaded(module: LowRank, state: dict, prefix: str, *_) -> None:
+    """A checkpoint of the dense layer, or of ``to_sequential()``, loads too: its weight is factorised."""
+    for old, new in (("0.weight", "first.weight"), ("1.weight", "second.weight"), ("1.bias", "second.bias"),
+                     ("bias", "second.bias")):  # fmt: skip
+        if prefix + old in state:
+            state[prefix + new] = state.pop(prefix + old)
+    if prefix + "weight" in state:
+        first, second = module._weights(state.pop(prefix + "weight"))
+        state[prefix + "first.weight"], state[prefix + "second.weight"] = first, second
+
+
+def _pack_what_was_loaded(module: LowRank, _) -> None:
+    if not module.training:
+        module._pack()

@@ -3,12 +3,22 @@
 weights --prox--> shrunk weights --ranks--> ranks --factorize--> two small weights --layers--> inference
 """
 
-from . import _library, folds, lowrank_ops, ops, ranks
+from . import _library, folds, lowrank_ops, ops, ranks, triton
 from .checkpoint import CheckpointError, load, save
 from .compress import CompressReport, LayerReport, compress
+from .fuse import fuse
 from .inference import lowrank_conv2d, lowrank_linear
 from .info import info
-from .layers import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear
+from .layers import (
+    LowRankConv1d,
+    LowRankConv2d,
+    LowRankConv3d,
+    LowRankConvTranspose1d,
+    LowRankConvTranspose2d,
+    LowRankConvTranspose3d,
+    LowRankLinear,
+)
+from .leaving import to_dense, to_plain
 from .prox import (
     SvtInfo,
     group_shrink,
@@ -28,10 +38,13 @@ from .training import ProximalReport, ProximalStep
 
 __version__ = "0.1.0"
 
+triton.register()
+
 __all__ = [
     "CheckpointError", "CompressReport", "LayerReport", "LowRankConv1d", "LowRankConv2d", "LowRankConv3d",
-    "LowRankLinear", "ProximalReport", "ProximalStep", "SvtInfo", "WarmState", "compress", "folds", "group_shrink",
-    "group_shrink_", "info", "load", "lowrank_conv2d", "lowrank_linear", "ranks", "save", "soft_threshold",
-    "soft_threshold_", "sparse_group_shrink", "sparse_group_shrink_", "spectral_ball_", "svt", "svt_", "truncate_",
-    "weighted_svt_",
+    "LowRankConvTranspose1d", "LowRankConvTranspose2d", "LowRankConvTranspose3d", "LowRankLinear", "ProximalReport",
+    "ProximalStep", "SvtInfo", "WarmState", "compress", "folds", "fuse", "group_shrink", "group_shrink_", "info",
+    "load", "lowrank_conv2d", "lowrank_linear", "ranks", "save", "soft_threshold", "soft_threshold_",
+    "sparse_group_shrink", "sparse_group_shrink_", "spectral_ball_", "svt", "svt_", "to_dense", "to_plain",
+    "truncate_", "weighted_svt_",
 ]  # fmt: skip

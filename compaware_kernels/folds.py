@@ -10,6 +10,8 @@ the rows, with the output channels, and the others to the columns, with the inpu
     spatial   1        1 x kw -> then kh x 1        Alvarez & Petersson, DecomposeMe, 2016; Jaderberg et al., 2014
     input     all      1 x 1 -> then K
 
+A transposed convolution's weight ``[C, O/G, *K]`` is read as ``[O, C/G, *K]`` first (:func:`oriented`).
+
 A Linear weight ``[O, I]`` is its own fold under every name. A 1-D convolution has one kernel axis, so its spatial fold
 is the paper's.
 """
@@ -20,11 +22,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 FOLDS = ("paper", "spatial", "input")
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def row_axes(fold: str, kernel_axes: int) -> int:
@@ -58,6 +62,16 @@ def from_matrix(M: Tensor, shape: Sequence[int], fold: str = "paper") -> Tensor:
     return M.reshape(G, O // G, *K[:k], C, *K[k:]).movedim(2 + k, 2).reshape(*shape)
 
 
+def oriented(weight: Tensor, kind: type[nn.Module], groups: int = 1) -> Tensor:
+    """The weight with outputs first, ``[O, C/G, *K]``: as it is, unless a transposed convolution has ``[C, O/G, *K]``.
+
+    Its own inverse: for a transposed convolution it also leads from ``[O, C/G, *K]`` to what the layer stores.
+    """
+    if not issubclass(kind, TRANSPOSED):
+        return weight
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
 @dataclass(frozen=True)
 class Layer:
     """A layer that folds: its name in the model, the module, and its parameter ``weight``."""
@@ -73,9 +87,19 @@ class Layer:
     def groups(self) -> int:
         return getattr(self.module, "groups", 1)
 
+    @property
+    def rows(self) -> Tensor:
+        """The weight with outputs first: ``[O, ...]``, one neuron each."""
+        return oriented(self.weight, type(self.module), self.groups)
+
+    @torch.no_grad()
+    def set_rows(self, W: Tensor) -> None:
+        """Write what :attr:`rows` has into the weight."""
+        self.weight.copy_(oriented(W, type(self.module), self.groups))
+
     def matrix(self, fold: str = "paper") -> Tensor:
         """The folded weight ``[G, m, n]``."""
-        return to_matrix(self.weight, fold, self.groups)
+        return to_matrix(self.rows, fold, self.groups)
 
 
 def foldable_layers(model: nn.Module, skip: Sequence[str] = ()) -> tuple[list[Layer], dict[str, str]]:
@@ -127,6 +151,6 @@ def _not_foldable(module: nn.Module) -> str | None:
         return f"{kind}: its weight is parametrized; remove the parametrization first"
     if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
         return f"{kind}: not initialised yet; run the model once first"
-    if not isinstance(module, (nn.Linear, *CONVS)):
-        return f"{kind}: only Linear, Conv1d, Conv2d and Conv3d fold to matrices"
+    if not isinstance(module, (nn.Linear, *CONVS, *TRANSPOSED)):
+        return f"{kind}: only Linear and (transposed) convolutions fold to matrices"
     return None

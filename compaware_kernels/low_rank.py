@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .inference import why_two_step
-from .lowrank_ops import ACTIVATIONS
+from .lowrank_ops import ACTIVATIONS, lowrank_pack
 from .surgery import is_plain
 
 MODULES = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "gelu": nn.GELU}  # of the fused activations
@@ -16,13 +16,15 @@ class LowRank(nn.Module):
     """Two factors applied in turn, by one kernel where there is one.
 
     ``forward(x, residual=None)`` is ``act(second(first(x)) + residual)``; the activation is ``none`` until
-    :func:`compaware_kernels.fuse` gives the layer the one that follows it. The kernels read ``first.weight`` and
-    ``second.weight``; for the CPU they are packed once and again when they change (as much memory again).
+    :func:`compaware_kernels.fuse` gives the layer the one that follows it. ``in_place`` allows it to write over the
+    residual. The kernels read ``first.weight`` and ``second.weight``; for the CPU they are packed once and again when
+    they change (as much memory again).
     """
 
     first: nn.Module
     second: nn.Module
     rank: int
+    groups: int = 1
     activation: str = "none"
     _packed: Tensor | None = None
     _packed_from: tuple | None = None
@@ -32,9 +34,9 @@ class LowRank(nn.Module):
         self._register_load_state_dict_pre_hook(_factors_of_what_is_loaded, with_module=True)
         self.register_load_state_dict_post_hook(_pack_what_was_loaded)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, in_place: bool = False) -> Tensor:
         if not self.why_two_step(x):
-            return self._in_one(x, residual)
+            return self._in_one(x, residual, in_place)
         y = self.second(self.first(x))
         return ACTIVATIONS[self.activation](y if residual is None else y + residual)
 
@@ -46,12 +48,13 @@ class LowRank(nn.Module):
             return "a factor is no plain layer"
         if not (is_plain(self.first) and is_plain(self.second)):
             return "a factor has hooks or a forward of its own"
-        return self._why_not_geometry() or why_two_step(x, self.first.weight, self.second.weight, self.fold)
+        reason = self._why_not_geometry()
+        return reason or why_two_step(x, self.first.weight, self.second.weight, self.groups, self.fold)
 
     def _why_not_geometry(self) -> str:
         return ""
 
-    def _in_one(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _in_one(self, x: Tensor, residual: Tensor | None, in_place: bool) -> Tensor:
         raise NotImplementedError
 
     def to_sequential(self) -> nn.Sequential:
@@ -77,15 +80,21 @@ class LowRank(nn.Module):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_packed": None, "_packed_from": None}
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if not self.training:
+            self._pack()
+
     def _pack(self):
         """Pack the factors for the CPU kernel, unless that was done and they have not changed since."""
+        if type(self.first) is not self.dense or type(self.second) is not self.dense:
+            return self  # a factor that was replaced may have no weight
         V, U = self.first.weight, self.second.weight
-        if V.is_cpu and V.dtype == torch.float32 and isinstance(V, nn.Parameter) and not self._why_not_geometry():
+        if V.is_cpu and V.dtype == torch.float32 and type(V) is nn.Parameter and not self._why_not_geometry():
             versions = [-1 if W.is_inference() else W._version for W in (V, U)]
             now = (V.data_ptr(), U.data_ptr(), *versions)
             if now != self._packed_from:
-                groups = getattr(self, "groups", 1)
-                self._packed, self._packed_from = torch.ops.compaware.lowrank_pack(V.detach(), U.detach(), groups), now
+                self._packed, self._packed_from = lowrank_pack(V.detach(), U.detach(), self.groups), now
         return self
 
     def _packed_now(self) -> Tensor | None:

@@ -16,6 +16,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from .folds import row_axes
@@ -75,6 +76,12 @@ def parts(fold: str, *values: Ints) -> tuple[list[Ints], list[Ints]]:
     return on_axes(k, 2), on_axes(0, k)
 
 
+def format_of(x: Tensor, V: Tensor) -> torch.memory_format:
+    """Of y: as for any convolution of torch, channels_last if x or the weight is."""
+    last = torch.channels_last
+    return last if last in (suggest_memory_format(x), suggest_memory_format(V)) else torch.contiguous_format
+
+
 @torch.library.custom_op("compaware::lowrank_two_step", mutates_args=())
 def lowrank_two_step(
     x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None, residual: Tensor | None, stride: Ints, padding: Ints,
@@ -83,10 +90,10 @@ def lowrank_two_step(
     """Two convolutions in channels_last; what the kernels fall back to."""
     check(activation, fold)
     first, second = parts(fold, stride, padding, dilation)
-    x = x.contiguous(memory_format=torch.channels_last)
-    y = F.conv2d(F.conv2d(x, V, None, *first, groups), U, bias, *second, groups)
+    T = F.conv2d(x.contiguous(memory_format=torch.channels_last), V, None, *first, groups)
+    y = F.conv2d(T, U, bias, *second, groups)
     y = ACTIVATIONS[activation](y if residual is None else y + residual)
-    return y.contiguous(memory_format=torch.channels_last)
+    return y.contiguous(memory_format=format_of(x, V))
 
 
 @torch.library.custom_op("compaware::lowrank_conv2d", mutates_args=())
@@ -97,6 +104,18 @@ def lowrank_conv2d(
     return lowrank_two_step(x, V, U, bias, residual, stride, padding, dilation, groups, fold, activation)
 
 
+@torch.library.custom_op("compaware::lowrank_conv2d_", mutates_args={"residual"})
+def lowrank_conv2d_(
+    x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None, residual: Tensor, packed: Tensor | None,
+    stride: Ints, padding: Ints, dilation: Ints, groups: int, fold: str, activation: str,
+) -> None:  # fmt: skip
+    """The same, written over the residual: for inference, no gradient."""
+    residual.copy_(lowrank_conv2d(x, V, U, bias, residual, packed, stride, padding, dilation, groups, fold, activation))
+
+
+lowrank_conv2d_.register_fake(lambda *args: None)
+
+
 def _out(size: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints) -> list[int]:
     """Height and width after a convolution."""
     return [(size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
@@ -105,7 +124,7 @@ def _out(size: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints) 
 def _conv2d_fake(x, V, U, bias, residual, stride, padding, dilation, groups, fold, activation):
     kernel = [V.shape[2 + i] * U.shape[2 + i] for i in range(2)]  # one of the two factors is 1 along each axis
     y = x.new_empty(x.shape[0], U.shape[0], *_out(x.shape[2:], kernel, stride, padding, dilation))
-    return y.contiguous(memory_format=torch.channels_last)
+    return y.contiguous(memory_format=format_of(x, V))
 
 
 lowrank_two_step.register_fake(_conv2d_fake)
@@ -116,11 +135,12 @@ def _(x, V, U, bias, residual, packed, *rest):
     return _conv2d_fake(x, V, U, bias, residual, *rest)
 
 
-@register_flop_formula(torch.ops.compaware.lowrank_conv2d)
+@register_flop_formula([torch.ops.compaware.lowrank_conv2d, torch.ops.compaware.lowrank_conv2d_])
 def _(x, V, U, bias, residual, packed, stride, padding, dilation, groups, fold, activation, *, out_shape) -> int:
-    first, _ = parts(fold, stride, padding, dilation)
+    first, second = parts(fold, stride, padding, dilation)
     T = [x[0], V[0], *_out(x[2:], V[2:], *first)]
-    return conv_flop_count(list(x), list(V), T) + conv_flop_count(T, list(U), list(out_shape))
+    y = [x[0], U[0], *_out(T[2:], U[2:], *second)]
+    return conv_flop_count(list(x), list(V), T) + conv_flop_count(T, list(U), y)
 
 
 def _save(ctx, inputs, output):
@@ -217,9 +237,9 @@ lowrank_linear.register_autograd(_linear_backward, setup_context=_save)
 
 def _autocast(op, device: str, keys, *args):
     dtype = torch.get_autocast_dtype(device)
-    cast = [
-        a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 else a for a in args
-    ]
+    cast = [a.to(dtype) if isinstance(a, Tensor) and a.dtype.is_floating_point and a.dtype != torch.float64 else a
+            for a in args]  # fmt: skip
+    cast[5] = None  # what was packed is for fp32
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(f"Autocast{device.upper()}")):
         return op(*cast)
 

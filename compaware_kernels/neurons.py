@@ -17,11 +17,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._pytree import tree_leaves
 
-from .folds import CONVS, foldable_layers
-from .low_rank import LowRank
+from .folds import CONVS, Layer, foldable_layers
+from .graphs import same_outputs, trace
 from .surgery import NORMS, is_plain, is_shared, keep_inputs, keep_outputs, replace, why_fixed
 
 ELEMENTWISE = (
@@ -54,11 +53,6 @@ class _Sent(NamedTuple):
     per_neuron: int  # consecutive features on ``axis`` that belong to one neuron, after flattening
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, LowRank) or super().is_leaf_module(module, name)
-
-
 def remove_dead_neurons(
     model: nn.Module, example_inputs: tuple, skip: tuple[str, ...] = ()
 ) -> tuple[nn.Module, dict[str, int], dict[str, str]]:
@@ -69,12 +63,12 @@ def remove_dead_neurons(
     Returns:
         the copy; neurons removed per layer; and per layer that kept dead neurons, why.
     """
-    dead = [layer.name for layer in foldable_layers(model, skip)[0] if _dead(layer.module).any()]
+    dead = [layer.name for layer in foldable_layers(model, skip)[0] if _dead(layer).any()]
     if not dead:
         return model, {}, {}
     reference, small = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
     try:
-        graph, shapes = _trace(reference, example_inputs)
+        graph, shapes = trace(reference, example_inputs)
     except Exception as error:  # tracing runs the user's code: whatever it raises, the neurons stay, and we say so
         why = f"torch.fx cannot trace the model ({' '.join(str(error).split())})"
         return model, {}, dict.fromkeys(dead, f"dead neurons kept: {why}")
@@ -84,28 +78,19 @@ def remove_dead_neurons(
             removed[name] = _Removal(small, graph, shapes, name).apply()
         except _Kept as reason:
             kept[name] = f"dead neurons kept: {reason}"
-    if removed and not _same_outputs(reference, small, example_inputs):
+    if removed and not same_outputs(reference, small, example_inputs):
         return model, {}, kept | dict.fromkeys(removed, "dead neurons kept: removing them changes the outputs")
     for name, module in model.named_modules():
         small.get_submodule(name).training = module.training
     return small, removed, kept
 
 
-def _dead(module: nn.Module) -> Tensor:
+def _dead(layer: Layer) -> Tensor:
     """Outputs whose weights are all zero; at least one output stays, for a layer cannot have none."""
-    dead = (module.weight.detach().flatten(1) == 0).all(1)
+    dead = (layer.rows.detach().flatten(1) == 0).all(1)
     if len(dead) and dead.all():
         dead[0] = False
     return dead.cpu()
-
-
-def _trace(model: nn.Module, example_inputs: tuple) -> tuple[fx.Graph, dict[fx.Node, torch.Size]]:
-    """The graph, and the shape of every node that is a tensor."""
-    graph = _Tracer().trace(model)
-    with torch.no_grad():
-        ShapeProp(fx.GraphModule(model, graph)).propagate(*example_inputs)
-    metas = {node: node.meta.get("tensor_meta") for node in graph.nodes}
-    return graph, {node: meta.shape for node, meta in metas.items() if hasattr(meta, "shape")}
 
 
 class _Removal:
@@ -113,7 +98,7 @@ class _Removal:
 
     def __init__(self, model: nn.Module, graph: fx.Graph, shapes: dict[fx.Node, torch.Size], name: str):
         self.model, self.graph, self.shapes, self.name = model, graph, shapes, name
-        self.removable = _dead(model.get_submodule(name))  # [O]; a reader may forbid some
+        self.removable = _dead(Layer(name, model.get_submodule(name)))  # [O]; a reader may forbid some
         self.norms: list[str] = []
         self.readers: list[tuple[str, _Sent]] = []
 
@@ -276,21 +261,3 @@ def _in_place(model: nn.Module, user: fx.Node) -> bool:
 
 def _argument(node: fx.Node, position: int, name: str, default: object) -> object:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-def _same_outputs(model: nn.Module, small: nn.Module, example_inputs: tuple) -> bool:
-    """Whether both give the same outputs, up to the rounding of a sum in another order."""
-    try:
-        with torch.no_grad():
-            wanted, got = tree_leaves(model(*example_inputs)), tree_leaves(small(*example_inputs))
-        pairs = [(a, b) for a, b in zip(wanted, got, strict=True) if isinstance(a, Tensor)]
-        return bool(pairs) and all(a.shape == b.shape and _close(a, b) for a, b in pairs)
-    except Exception:  # the user's code meets sizes it was not written for
-        return False
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    if not a.is_floating_point() or not a.numel():
-        return torch.equal(a, b)
-    tolerance = min(1e3 * torch.finfo(a.dtype).eps, 1 / 16)  # 16 roundings of bf16
-    return bool((a - b).abs().max() <= tolerance * a.abs().max())

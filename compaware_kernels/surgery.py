@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .folds import CONVS
+from .folds import CONVS, TRANSPOSED
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 STATE = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
@@ -32,8 +32,10 @@ def resized(module: nn.Module, inputs: int, outputs: int, bias: bool | None = No
         if isinstance(module, nn.Linear):
             new = nn.utils.skip_init(nn.Linear, inputs, outputs, bias, **place)
         else:
-            geometry = (module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
-            new = nn.utils.skip_init(type(module), inputs, outputs, *geometry, bias, module.padding_mode, **place)
+            names = ["kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"]
+            names += ["output_padding"] if isinstance(module, TRANSPOSED) else []
+            geometry = {name: getattr(module, name) for name in names}
+            new = nn.utils.skip_init(type(module), inputs, outputs, bias=bias, **geometry, **place)
     for name, parameter in new.named_parameters():
         like = module.weight if getattr(module, name) is None else getattr(module, name)
         parameter.requires_grad_(like.requires_grad)

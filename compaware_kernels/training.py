@@ -59,7 +59,7 @@ class ProximalStep:
     with momentum or an adaptive optimizer the step is decoupled from its metric, as weight decay is in AdamW.
 
     Args:
-        model: its Linear, Conv1d, Conv2d and Conv3d layers are treated; the rest is listed in ``skipped``.
+        model: its Linear layers and (transposed) convolutions are treated; the rest is listed in ``skipped``.
         optimizer: any torch optimizer over the model's parameters. Parameters it does not hold, and frozen ones, are
             left alone.
         nuclear, group, l1: strengths >= 0 of the three penalties: one number, or numbers by layer name pattern
@@ -145,16 +145,17 @@ class ProximalStep:
         layers = self._trained()
         ramp = min(1.0, (self.applied + 1) / (self.warmup + 1))
         taus = [self._thresholds(layer, lr, ramp) for layer, lr in layers]
-        targets = [[layer.module.weight, layer.module.bias] for layer, _ in layers]
-        copies = [[None if p is None else p.detach().clone() for p in pair] for pair in targets]
+        targets = [(layer, layer.module.bias) for layer, _ in layers]
+        copies = [[layer.rows.detach().clone(), None if bias is None else bias.detach().clone()]
+                  for layer, bias in targets]  # fmt: skip
         for penalty in self.order:
             used = [i for i, tau in enumerate(taus) if tau[penalty] > 0]
             shrink = {"nuclear": self._nuclear, "group": _group, "l1": _l1}[penalty]
             shrink([layers[i][0] for i in used], [copies[i] for i in used], [taus[i][penalty] for i in used])
-        for pair, new in zip(targets, copies, strict=True):
-            for parameter, value in zip(pair, new, strict=True):
-                if parameter is not None:
-                    parameter.copy_(value)
+        for (layer, bias), (W, b) in zip(targets, copies, strict=True):
+            layer.set_rows(W)
+            if bias is not None:
+                bias.copy_(b)
         self.applied += 1
 
     def thresholds(self) -> dict[str, dict[str, float]]:
@@ -164,7 +165,7 @@ class ProximalStep:
 
     def _thresholds(self, layer: Layer, lr: float, ramp: float) -> dict[str, float]:
         """Strength x learning rate x ramp; for the group term also x sqrt(P), P the parameters of one neuron."""
-        per_neuron = layer.weight[0].numel() + (layer.module.bias is not None)
+        per_neuron = layer.rows[0].numel() + (layer.module.bias is not None)
         scale = {"nuclear": 1.0, "group": math.sqrt(per_neuron), "l1": 1.0}
         step = ramp * (lr if self.scale_by_lr else 1.0)
         return {penalty: value * step * scale[penalty] for penalty, value in self.strengths[layer.name].items()}
@@ -190,7 +191,7 @@ class ProximalStep:
         report = ProximalReport()
         for layer in self.layers:
             M, s = layer.matrix(self.fold), singular_values(layer.matrix(self.fold))
-            alive = layer.weight.flatten(1).any(1).double().mean().item()
+            alive = layer.rows.flatten(1).any(1).double().mean().item()
             rank = int(numerical_rank(s, M.dtype).max())
             sums = (float(s.sum()), float(s.max()), alive)
             report.append(

@@ -130,7 +130,7 @@ def test_fold_entries():
 def test_what_does_not_fold_is_listed_with_its_reason():
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({
-        "conv": nn.Conv2d(3, 4, 3), "table": nn.Embedding(5, 4), "up": nn.ConvTranspose2d(4, 4, 2),
+        "conv": nn.Conv2d(3, 4, 3), "table": nn.Embedding(5, 4), "pairs": nn.Bilinear(4, 4, 2),
         "norm": nn.BatchNorm2d(4), "lstm": nn.LSTM(4, 4), "attention": nn.MultiheadAttention(4, 2), "a": shared,
         "b": nn.Linear(4, 4),
         "para": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "lazy": nn.LazyLinear(3),
@@ -139,10 +139,10 @@ def test_what_does_not_fold_is_listed_with_its_reason():
     model["b"].weight = shared.weight
     layers, skipped = foldable_layers(model, skip=["he*"])
     assert [layer.name for layer in layers] == ["conv", "attention.out_proj", "a"]
-    assert set(skipped) == {"table", "up", "lstm", "attention", "b", "para", "lazy", "head"}
+    assert set(skipped) == {"table", "pairs", "lstm", "attention", "b", "para", "lazy", "head"}
     assert skipped["b"] == "shares its weight with a" and skipped["head"] == "skipped by name"
     assert "parametrized" in skipped["para"] and "not initialised" in skipped["lazy"]
-    assert "ConvTranspose2d" in skipped["up"]
+    assert skipped["pairs"] == "Bilinear: only Linear and (transposed) convolutions fold to matrices"
 
 
 def test_a_skip_pattern_that_matches_nothing_is_an_error():

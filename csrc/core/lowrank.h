@@ -15,16 +15,19 @@ namespace compaware::CK_ISA {
 struct Rows {
   const float* const* at;
   int64_t stride, taps, depth, offset;
+  int64_t count = 0, fresh = 0;  // from tap `fresh` on nothing read these `count` rows before: the next are fetched meanwhile
 };
 
-// How a tile's sums begin and end: from what is in C, or the bias; then the residual (laid out as C) and the clamp.
+// How a tile's sums begin, from what `from` has (laid out as C: the residual, or C itself; null: zeros) and the bias, and end.
 struct Ends {
-  bool add = false, clamp = false;
-  const float *bias = nullptr, *residual = nullptr;
+  const float *from = nullptr, *bias = nullptr;
+  bool clamp = false;
   float low = 0, high = 0;
+  int64_t ahead = 0;  // where the next tile is, in floats from this one: it is fetched meanwhile; 0: nothing is
 };
 
 constexpr int64_t kPiece = 8192;  // floats of a panel that stay in L1
+constexpr int64_t kLine = 16;     // floats of a cache line
 
 template <int L>
 struct Panel {  // the sums of R rows, a row of the panel and one number of the input fill the registers
@@ -43,9 +46,12 @@ __attribute__((noinline)) void tile(const Rows& A, int64_t i, const float* B, in
     for (int m = 0; m < R; ++m)
       for (int v = 0; v < V; ++v) change(sum[m][v], m * ldc + v * L, v * L);
   };
-  if (ends.add) each([&](P& s, int64_t at, int) { s = load(C + at); });
-  else if (ends.bias) each([&](P& s, int64_t, int column) { s = load(ends.bias + column); });
-  else each([](P& s, int64_t, int) { s = P{}; });
+  if (ends.ahead) {
+    each([&](P&, int64_t at, int) { __builtin_prefetch(C + ends.ahead + at, 1, 3); });
+    if (ends.from) each([&](P&, int64_t at, int) { __builtin_prefetch(ends.from + ends.ahead + at, 0, 3); });
+  }
+  each([&](P& s, int64_t at, int) { s = ends.from ? load(ends.from + at) : P{}; });
+  if (ends.bias) each([&](P& s, int64_t, int column) { s += load(ends.bias + column); });
   int64_t t = 0;
   do {  // never empty: a loop that might be costs a copy of the sums
     const float* a[R];
@@ -53,16 +59,21 @@ __attribute__((noinline)) void tile(const Rows& A, int64_t i, const float* B, in
     const float* b = B + t * B_tap;
     int64_t k = 0;
     do {
-      P row[V];
-      for (int v = 0; v < V; ++v) row[v] = load(b + v * L);
-      for (int m = 0; m < R; ++m) {
-        const float x = a[m][k];
-        for (int v = 0; v < V; ++v) sum[m][v] += x * row[v];
-      }
-      b += V * L;
-    } while (++k < A.depth);
+      if (A.count && t >= A.fresh)
+        for (int m = 0; m < R; ++m)
+          __builtin_prefetch(A.at[t * A.stride + std::min(i + R + m, A.count - 1)] + A.offset + k, 0, 3);
+      const int64_t stop = std::min(k + kLine, A.depth);
+      do {
+        P row[V];
+        for (int v = 0; v < V; ++v) row[v] = load(b + v * L);
+        for (int m = 0; m < R; ++m) {
+          const float x = a[m][k];
+          for (int v = 0; v < V; ++v) sum[m][v] += x * row[v];
+        }
+        b += V * L;
+      } while (++k < stop);
+    } while (k < A.depth);
   } while (++t < A.taps);
-  if (ends.residual) each([&](P& s, int64_t at, int) { s += load(ends.residual + at); });
   if (ends.clamp)
     each([&](P& s, int64_t, int) {  // in this form NaN stays NaN
       s = s < ends.low ? P{} + ends.low : s;
@@ -82,72 +93,59 @@ CK_LANES_INLINE void tile_of(int64_t rows, const Args&... args) {
 template <int L, int V, int R>
 void edge(int64_t rows, int64_t columns, const Rows& A, int64_t i, const float* B, int64_t B_tap, float* C, int64_t ldc,
           Ends ends) {
-  float sums[R * V * L] = {}, bias[V * L] = {}, residual[R * V * L] = {};
+  float sums[R * V * L] = {}, bias[V * L] = {};
   const auto move = [&](float* to, int64_t to_ld, const float* from, int64_t from_ld, int64_t count) {
     for (int64_t m = 0; m < count; ++m) std::memcpy(to + m * to_ld, from + m * from_ld, columns * sizeof(float));
   };
-  if (ends.add) move(sums, V * L, C, ldc, rows);
+  if (ends.from) move(sums, V * L, ends.from, ldc, rows), ends.from = sums;
   if (ends.bias) move(bias, 0, ends.bias, 0, 1), ends.bias = bias;
-  if (ends.residual) move(residual, V * L, ends.residual, ldc, rows), ends.residual = residual;
   const int64_t ld = V * L;
   tile_of<L, V, R>(rows, A, i, B, B_tap, static_cast<float*>(sums), ld, ends);
   move(C, ldc, sums, V * L, rows);
 }
 
-// Memory that is fetched while something else is computed, so many lines at a time.
-struct Fetch {
-  const char *at = nullptr, *end = nullptr;
-  int64_t step = 0;
-
-  CK_LANES_INLINE void some() {
-    const char* stop = std::min(end, at + step);
-    for (; at < stop; at += 64) __builtin_prefetch(at, 1, 2);
-  }
-};
-
 // One panel of V vectors, the first `columns` of them wanted, for rows 0 .. count; rows are shared out evenly.
 template <int L, int V>
-void panel(int64_t count, int64_t columns, const Rows& A, const float* B, int64_t B_tap, float* C, int64_t ldc, Ends ends, Fetch& fetch) {
+void panel(int64_t count, int64_t columns, const Rows& A, const float* B, int64_t B_tap, float* C, int64_t ldc, Ends ends) {
   constexpr int R = Panel<L>::rows(V);
   const int64_t groups = (count + R - 1) / R;
-  const float* residual = ends.residual;
+  const float* from = ends.from;
   for (int64_t g = 0, i = 0; g < groups; ++g) {
     const int64_t rows = count / groups + (g < count % groups);
     float* c = C + i * ldc;
-    if (residual) ends.residual = residual + i * ldc;
+    if (from) ends.from = from + i * ldc;
     if (columns == V * L) tile_of<L, V, R>(rows, A, i, B, B_tap, c, ldc, ends);
     else edge<L, V, R>(rows, columns, A, i, B, B_tap, c, ldc, ends);
     i += rows;
-    fetch.some();
   }
 }
 
 template <int L, int V = Panel<L>::vectors, class... Args>
-CK_LANES_INLINE void panel_of(int64_t vectors, Args&&... args) {
+CK_LANES_INLINE void panel_of(int64_t vectors, const Args&... args) {
   if constexpr (V > 1)
     if (vectors < V) return panel_of<L, V - 1>(vectors, args...);
   panel<L, V>(args...);
 }
 
-// C[count, columns] = clamp(A B + bias + residual); the sum is cut so that the piece of a panel it reads stays in L1.
+// C[count, columns] = clamp(from + bias + A B); the sum is cut so that the piece of a panel it reads stays in L1.
 template <int L>
-void product(int64_t count, const Rows& A, const float* B, int64_t columns, float* C, int64_t ldc, const Ends& ends,
-             Fetch fetch = {}) {
+void product(int64_t count, const Rows& A, const float* B, int64_t columns, float* C, int64_t ldc, const Ends& ends) {
   constexpr int64_t width = Panel<L>::vectors * L;
   const int64_t most = kPiece / std::min(width, padded(columns));
   const int64_t cuts = (A.depth + most - 1) / most, depth = (A.depth + cuts - 1) / cuts;
   const int64_t taps = std::max<int64_t>(1, most / std::max<int64_t>(1, A.depth));
-  fetch.step = (fetch.end - fetch.at) * 8 / count;
   for (int64_t t = 0; t < A.taps; t += taps)
     for (int64_t k = 0; k < A.depth; k += depth) {
-      const Rows part{A.at + t * A.stride, A.stride, std::min(taps, A.taps - t), std::min(depth, A.depth - k), A.offset + k};
+      const Rows part{A.at + t * A.stride, A.stride, std::min(taps, A.taps - t), std::min(depth, A.depth - k),
+                      A.offset + k, A.count, A.fresh - t};
       const bool first = t == 0 && k == 0, last = t + taps >= A.taps && k + depth >= A.depth;
       for (int64_t j = 0; j < columns; j += width) {
         const int64_t wide = std::min(width, padded(columns) - j), vectors = (wide + L - 1) / L;
         const float* b = B + j * A.taps * A.depth + (t * A.depth + k) * wide;
-        const Ends here{!first, last && ends.clamp, ends.bias ? ends.bias + j : nullptr,
-                        last && ends.residual ? ends.residual + j : nullptr, ends.low, ends.high};
-        panel_of<L>(vectors, count, std::min(wide, columns - j), part, b, A.depth * wide, C + j, ldc, here, fetch);
+        const float* from = first ? ends.from : C;
+        const Ends here{from ? from + j : nullptr, first && ends.bias ? ends.bias + j : nullptr, last && ends.clamp,
+                        ends.low, ends.high, !ends.ahead ? 0 : j + width < columns ? width : count * ldc - j};
+        panel_of<L>(vectors, count, std::min(wide, columns - j), part, b, A.depth * wide, C + j, ldc, here);
       }
     }
 }
@@ -180,13 +178,17 @@ void lowrank_tile(const LowRankWork& w, int64_t first, int64_t count, const floa
   find_rows(w, first, count, zeros, rows);
   for (int64_t g = 0; g < w.G; ++g) {
     const float* V = w.packed + g * packed_group(taps, C, w.r, O);
-    const Rows input{rows, count, taps, C, g * C}, middle{T_rows, count, 1, w.r, 0};
+    const Rows input{rows, count, taps, C, g * C, count, taps - w.kw};
+    product<L>(count, input, V, ldt, T, ldt, Ends{});
     const int64_t at = first * w.O + g * O;
-    const char* y = reinterpret_cast<const char*>(w.y + at);
-    product<L>(count, input, V, ldt, T, ldt, Ends{}, Fetch{y, y + count * w.O * 4});
-    const Ends ends{false, w.low > -INFINITY, w.bias ? w.bias + g * O : nullptr, w.residual ? w.residual + at : nullptr,
-                    w.low, w.high};
-    product<L>(count, middle, V + packed_first(taps, C, w.r), O, w.y + at, w.O, ends);
+    constexpr int64_t step = Panel<L>::rows(Panel<L>::vectors);
+    for (int64_t i = 0; i < count; i += step) {  // a few rows of y from end to end: memory is slow at anything else
+      const int64_t here = at + i * w.O;
+      const Ends ends{w.residual ? w.residual + here : nullptr, w.bias ? w.bias + g * O : nullptr, w.low > -INFINITY,
+                      w.low, w.high, 1};
+      const Rows middle{T_rows + i, count, 1, w.r, 0};
+      product<L>(std::min(step, count - i), middle, V + packed_first(taps, C, w.r), O, w.y + here, w.O, ends);
+    }
   }
 }
 

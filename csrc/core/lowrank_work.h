@@ -11,7 +11,7 @@
 namespace compaware {
 
 struct LowRankWork {
-  const float *x, *packed, *bias, *residual;  // bias and residual may be null
+  const float *x, *packed, *bias, *residual;  // bias and residual may be null, and residual may be y
   float *y;
   float low, high;
   int64_t N, H, W, C, OH, OW, O, G, r;

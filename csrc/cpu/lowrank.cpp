@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <initializer_list>
 #include <memory>
 #include <optional>
 #include <string>
@@ -76,9 +77,10 @@ struct Stamp {
 };
 static_assert(sizeof(Stamp) <= kHeader * sizeof(float));
 
+bool is_single(const Tensor& A) { return A.scalar_type() == ScalarType::Float; }
+
 bool packs(const Tensor& V, const Tensor& U) {
-  const bool single = V.scalar_type() == ScalarType::Float && U.scalar_type() == ScalarType::Float;
-  return single && (U.dim() == 2 || (U.size(2) == 1 && U.size(3) == 1));
+  return is_single(V) && is_single(U) && (U.dim() == 2 || (U.size(2) == 1 && U.size(3) == 1));
 }
 
 template <class Each>  // each(factor, where it is packed) for every factor of every group
@@ -93,6 +95,10 @@ void each_factor(const Tensor& V, const Tensor& U, int64_t groups, Each each) {
 }
 
 Tensor lowrank_pack(const Tensor& V, const Tensor& U, int64_t groups) {
+  STD_TORCH_CHECK(V.dim() == U.dim() && (V.dim() == 2 || V.dim() == 4), "lowrank_pack: wanted V and U of 2 or 4 axes; got ",
+                  V.dim(), " and ", U.dim());
+  STD_TORCH_CHECK(groups >= 1 && V.size(0) % groups == 0 && U.size(0) % groups == 0,
+                  "lowrank_pack: wanted groups that divide ", V.size(0), " and ", U.size(0), "; got ", groups);
   int64_t size = 0;
   if (packs(V, U))
     each_factor(V, U, groups, [&](const Factor& f, int64_t at) { size = at + f.depth() * padded(f.columns); });
@@ -109,7 +115,7 @@ Tensor lowrank_pack(const Tensor& V, const Tensor& U, int64_t groups) {
 
 // The factors as `packed` has them, unless they changed since; then packed anew, for this call.
 Tensor fresh(const MaybeTensor& packed, const Tensor& V, const Tensor& U, int64_t groups) {
-  bool good = packed && packed->numel() >= kHeader;
+  bool good = packed && packed->numel() >= kHeader && is_single(*packed) && packed->is_contiguous();
   if (good) {
     const float* data = packed->const_data_ptr<float>();
     const Stamp stamp(V, U);
@@ -131,19 +137,27 @@ std::string text(const std::vector<int64_t>& sizes) {
 
 Sizes sizes_of(const Tensor& A) { return Sizes(A.sizes().begin(), A.sizes().end()); }
 
+void one_of(const char* op, const char* name, const std::string& value, std::initializer_list<const char*> known) {
+  std::string all;
+  for (const char* word : known) all += std::string(all.empty() ? "" : ", ") + word;
+  STD_TORCH_CHECK(std::find(known.begin(), known.end(), value) != known.end(), op, ": wanted ", name, " to be one of ", all,
+                  "; got ", value);
+}
+
 void want(const char* op, const char* name, const Tensor& A, const Sizes& sizes) {
   STD_TORCH_CHECK(sizes_of(A) == sizes, op, ": wanted ", name, " of shape ", text(sizes), "; got ", text(sizes_of(A)));
 }
 
 // x has C channels, y is [*y]: everything else must fit.
-void check(const char* op, int64_t C, int64_t groups, const Tensor& V, const Tensor& U, const MaybeTensor& bias,
+void check(const char* op, const Tensor& x, int64_t C, int64_t groups, const Tensor& V, const Tensor& U, const MaybeTensor& bias,
            const MaybeTensor& residual, const Sizes& y, const std::string& activation) {
-  constexpr const char* known[] = {"none", "relu", "relu6", "silu", "gelu"};
-  STD_TORCH_CHECK(std::find(std::begin(known), std::end(known), activation) != std::end(known), op,
-                  ": wanted activation none, relu, relu6, silu or gelu; got ", activation);
+  one_of(op, "activation", activation, {"none", "relu", "relu6", "silu", "gelu"});
   const int64_t O = U.size(0);
   STD_TORCH_CHECK(groups >= 1 && C % groups == 0 && O % groups == 0 && V.size(0) % groups == 0, op,
                   ": wanted groups that divide the channels; got ", groups, " for ", C, " -> ", V.size(0), " -> ", O);
+  for (const Tensor* W : {&V, &U, bias ? &*bias : &V, residual ? &*residual : &V})
+    STD_TORCH_CHECK(W->scalar_type() == x.scalar_type(), op, ": wanted all in the dtype of x, ", x.scalar_type(), "; got ",
+                    W->scalar_type());
   Sizes first = sizes_of(V), second = sizes_of(U);
   first[1] = C / groups;
   second[1] = V.size(0) / groups;
@@ -151,6 +165,40 @@ void check(const char* op, int64_t C, int64_t groups, const Tensor& V, const Ten
   want(op, "U", U, second);
   if (bias) want(op, "bias", *bias, {O});
   if (residual) want(op, "residual", *residual, y);
+}
+
+// The shape of y.
+Sizes check_conv2d(const Tensor& x, const Tensor& V, const Tensor& U, const MaybeTensor& bias, const MaybeTensor& residual,
+                   const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups,
+                   const std::string& fold, const std::string& activation) {
+  const char* op = "lowrank_conv2d";
+  one_of(op, "fold", fold, {"paper", "spatial", "input"});
+  STD_TORCH_CHECK(x.dim() == 4 && V.dim() == 4 && U.dim() == 4, op, ": wanted x, V and U of 4 axes; got ", x.dim(), ", ",
+                  V.dim(), " and ", U.dim());
+  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
+                  ": wanted two numbers each as stride, padding and dilation");
+  STD_TORCH_CHECK(std::min(stride[0], stride[1]) > 0 && std::min(dilation[0], dilation[1]) > 0 &&
+                  std::min(padding[0], padding[1]) >= 0, op, ": wanted stride and dilation > 0 and padding >= 0; got ",
+                  text(stride), ", ", text(dilation), " and ", text(padding));
+  Sizes y{x.size(0), U.size(0)}, kernel;
+  bool fits = true;
+  for (int i : {0, 1}) {
+    kernel.push_back(V.size(2 + i) * U.size(2 + i));  // one of the two is 1
+    const int64_t room = x.size(2 + i) + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1;
+    fits = fits && kernel[i] > 0 && room >= 0;
+    y.push_back(room / stride[i] + 1);
+  }
+  const int second = fold == "paper" ? 0 : fold == "spatial" ? 1 : 2;  // how many kernel axes are the second factor's
+  for (int i : {0, 1}) {
+    const Tensor& other = i < second ? V : U;
+    Sizes wanted = sizes_of(other);
+    wanted[2 + i] = 1;
+    want(op, i < second ? "V" : "U", other, wanted);
+  }
+  STD_TORCH_CHECK(fits, op, ": a kernel of ", kernel[0], " x ", kernel[1], ", dilation ", text(dilation),
+                  ", does not fit an input of ", x.size(2), " x ", x.size(3), ", padding ", text(padding));
+  check(op, x, x.size(1), groups, V, U, bias, residual, y, activation);
+  return y;
 }
 
 // --- the product ------------------------------------------------------------------------------------------------------
@@ -189,7 +237,7 @@ void run(const LowRankWork& w) {
 const float* data_of(const MaybeTensor& A) { return A ? A->const_data_ptr<float>() : nullptr; }
 
 // Fills in what both ops share, runs, and applies an activation that is no clamp.
-Tensor finish(LowRankWork& w, Tensor& y, const Tensor& x, const Tensor& packed, const MaybeTensor& bias,
+void finish(LowRankWork& w, Tensor& y, const Tensor& x, const Tensor& packed, const MaybeTensor& bias,
               const MaybeTensor& residual, const std::string& activation) {
   w.x = x.const_data_ptr<float>();
   w.packed = packed.const_data_ptr<float>() + kHeader;
@@ -199,66 +247,87 @@ Tensor finish(LowRankWork& w, Tensor& y, const Tensor& x, const Tensor& packed, 
   w.low = activation.starts_with("relu") ? 0.0f : -INFINITY;
   w.high = activation == "relu6" ? 6.0f : INFINITY;
   run(w);
-  if (activation == "silu") return call<Tensor>("aten::silu_", y);
-  if (activation == "gelu") return call<Tensor>("aten::gelu_", y, std::string("none"));
-  return y;
+  if (activation == "silu") call<Tensor>("aten::silu_", y);
+  if (activation == "gelu") call<Tensor>("aten::gelu_", y, std::string("none"));
 }
 
-bool all_single(const Tensor& x, const MaybeTensor& bias, const MaybeTensor& residual) {
-  const auto single = [](const Tensor& A) { return A.scalar_type() == ScalarType::Float; };
-  return single(x) && (!bias || single(*bias)) && (!residual || single(*residual));
+// As torch decides for a convolution: NCHW where strides could be either.
+bool is_channels_last(const Tensor& A) {
+  int64_t least = 0;
+  if (A.stride(1) == 0) return false;
+  for (const int64_t axis : {1, 3, 2, 0}) {
+    if (A.size(axis) == 0 || A.stride(axis) < least || (axis == 0 && least == A.stride(1))) return false;
+    least = A.stride(axis) * (A.size(axis) > 1 ? A.size(axis) : 1);
+  }
+  return true;
+}
+
+// Is there something to multiply, in fp32?
+bool takes(const Tensor& x, const Tensor& V, const Tensor& U) {
+  return packs(V, U) && x.numel() && V.numel() && U.numel();
+}
+
+constexpr MemoryFormat kLast = MemoryFormat::ChannelsLast;
+
+// Into y, dense in channels_last, which may be the residual.
+void conv2d_into(Tensor& y, const Tensor& x, const Tensor& V, const Tensor& U, const MaybeTensor& bias,
+                 const MaybeTensor& residual, const MaybeTensor& packed, const Sizes& stride, const Sizes& padding,
+                 const Sizes& dilation, int64_t groups, const std::string& activation) {
+  LowRankWork w{};
+  w.N = x.size(0), w.C = x.size(1), w.H = x.size(2), w.W = x.size(3);
+  w.O = y.size(1), w.OH = y.size(2), w.OW = y.size(3), w.G = groups, w.r = V.size(0) / groups;
+  w.kh = V.size(2), w.kw = V.size(3);
+  w.stride_h = stride[0], w.stride_w = stride[1], w.pad_h = padding[0], w.pad_w = padding[1];
+  w.dilation_h = dilation[0], w.dilation_w = dilation[1];
+  const Tensor X = torch::stable::contiguous(x, kLast), P = fresh(packed, V, U, groups);
+  const MaybeTensor b = bias ? MaybeTensor(torch::stable::contiguous(*bias)) : std::nullopt;
+  const MaybeTensor added = residual ? MaybeTensor(torch::stable::contiguous(*residual, kLast)) : std::nullopt;
+  finish(w, y, X, P, b, added, activation);
 }
 
 Tensor lowrank_conv2d(const Tensor& x, const Tensor& V, const Tensor& U, const MaybeTensor& bias,
                       const MaybeTensor& residual, const MaybeTensor& packed, const Sizes& stride, const Sizes& padding,
                       const Sizes& dilation, int64_t groups, const std::string& fold, const std::string& activation) {
-  if (fold != "paper" || !packs(V, U) || !all_single(x, bias, residual) || x.numel() == 0)
+  const Sizes shape = check_conv2d(x, V, U, bias, residual, stride, padding, dilation, groups, fold, activation);
+  if (fold != "paper" || !takes(x, V, U))
     return call<Tensor>("compaware::lowrank_two_step", x, V, U, bias, residual, stride, padding, dilation, groups, fold,
                         activation);
-  const char* op = "lowrank_conv2d";
-  STD_TORCH_CHECK(x.dim() == 4 && V.dim() == 4 && U.dim() == 4, op, ": wanted x, V and U of 4 axes; got ", x.dim(), ", ",
-                  V.dim(), " and ", U.dim());
-  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
-                  ": wanted two numbers each as stride, padding and dilation");
-  STD_TORCH_CHECK(std::min(stride[0], stride[1]) > 0 && std::min(dilation[0], dilation[1]) > 0 &&
-                  std::min(padding[0], padding[1]) >= 0, op, ": wanted stride and dilation > 0 and padding >= 0; got ",
-                  text(stride), ", ", text(dilation), " and ", text(padding));
-  const auto out = [&](int i) {
-    return (x.size(2 + i) + 2 * padding[i] - dilation[i] * (V.size(2 + i) - 1) - 1) / stride[i] + 1;
-  };
-  LowRankWork w{};
-  w.N = x.size(0), w.C = x.size(1), w.H = x.size(2), w.W = x.size(3);
-  w.OH = out(0), w.OW = out(1), w.O = U.size(0), w.G = groups, w.r = V.size(0) / groups;
-  w.kh = V.size(2), w.kw = V.size(3);
-  w.stride_h = stride[0], w.stride_w = stride[1], w.pad_h = padding[0], w.pad_w = padding[1];
-  w.dilation_h = dilation[0], w.dilation_w = dilation[1];
-  STD_TORCH_CHECK(w.OH > 0 && w.OW > 0, op, ": a kernel of ", w.kh, " x ", w.kw, " does not fit an input of ", w.H, " x ", w.W);
-  check(op, w.C, groups, V, U, bias, residual, {w.N, w.O, w.OH, w.OW}, activation);
-  const auto last = MemoryFormat::ChannelsLast;
-  Tensor y = torch::stable::empty({w.N, w.O, w.OH, w.OW}, ScalarType::Float, std::nullopt, x.device(), std::nullopt, last);
-  const Tensor X = torch::stable::contiguous(x, last), P = fresh(packed, V, U, groups);
-  const MaybeTensor b = bias ? MaybeTensor(torch::stable::contiguous(*bias)) : std::nullopt;
-  const MaybeTensor added = residual ? MaybeTensor(torch::stable::contiguous(*residual, last)) : std::nullopt;
-  return finish(w, y, X, P, b, added, activation);
+  Tensor y = torch::stable::empty(shape, ScalarType::Float, std::nullopt, x.device(), std::nullopt, kLast);
+  conv2d_into(y, x, V, U, bias, residual, packed, stride, padding, dilation, groups, activation);
+  return is_channels_last(x) || is_channels_last(V) ? y : torch::stable::contiguous(y);
+}
+
+void lowrank_conv2d_(const Tensor& x, const Tensor& V, const Tensor& U, const MaybeTensor& bias, Tensor residual,
+                     const MaybeTensor& packed, const Sizes& stride, const Sizes& padding, const Sizes& dilation,
+                     int64_t groups, const std::string& fold, const std::string& activation) {
+  check_conv2d(x, V, U, bias, residual, stride, padding, dilation, groups, fold, activation);
+  const bool dense = torch::stable::contiguous(residual, kLast).const_data_ptr() == residual.const_data_ptr();
+  if (fold == "paper" && dense && takes(x, V, U))
+    conv2d_into(residual, x, V, U, bias, residual, packed, stride, padding, dilation, groups, activation);
+  else
+    torch::stable::copy_(residual, lowrank_conv2d(x, V, U, bias, residual, packed, stride, padding, dilation, groups, fold,
+                                                  activation));
 }
 
 Tensor lowrank_linear(const Tensor& x, const Tensor& V, const Tensor& U, const MaybeTensor& bias,
                       const MaybeTensor& residual, const MaybeTensor& packed, const std::string& activation) {
-  if (!packs(V, U) || !all_single(x, bias, residual) || x.numel() == 0)
-    return call<Tensor>("compaware::lowrank_linear_two_step", x, V, U, bias, residual, activation);
   const char* op = "lowrank_linear";
-  STD_TORCH_CHECK(V.dim() == 2 && U.dim() == 2, op, ": wanted V [r, C] and U [O, r]; got axes ", V.dim(), " and ", U.dim());
+  STD_TORCH_CHECK(x.dim() >= 1 && V.dim() == 2 && U.dim() == 2, op, ": wanted x [..., C], V [r, C] and U [O, r]; got axes ",
+                  x.dim(), ", ", V.dim(), " and ", U.dim());
+  Sizes shape = sizes_of(x);
+  shape.back() = U.size(0);
+  check(op, x, x.size(-1), 1, V, U, bias, residual, shape, activation);
+  if (!takes(x, V, U))
+    return call<Tensor>("compaware::lowrank_linear_two_step", x, V, U, bias, residual, activation);
   LowRankWork w{};
   w.C = x.size(-1), w.W = w.OW = x.numel() / w.C, w.O = U.size(0), w.r = V.size(0);
   w.N = w.H = w.OH = w.G = w.kh = w.kw = w.stride_h = w.stride_w = w.dilation_h = w.dilation_w = 1;
-  Sizes shape = sizes_of(x);
-  shape.back() = w.O;
-  check(op, w.C, 1, V, U, bias, residual, shape, activation);
   Tensor y = torch::stable::new_empty(x, shape);
   const Tensor X = torch::stable::contiguous(x), P = fresh(packed, V, U, 1);
   const MaybeTensor b = bias ? MaybeTensor(torch::stable::contiguous(*bias)) : std::nullopt;
   const MaybeTensor added = residual ? MaybeTensor(torch::stable::contiguous(*residual)) : std::nullopt;
-  return finish(w, y, X, P, b, added, activation);
+  finish(w, y, X, P, b, added, activation);
+  return y;
 }
 
 }  // namespace
@@ -267,5 +336,6 @@ Tensor lowrank_linear(const Tensor& x, const Tensor& V, const Tensor& U, const M
 STABLE_TORCH_LIBRARY_IMPL(compaware, CPU, m) {
   m.impl("lowrank_pack", TORCH_BOX(&compaware::lowrank_pack));
   m.impl("lowrank_conv2d", TORCH_BOX(&compaware::lowrank_conv2d));
+  m.impl("lowrank_conv2d_", TORCH_BOX(&compaware::lowrank_conv2d_));
   m.impl("lowrank_linear", TORCH_BOX(&compaware::lowrank_linear));
 }

@@ -1,0 +1,42 @@
+"""The graph of a model (``torch.fx``), low-rank layers as single nodes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.utils._pytree import tree_leaves
+
+from .low_rank import LowRank
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, LowRank) or super().is_leaf_module(module, name)
+
+
+def trace(model: nn.Module, example_inputs: tuple) -> tuple[fx.Graph, dict[fx.Node, torch.Size]]:
+    """The graph, and the shape of every node that is a tensor.  Raises what the model's code raises."""
+    graph = _Tracer().trace(model)
+    with torch.no_grad():
+        ShapeProp(fx.GraphModule(model, graph)).propagate(*example_inputs)
+    metas = {node: node.meta.get("tensor_meta") for node in graph.nodes}
+    return graph, {node: meta.shape for node, meta in metas.items() if hasattr(meta, "shape")}
+
+
+def same_outputs(model: nn.Module, small: nn.Module, example_inputs: tuple) -> bool:
+    """Whether both give the same outputs, up to the rounding of a sum in another order."""
+    try:
+        with torch.no_grad():
+            wanted, got = tree_leaves(model(*example_inputs)), tree_leaves(small(*example_inputs))
+        pairs = [(a, b) for a, b in zip(wanted, got, strict=True) if isinstance(a, Tensor)]
+        return bool(pairs) and all(a.shape == b.shape and _close(a, b) for a, b in pairs)
+    except Exception:  # the user's code meets sizes it was not written for
+        return False
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if not a.is_floating_point() or not a.numel():
+        return torch.equal(a, b)
+    tolerance = min(1e3 * torch.finfo(a.dtype).eps, 1 / 16)  # 16 roundings of bf16
+    return bool((a - b).abs().max() <= tolerance * a.abs().max())

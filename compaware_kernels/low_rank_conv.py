@@ -1,0 +1,130 @@
+"""What low-rank convolutions share, transposed ones included: the two factors and their geometry."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from .factorize import check_rank, factors
+from .folds import from_matrix, oriented, row_axes, to_matrix
+from .low_rank import LowRank
+
+
+class LowRankConv(LowRank):
+    """A convolution as two: ``first`` with the fold's column axes of the kernel, ``second`` with its row axes.
+
+    Stride, padding, dilation and padding mode go with the kernel axes they belong to; groups are kept in both.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as in
+            ``nn.Conv1d/2d/3d``.
+        rank: 1 to min(m, n) of the folded matrix of one group.
+        fold: ``paper`` | ``spatial`` | ``input``, see :mod:`compaware_kernels.folds`.
+
+    Raises:
+        ValueError: rank out of range, unknown fold.
+    """
+
+    dense: type[nn.Module]
+    axes: int
+    # What a layer is made with along each axis, and the value of a factor along the axes that are the other's.
+    geometry: ClassVar = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        rank: int,
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        fold: str = "paper",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        whole = self.dense(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+                           padding_mode, device="meta")  # fmt: skip
+        self._build(whole, rank, fold, device, dtype)
+
+    def _build(self, whole: nn.Module, rank: int, fold: str, device, dtype) -> None:
+        """Both factors, for the sizes and the geometry of the dense layer ``whole``."""
+        for name in ("in_channels", "out_channels", "groups", "padding_mode", *self.geometry):
+            setattr(self, name, getattr(whole, name))
+        self.rank, self.fold = rank, fold
+        k, middle, place = row_axes(fold, self.axes), self.groups * rank, {"device": device, "dtype": dtype}
+        check_rank(rank, *to_matrix(oriented(whole.weight, self.dense, self.groups), fold, self.groups).shape[-2:])
+        self.first = self._factor(self.in_channels, middle, range(k, self.axes), bias=False, **place)
+        self.second = self._factor(middle, self.out_channels, range(k), bias=whole.bias is not None, **place)
+
+    def _factor(self, inputs: int, outputs: int, axes: range, **more: object) -> nn.Module:
+        """The factor that has the kernel on these axes."""
+        geometry = {name: self._on_axes(name, axes) for name in self.geometry}
+        return self.dense(inputs, outputs, groups=self.groups, padding_mode=self.padding_mode, **geometry, **more)
+
+    def _on_axes(self, name: str, axes: range) -> tuple[int, ...] | str:
+        values = getattr(self, name)
+        if isinstance(values, str):  # padding "same" or "valid"
+            return values
+        return tuple(v if i in axes else self.geometry[name] for i, v in enumerate(values))
+
+    def _why_not_geometry(self) -> str:
+        return "only 2-D convolutions have a kernel"
+
+    @classmethod
+    def like(cls, layer: nn.Module, rank: int, fold: str = "paper"):
+        """An untrained low-rank layer with the geometry, bias, device and dtype of the convolution ``layer``."""
+        if not isinstance(layer, cls.dense):
+            raise TypeError(f"{cls.__name__} wants a {cls.dense.__name__}; got {type(layer).__name__}")
+        place = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+        return cls(rank=rank, fold=fold, **cls._sizes_of(layer), **place)
+
+    @classmethod
+    def from_dense(cls, layer: nn.Module, rank: int, fold: str = "paper"):
+        """The best rank-r approximation of ``layer`` under the fold (truncated SVD per group)."""
+        self = cls.like(layer, rank, fold)
+        V, U = self._weights(layer.weight)
+        self._copy_from(layer, U, V)
+        return self
+
+    def to_dense(self) -> nn.Module:
+        """One ordinary layer whose folded weight is ``U V``."""
+        place = {"device": self.first.weight.device, "dtype": self.first.weight.dtype}
+        layer = nn.utils.skip_init(self.dense, **self._sizes_of(self), **place)
+        k = row_axes(self.fold, self.axes)
+        V = oriented(self.first.weight, type(self.first), self.groups).reshape(self.groups, self.rank, -1)
+        U = oriented(self.second.weight, type(self.second), self.groups)
+        U = U.reshape(self.groups, -1, self.rank, math.prod(self.kernel_size[:k])).movedim(2, -1)
+        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        W = from_matrix(U.reshape(self.groups, -1, self.rank) @ V, shape, self.fold)
+        return self._copy_to(layer, oriented(W, self.dense, self.groups))
+
+    @classmethod
+    def _sizes_of(cls, layer: nn.Module) -> dict[str, object]:
+        """The arguments that make a dense layer of the sizes and the geometry of ``layer``, dense or low-rank."""
+        names = ("in_channels", "out_channels", *cls.geometry, "groups", "padding_mode")
+        return {name: getattr(layer, name) for name in names} | {"bias": layer.bias is not None}
+
+    def _weights(self, dense: Tensor) -> tuple[Tensor, Tensor]:
+        W = oriented(dense, self.dense, self.groups)
+        U, V = factors(to_matrix(W, self.fold, self.groups), self.rank)
+        k = row_axes(self.fold, self.axes)
+        V = V.reshape(self.groups * self.rank, -1, *self._on_axes("kernel_size", range(k, self.axes)))
+        U = U.reshape(self.groups, -1, *self.kernel_size[:k], self.rank).movedim(-1, 2)
+        U = U.reshape(self.out_channels, self.rank, *self._on_axes("kernel_size", range(k)))
+        return oriented(V, type(self.first), self.groups), oriented(U, type(self.second), self.groups)
+
+    def _dense_numel(self) -> int:
+        return self.out_channels * self.in_channels // self.groups * math.prod(self.kernel_size)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, fold={self.fold}, "
+            f"groups={self.groups}, {self._extra()}"
+        )

@@ -1,0 +1,102 @@
+"""Low-rank transposed convolutions, for decoders and generators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from .folds import row_axes
+from .low_rank_conv import LowRankConv
+from .lowrank_ops import ACTIVATIONS
+
+
+class _LowRankConvTranspose(LowRankConv):
+    """A transposed convolution as two layers; its kernel ``[C, O/G, *K]`` folds as a convolution's ``[O, C/G, *K]``.
+
+    ::
+
+        fold      first, then second                              multiply-adds, n pixels in and s n out
+        paper     transposed K: C -> r,  then 1 x 1: r -> O       n r (C prod(K) + s O)
+        input     1 x 1: C -> r,  then transposed K: r -> O       n r (C + O prod(K))
+        spatial   transposed 1 x kw: C -> r,  then transposed kh x 1: r -> O
+
+    At one rank ``input`` is the cheaper one where ``O (prod(K) - s) < C (prod(K) - 1)``, so wherever ``O <= C``: its
+    1 x 1 runs on the small input, the paper's on the large output. The 1 x 1 factor is an ordinary convolution.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation: as in
+            ``nn.ConvTranspose1d/2d/3d``.
+        rank: 1 to min(m, n) of the folded matrix of one group.
+        fold: ``paper`` | ``spatial`` | ``input``, see :mod:`compaware_kernels.folds`.
+
+    ``forward(x, output_size=None)`` takes what the dense layer takes; ``to_sequential()`` takes no ``output_size``.
+
+    Raises:
+        ValueError: rank out of range, unknown fold, padding mode other than zeros.
+    """
+
+    pointwise: type[nn.Module]
+    geometry: ClassVar = LowRankConv.geometry | {"output_padding": 0}
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        rank: int,
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] = 0,
+        output_padding: int | tuple[int, ...] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | tuple[int, ...] = 1,
+        padding_mode: str = "zeros",
+        fold: str = "paper",
+        device=None,
+        dtype=None,
+    ):
+        super(LowRankConv, self).__init__()
+        whole = self.dense(in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias,
+                           dilation, padding_mode, device="meta")  # fmt: skip
+        self._build(whole, rank, fold, device, dtype)
+
+    def _factor(self, inputs: int, outputs: int, axes: range, **more: object) -> nn.Module:
+        if axes:
+            return super()._factor(inputs, outputs, axes, **more)
+        return self.pointwise(inputs, outputs, 1, groups=self.groups, **more)  # 1.5 times as fast as transposed
+
+    def why_two_step(self, x: Tensor) -> str:
+        return self._why_not_geometry()
+
+    def _why_not_geometry(self) -> str:
+        return "transposed convolutions have no kernel"
+
+    def forward(self, x: Tensor, output_size: Sequence[int] | None = None, residual: Tensor | None = None) -> Tensor:
+        k = row_axes(self.fold, self.axes)
+        T = self._run(self.first, x, range(k, self.axes), output_size)
+        y = self._run(self.second, T, range(k), output_size)
+        return ACTIVATIONS[self.activation](y if residual is None else y + residual)
+
+    def _run(self, factor: nn.Module, x: Tensor, axes: range, output_size: Sequence[int] | None) -> Tensor:
+        """One factor; the axes whose kernel is the other's keep the size they have."""
+        if output_size is None or not axes:
+            return factor(x)
+        sizes = zip(x.shape[-self.axes :], output_size[-self.axes :], strict=True)
+        return factor(x, [after if i in axes else before for i, (before, after) in enumerate(sizes)])
+
+
+class LowRankConvTranspose1d(_LowRankConvTranspose):
+    __doc__ = _LowRankConvTranspose.__doc__
+    dense, pointwise, axes = nn.ConvTranspose1d, nn.Conv1d, 1
+
+
+class LowRankConvTranspose2d(_LowRankConvTranspose):
+    __doc__ = _LowRankConvTranspose.__doc__
+    dense, pointwise, axes = nn.ConvTranspose2d, nn.Conv2d, 2
+
+
+class LowRankConvTranspose3d(_LowRankConvTranspose):
+    __doc__ = _LowRankConvTranspose.__doc__
+    dense, pointwise, axes = nn.ConvTranspose3d, nn.Conv3d, 3

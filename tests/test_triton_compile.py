@@ -1,0 +1,62 @@
+"""The fused low-rank kernel compiles for every architecture to code without spills that fits, on tensor cores.
+
+The largest and the smallest ranks; ``python bench/gpu_table.py`` does all.
+"""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from triton_aot import SHARED, Code, lowrank_code, problems
+
+from compaware_kernels.triton.lowrank import TILES, Tile
+
+BIGGEST = [(kind, BR, TILES[kind][BR][0]) for kind in TILES for BR in (16, 128)]
+
+
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("kind, BR, tile", BIGGEST, ids=str)
+def test_biggest_tiles(capability, kind, BR, tile):
+    code = lowrank_code(capability, kind, BR, tile)
+    assert not problems(code, capability, kind, tile.BM), code
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_small_tiles_use_tensor_cores_too(capability):
+    tile = TILES["half"][64][-1]
+    assert not problems(lowrank_code(capability, "half", 64, tile), capability, "half", tile.BM)
+
+
+VARIANTS = {
+    "linear": {"kernel": 1},
+    "plain": {"kernel": 1, "activation": "none", "ends": ""},
+    "fp16": {"dtype": "fp16", "activation": "silu"},
+    "relu6, bias": {"activation": "relu6", "ends": "b"},
+    "relu, residual": {"activation": "relu", "ends": "r"},
+    "7 x 7": {"kernel": 7},
+    "large strides": {"stride": "i64"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(variant):
+    tile = TILES["half"][32][0]
+    assert not problems(lowrank_code(90, "half", 32, tile, **VARIANTS[variant]), 90, "half", tile.BM)
+
+
+def test_too_much_shared_memory_shows():
+    tile = Tile(128, 128, 64, 8, 4)
+    (found,) = problems(lowrank_code(90, "half", 128, tile), 90, "half", tile.BM)
+    assert "bytes of shared memory, of 232448" in found
+
+
+def test_spills_show():
+    tile = Tile(128, 64, 128, 4, 2)
+    (found,) = problems(lowrank_code(80, "half", 128, tile), 80, "half", tile.BM)
+    assert "spills" in found
+
+
+def test_the_wrong_arithmetic_shows():
+    code = Code(registers=256, stack=0, spills=0, shared=0, tensor_core={"HMMA": 8}, fma=0)
+    assert problems(code, 90, "half", 64) == ["256 registers", "no HGMMA"]
+    assert problems(code._replace(registers=9), 90, "ieee", 64) == ["fp32 on tensor cores"]

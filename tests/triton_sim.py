@@ -1,0 +1,147 @@
+"""Makes Triton's interpreter trustworthy: import it first, in a process started with TRITON_INTERPRET=1 (triton 3.7).
+
+The interpreter runs kernels on the CPU with numpy, but computes bf16 as 16-bit integers, truncates where a GPU rounds
+to bf16, takes tf32 for fp32, ignores device_assert, and reads and writes anywhere. With this
+
+* bf16 values are computed in fp32 and rounded to nearest even (reductions and atomics in bf16 are refused);
+* of the operands of a tf32 product the last 13 bits are dropped, those of tf32x3 are rounded to two tf32 parts;
+* every load, store and atomic must lie inside a tensor of the launch;
+* programs run in an order shuffled by ``seed`` (0: as numbered); device_assert and integer overflow raise.
+"""
+
+import itertools
+import random
+
+import numpy as np
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+
+assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton is imported"
+
+Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+FLOAT = [name for name in vars(Builder) if name.startswith("create_f") and not name.startswith("create_fp_")]
+FLOAT += [f"create_{name}f" for name in ("minimum", "minnum", "maximum", "maxnum", "clamp", "precise_div")]
+FLOAT += [f"create_{name}" for name in ("exp", "exp2", "log", "log2", "sqrt", "precise_sqrt", "rsqrt", "sin", "cos")]
+FLOAT += ["create_erf", "create_ceil"]
+
+seed = 0
+launched: list[tuple[int, int]] = []  # first byte, and the one after the last, of every tensor of the launch
+
+
+def patch(owner, *names):
+    """Replace methods of ``owner`` by the decorated function, which gets the replaced one as its first argument."""
+
+    def decorate(function):
+        for name in dict.fromkeys(names):
+            original = getattr(owner, name)
+            setattr(owner, name, lambda *args, original=original, **kwargs: function(original, *args, **kwargs))
+        return function
+
+    return decorate
+
+
+def is_bf16(x) -> bool:
+    return isinstance(x, Handle) and x.dtype.scalar == tl.bfloat16
+
+
+def round_bits(x: np.ndarray, dropped: int) -> np.ndarray:
+    """fp32 with the last ``dropped`` bits of the significand rounded away, ties to even; inf and NaN as they are."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    half, odd = np.uint32((1 << (dropped - 1)) - 1), (bits >> np.uint32(dropped)) & np.uint32(1)
+    rounded = ((bits + half + odd) >> np.uint32(dropped)) << np.uint32(dropped)
+    return np.where(np.isfinite(x), rounded.view(np.float32), x).astype(np.float32)
+
+
+def widen(x):
+    """A bf16 handle as fp32; anything else as it is."""
+    return Handle((x.data.astype(np.uint32) << np.uint32(16)).view(np.float32), tl.float32) if is_bf16(x) else x
+
+
+def narrow(x: Handle) -> Handle:
+    bits = round_bits(x.data.astype(np.float32), 16).view(np.uint32) >> np.uint32(16)
+    return Handle(np.where(np.isnan(x.data), 0x7FFF, bits).astype(np.uint16), tl.bfloat16)
+
+
+@patch(Builder, *FLOAT)
+def _(operation, self, *args):
+    result = operation(self, *map(widen, args))
+    return narrow(result) if any(map(is_bf16, args)) and result.data.dtype != np.bool_ else result
+
+
+@patch(Builder, "cast_impl", "create_fp_to_fp")
+def _(convert, self, x, to, *rest):
+    if tl.bfloat16 not in (x.dtype.scalar, to.scalar) or x.dtype.scalar == to.scalar:
+        return convert(self, x, to, *rest)
+    if to.scalar == tl.bfloat16:
+        return narrow(convert(self, x, tl.float32, *rest))
+    return convert(self, widen(x), to, *rest)
+
+
+@patch(interpreter.ReduceScanOpInterface, "apply")
+@patch(Builder, "create_atomic_rmw")
+def _(operation, self, *args):
+    values = [value for arg in args for value in (arg if type(arg) is tuple else (arg,))]
+    if any(is_bf16(getattr(value, "handle", value)) for value in values):
+        raise TypeError("reductions and atomics in bf16 are not simulated: convert to fp32 first")
+    return operation(self, *args)
+
+
+def drop_bits(x: np.ndarray) -> np.ndarray:
+    """What a tensor core reads of fp32, if tf32 is asked for: Triton rounds nothing (its issue 4574)."""
+    return (np.ascontiguousarray(x).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+@patch(Builder, "create_dot")
+def _(dot, self, a, b, total, precision, *rest):
+    a, b, name = widen(a), widen(b), getattr(precision, "name", str(precision)).lower()
+    if a.dtype.scalar != tl.float32 or name == "ieee":
+        return dot(self, a, b, total, precision, *rest)
+    if name == "tf32":
+        return Handle(total.data + drop_bits(a.data) @ drop_bits(b.data), tl.float32)
+    A, B = round_bits(a.data, 13), round_bits(b.data, 13)
+    rest = A @ round_bits(b.data - B, 13) + round_bits(a.data - A, 13) @ B  # that of both is dropped
+    return Handle(total.data + A @ B + rest, tl.float32)
+
+
+def checked(method: str, pointers: int, mask: int) -> None:
+    @patch(Builder, method)
+    def _(access, self, *args, **kwargs):
+        live = np.broadcast_to(np.asarray(args[mask].data).astype(bool), args[pointers].data.shape)
+        first = args[pointers].data[live].astype(np.int64)
+        last = first + max(1, args[pointers].get_element_ty().primitive_bitwidth // 8)
+        wrong = ~np.any([(first >= start) & (last <= stop) for start, stop in launched], axis=0)
+        if wrong.any():
+            where = f"{wrong.sum()} of {wrong.size} lanes of program {self.grid_idx}"
+            raise IndexError(f"{method.removeprefix('create_')} out of bounds in {where}")
+        return access(self, *args, **kwargs)
+
+
+checked("create_masked_load", 0, 1)
+checked("create_masked_store", 0, 2)
+checked("create_atomic_rmw", 1, 3)
+
+
+def bytes_of(tensor) -> tuple[int, int]:
+    """From its first element to the end of its last: a view's neighbours in the storage are outside."""
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (1 + steps) * tensor.itemsize * (tensor.numel() > 0)
+
+
+@patch(interpreter.GridExecutor, "__call__")
+def _(call, self, *args, **kwargs):
+    launched[:] = [bytes_of(arg) for arg in (*args, *kwargs.values()) if hasattr(arg, "data_ptr")]
+    return call(self, *args, **kwargs)
+
+
+@patch(Builder, "set_grid_dim")
+def _(set_grid_dim, self, *dims):
+    set_grid_dim(self, *dims)
+    programs = list(itertools.product(*map(range, dims)))
+    if seed:
+        random.Random(seed).shuffle(programs)
+    self.programs = iter(programs)
+
+
+patch(Builder, "set_grid_idx")(lambda set_grid_idx, self, *index: set_grid_idx(self, *next(self.programs)))
+object.__setattr__(interpreter.interpreter_builder.options, "debug", True)  # device_assert asks for it

@@ -59,10 +59,8 @@ class LowRankLinear(LowRank):
     def _dense_numel(self) -> int:
         return self.in_features * self.out_features
 
-    def _in_one(self, x: Tensor, residual: Tensor | None, in_place: bool) -> Tensor:
-        return torch.ops.compaware.lowrank_linear(
-            x, self.first.weight, self.second.weight, self.bias, residual, self._packed_now(), self.activation
-        )
+    def _in_one(self, x, V, U, bias, residual, in_place) -> Tensor:
+        return torch.ops.compaware.lowrank_linear(x, V, U, bias, residual, self._packed_now(V, U), self.activation)
 
     def to_dense(self) -> nn.Linear:
         """One ``nn.Linear`` with weight ``U V``."""
@@ -97,9 +95,9 @@ class LowRankConv2d(LowRankConv):
         ]
         return None if any(p % 2 for p in both) else [p // 2 for p in both]
 
-    def _in_one(self, x: Tensor, residual: Tensor | None, in_place: bool) -> Tensor:
-        args = (x, self.first.weight, self.second.weight, self.bias, residual, self._packed_now(), list(self.stride),
-                self._padding(), list(self.dilation), self.groups, self.fold, self.activation)  # fmt: skip
+    def _in_one(self, x, V, U, bias, residual, in_place) -> Tensor:
+        args = (x, V, U, bias, residual, self._packed_now(V, U), self.stride, self._padding(), self.dilation,
+                self.groups, self.fold, self.activation)  # fmt: skip
         if residual is None or not in_place:
             return torch.ops.compaware.lowrank_conv2d(*args)
         torch.ops.compaware.lowrank_conv2d_(*args)

@@ -36,7 +36,8 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, in_place: bool = False) -> Tensor:
         if not self.why_two_step(x):
-            return self._in_one(x, residual, in_place)
+            first, second = self._plain_factors()
+            return self._in_one(x, first["weight"], second["weight"], second["bias"], residual, in_place)
         y = self.second(self.first(x))
         return ACTIVATIONS[self.activation](y if residual is None else y + residual)
 
@@ -44,17 +45,22 @@ class LowRank(nn.Module):
         """Why ``forward`` runs the factors one by one on this input; "" where one kernel does both."""
         if torch.compiler.is_exporting() or torch.jit.is_tracing() or not isinstance(x, Tensor):
             return "traced or exported: standard ops only"
-        if type(self.first) is not self.dense or type(self.second) is not self.dense:
+        first, second = self._modules["first"], self._modules["second"]
+        if type(first) is not self.dense or type(second) is not self.dense:
             return "a factor is no plain layer"
-        if not (is_plain(self.first) and is_plain(self.second)):
+        if not (is_plain(first) and is_plain(second)):
             return "a factor has hooks or a forward of its own"
-        reason = self._why_not_geometry()
-        return reason or why_two_step(x, self.first.weight, self.second.weight, self.groups, self.fold)
+        V, U = (factor["weight"] for factor in self._plain_factors())
+        return self._why_not_geometry() or why_two_step(x, V, U, self.groups, self.fold)
+
+    def _plain_factors(self) -> tuple[dict[str, Tensor | None], ...]:
+        """The parameters of both factors; a module's attributes would take several times as long."""
+        return self._modules["first"]._parameters, self._modules["second"]._parameters
 
     def _why_not_geometry(self) -> str:
         return ""
 
-    def _in_one(self, x: Tensor, residual: Tensor | None, in_place: bool) -> Tensor:
+    def _in_one(self, x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None, residual: Tensor | None, in_place: bool):
         raise NotImplementedError
 
     def to_sequential(self) -> nn.Sequential:
@@ -91,15 +97,14 @@ class LowRank(nn.Module):
             return self  # a factor that was replaced may have no weight
         V, U = self.first.weight, self.second.weight
         if V.is_cpu and V.dtype == torch.float32 and type(V) is nn.Parameter and not self._why_not_geometry():
-            versions = [-1 if W.is_inference() else W._version for W in (V, U)]
-            now = (V.data_ptr(), U.data_ptr(), *versions)
-            if now != self._packed_from:
-                self._packed, self._packed_from = lowrank_pack(V.detach(), U.detach(), self.groups), now
+            self._packed, self._packed_from = lowrank_pack(V.detach(), U.detach(), self.groups), _state(V, U)
         return self
 
-    def _packed_now(self) -> Tensor | None:
+    def _packed_now(self, V: Tensor, U: Tensor) -> Tensor | None:
         # A compiled graph takes what was packed last; the kernel packs anew what has changed since.
-        return self._packed if torch.compiler.is_compiling() or not self.first.weight.is_cpu else self._pack()._packed
+        if not torch.compiler.is_compiling() and self._packed_from != _state(V, U):
+            self._pack()
+        return self._packed
 
     def _copy_from(self, layer: nn.Module, U: Tensor, V: Tensor) -> None:
         with torch.no_grad():
@@ -129,6 +134,14 @@ class LowRank(nn.Module):
     def _weights(self, dense: Tensor) -> tuple[Tensor, Tensor]:
         """first.weight and second.weight of the best approximation of a dense weight."""
         raise NotImplementedError
+
+
+def _state(V: Tensor, U: Tensor) -> tuple[int, ...]:
+    """Changes when a factor is replaced or written to."""
+    try:
+        return V.data_ptr(), U.data_ptr(), V._version, U._version
+    except RuntimeError:  # inference tensors count no writes; the kernel compares samples
+        return V.data_ptr(), U.data_ptr()
 
 
 def _factors_of_what_is_loaded(module: LowRank, state: dict, prefix: str, *_) -> None:

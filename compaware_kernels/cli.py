@@ -108,7 +108,10 @@ def compress(
     out: Annotated[Path, typer.Option(help="Where to write the compressed model (.safetensors).")],
     rank: Annotated[str, typer.Option(help="Rank rule: energy:0.99, nuclear:0.9, threshold:1e-3, relative:0.05, "
                                            "fixed:16, share:0.25.")] = "energy:0.99",
-    fold: Annotated[str, typer.Option(help="How convolutions become matrices: paper, spatial or input.")] = "paper",
+    fold: Annotated[str, typer.Option(help="Convolutions as matrices: paper, spatial, input or auto.")] = "paper",
+    goal: Annotated[str, typer.Option(help="speed: factorise only layers that get faster here; size: all that get "
+                                           "smaller.")] = "speed",
+    measure: Annotated[bool, typer.Option(help="Measure layers on this machine instead of predicting.")] = False,
     skip: Annotated[list[str] | None, typer.Option(help="Layers to leave alone (name pattern, repeatable).")] = None,
     report: Annotated[Path | None, typer.Option(help="Also write the report as JSON.")] = None,
 ) -> None:  # fmt: skip
@@ -128,7 +131,9 @@ def compress(
             network.eval()(torch.zeros(shape))
     except (RuntimeError, IndexError) as error:
         raise ValueError(f"--input {input}: {model} cannot run on it: {error}") from error
-    small, summary = compress_model(network, rule, (torch.zeros(shape),), fold=fold, skip=skip or ())
+    small, summary = compress_model(
+        network, rule, (torch.zeros(shape),), fold=fold, goal=goal, measure=measure, skip=skip or ()
+    )
     checkpoint.save(small, out)
     if report:
         temporary = report.with_name(f".{report.name}.{os.getpid()}")

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from . import planner
 from . import ranks as rank_rules
 from .factorize import singular_values
-from .folds import Layer, foldable_layers, require_matches
+from .folds import FOLDS, Layer, foldable_layers, require_matches, row_axes
+from .graphs import same_outputs
 from .layers import LOW_RANK, low_rank_type
 from .neurons import remove_dead_neurons
 from .tables import text_table
@@ -36,7 +38,8 @@ class LayerReport:
     rank: int | None = None  # of the factors; None where the layer stayed dense
     full_rank: int | None = None
     neurons_removed: int = 0
-    reason: str = ""  # why it stayed dense, or kept dead neurons
+    gain: float | None = None  # dense time over low-rank time, predicted or measured; None where it was not asked
+    reason: str = ""  # why it stayed dense or was factorised, or kept dead neurons
 
 
 @dataclass
@@ -74,6 +77,8 @@ def compress(
     example_inputs: Sequence[object],
     *,
     fold: str = "paper",
+    goal: str = "speed",
+    measure: bool = False,
     skip: Sequence[str] = (),
     remove_dead: bool = True,
 ) -> tuple[nn.Module, CompressReport]:
@@ -83,12 +88,20 @@ def compress(
     layer's folded matrix is cut to the rank that the rule gives and replaced by two factors (truncated SVD), unless
     that would not be smaller: ``r >= m n / (m + n)``, or no fewer multiply-adds on the example inputs.
 
+    With ``goal="speed"`` a layer is factorised only where that makes it faster, too, on the device, with the threads
+    and for the shapes of the example inputs (:mod:`compaware_kernels.planner`): predicted by a model, or measured with
+    ``measure=True``, which then also compares the whole model with the dense one and returns whichever is faster.
+    Ranks are rounded up to a multiple of 8 where that is no larger than dense: it costs no time. 2-D convolutions get
+    channels_last weights where the model allows it.
+
     Args:
         model: any module; Linear, Conv1d, Conv2d and Conv3d are compressed, what else has weights is listed as skipped.
         ranks: a rule of :mod:`compaware_kernels.ranks` (``ck.ranks.energy(0.99)``), or any function from singular
             values ``[G, k]`` to a rank; or rules by layer name pattern, first match wins, no match stays dense.
         example_inputs: positional inputs of the model, ``(x,)``; multiply-adds are counted on them.
-        fold: ``paper`` | ``spatial`` | ``input``.
+        fold: ``paper`` | ``spatial`` | ``input``, or ``auto``: for each layer the fastest (or the smallest) of them.
+        goal: ``speed`` | ``size``.
+        measure: whether to measure instead of predicting; for ``goal="speed"``.
         skip: name patterns of layers to leave alone.
         remove_dead: whether to remove dead neurons.
 
@@ -96,12 +109,16 @@ def compress(
         the new model, and a :class:`CompressReport`.
 
     Raises:
-        ValueError: unknown fold, a pattern that matches no layer, NaN or Inf in a weight, a rule that returns no rank.
+        ValueError: unknown fold or goal, ``measure`` for size, a pattern that matches no layer, NaN or Inf in a
+            weight, a rule that returns no rank.
         TypeError: example_inputs is a tensor instead of a tuple.
     """
     if isinstance(example_inputs, Tensor):
         raise TypeError("example_inputs: wanted a tuple of the model's inputs, (x,); got a tensor")
-    inputs = tuple(example_inputs)
+    if goal not in ("speed", "size") or (measure and goal == "size"):
+        raise ValueError(f"goal must be speed or size, and only speed is measured; got {goal!r}, measure={measure}")
+    inputs, folds = tuple(example_inputs), FOLDS if fold == "auto" else (fold,)
+    row_axes(folds[0], 0)
     layers, skipped = foldable_layers(model, skip)
     rules = ranks if isinstance(ranks, Mapping) else {"*": ranks}
     require_matches(list(rules), [layer.name for layer in layers], "ranks")
@@ -110,54 +127,102 @@ def compress(
             raise ValueError(f"{layer.name}: its weight contains NaN or Inf; nothing was compressed")
 
     macs_before = _count_macs(model, inputs)
-    small, removed, notes = copy.deepcopy(model), {}, {}
+    small, removed, notes = copy.deepcopy(model).eval(), {}, {}
     if remove_dead:
         small, removed, notes = remove_dead_neurons(small, inputs, tuple(skip))
-    macs_dense = _count_macs(small, inputs)
-    replaced = _factorize(small, layers, rules, fold, notes)
-    macs = _count_macs(small, inputs)
-    for name, layer in replaced.items():
-        if macs.get(name, 0) >= macs_dense.get(name, 0) > 0:
-            small.set_submodule(name, layer)
-            _note(notes, name, f"its factors need {macs[name]:,} multiply-adds, the dense layer {macs_dense[name]:,}")
-    return small, _report(model, small, layers, skipped, macs_before, _count_macs(small, inputs), removed, notes)
+    dense = copy.deepcopy(small)
+    if goal == "speed":
+        small = _channels_last(small, inputs)
+    gains = _factorize(small, layers, rules, folds, inputs if goal == "speed" else None, measure, notes)
+    if not gains:
+        small = dense
+    elif goal == "size":
+        _keep_what_is_cheaper(small, dense, gains, inputs, notes)
+    elif measure and planner.fastest([dense, small], inputs) == 0:
+        for name in gains:
+            _note(notes, name, "put back: the whole model was measured to be no faster")
+        small, gains = dense, {}
+    for name, module in model.named_modules():  # parents before children
+        small.get_submodule(name).train(module.training)
+    return small, _report(model, small, layers, skipped, macs_before, _count_macs(small, inputs), removed, notes, gains)
 
 
 def _factorize(
-    model: nn.Module, layers: list[Layer], rules: Mapping[str, RankRule], fold: str, notes: dict[str, str]
-) -> dict[str, nn.Module]:
-    """Replace layers of ``model`` by their factors; returns the replaced ones by name, and notes why others stay."""
-    replaced = {}
-    for name in (layer.name for layer in layers):
-        dense = model.get_submodule(name)
+    model: nn.Module,
+    layers: list[Layer],
+    rules: Mapping[str, RankRule],
+    folds: Sequence[str],
+    inputs: tuple | None,
+    measure: bool,
+    notes: dict[str, str],
+) -> dict[str, float | None]:
+    """Replace layers of ``model`` by their factors, those that gain time on ``inputs`` if these are given.
+
+    Returns the gain (None: not asked) of each that was replaced, and notes why others were not.
+    """
+    names, gains = [layer.name for layer in layers], {}
+    seen = {} if inputs is None else planner.record(model, names, inputs)
+    for name in names:
+        dense, gain = model.get_submodule(name), None
         rule = next((rule for pattern, rule in rules.items() if fnmatchcase(name, pattern)), None)
-        reason, rank = _choose(model, name, dense, rule, fold)
+        reason, candidates = _candidates(model, name, dense, rule, folds, inputs is not None)
+        choice = min(candidates, key=lambda c: _size(low_rank_type(dense).like(dense, c[1], c[0])), default=None)
+        if candidates and inputs is not None:
+            if name in seen:
+                choice, gain, reason = planner.choose(dense, candidates, *seen[name], measure)
+            else:
+                choice, reason = None, "the example inputs do not reach it"
         if reason:
             _note(notes, name, reason)
-        else:
-            replaced[name] = dense
-            model.set_submodule(name, low_rank_type(dense).from_dense(dense, rank, fold))
-    return replaced
+        if choice:
+            gains[name] = gain
+            model.set_submodule(name, low_rank_type(dense).from_dense(dense, choice[1], choice[0]))
+    return gains
 
 
-def _choose(model: nn.Module, name: str, dense: nn.Module, rule: RankRule | None, fold: str) -> tuple[str, int]:
-    """Why the layer stays dense, or "" and its rank."""
-    M = Layer(name, dense).matrix(fold)
-    m, n = M.shape[-2:]
+def _candidates(
+    model: nn.Module, name: str, dense: nn.Module, rule: RankRule | None, folds: Sequence[str], rounded: bool
+) -> tuple[str, list[tuple[str, int]]]:
+    """(fold, rank) of each way to factorise the layer, or why there is none."""
     if rule is None:
-        return "no rank rule matches its name", 0
+        return "no rank rule matches its name", []
     if type(dense) not in LOW_RANK:
-        return f"a {type(dense).__name__} may use its weight in ways of its own", 0
+        return f"a {type(dense).__name__} may use its weight in ways of its own", []
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-        return f"nn.{type(parent).__name__} reads its weight directly", 0
-    rank = rule(singular_values(M))
-    if not isinstance(rank, int) or rank < 0:
-        raise ValueError(f"{name}: the rank rule must return a whole number >= 0; got {rank!r}")
-    rank, limit = max(rank, 1), rank_rules.break_even(m, n)
-    if rank > limit:
-        return f"rank {rank} of a {m} x {n} matrix is not smaller (break-even: {limit})", 0
-    return "", rank
+        return f"nn.{type(parent).__name__} reads its weight directly", []
+    reason, found = "", {}
+    for fold in folds:
+        M = Layer(name, dense).matrix(fold)
+        rank = rule(singular_values(M))
+        if not isinstance(rank, int) or rank < 0:
+            raise ValueError(f"{name}: the rank rule must return a whole number >= 0; got {rank!r}")
+        m, n = M.shape[-2:]
+        rank, limit, eights = max(rank, 1), rank_rules.break_even(m, n), -(-rank // 8) * 8
+        if rank > limit:
+            reason = f"rank {rank} of a {m} x {n} matrix is not smaller (break-even: {limit})"
+        else:
+            found.setdefault((m, n), (fold, max(rank, eights) if rounded and eights <= limit else rank))
+    return ("", list(found.values())) if found else (reason, [])
+
+
+def _keep_what_is_cheaper(
+    small: nn.Module, dense: nn.Module, gains: dict, inputs: tuple, notes: dict[str, str]
+) -> None:
+    """Put dense layers back whose factors need no fewer multiply-adds on the example inputs."""
+    macs, before = _count_macs(small, inputs), _count_macs(dense, inputs)
+    for name in [name for name in gains if macs.get(name, 0) >= before.get(name, 0) > 0]:
+        small.set_submodule(name, dense.get_submodule(name))
+        del gains[name]
+        _note(notes, name, f"its factors need {macs[name]:,} multiply-adds, the dense layer {before[name]:,}")
+
+
+def _channels_last(model: nn.Module, inputs: tuple) -> nn.Module:
+    """The model with channels_last weights, if it has 2-D convolutions and its code takes their outputs."""
+    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        return model
+    changed = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    return changed if same_outputs(model, changed, inputs) else model
 
 
 def _note(notes: dict[str, str], name: str, text: str) -> None:
@@ -183,22 +248,23 @@ def _count_macs(model: nn.Module, inputs: tuple) -> dict[str, int]:
     return macs | {"": counter.get_total_flops() // 2}
 
 
-def _report(model, small, layers, skipped, macs_before, macs, removed, notes) -> CompressReport:
+def _report(model, small, layers, skipped, macs_before, macs, removed, notes, gains) -> CompressReport:
     entries = [
-        _layer_report(layer, small.get_submodule(layer.name), macs_before, macs, removed, notes) for layer in layers
+        _layer_report(layer, small.get_submodule(layer.name), macs_before, macs, removed, notes, gains)
+        for layer in layers
     ]
     (params_before, bytes_before), (params, bytes_) = _size(model), _size(small)
     return CompressReport(entries, params_before, params, macs_before[""], macs[""], bytes_before, bytes_, skipped)
 
 
-def _layer_report(layer: Layer, now: nn.Module, macs_before, macs, removed, notes) -> LayerReport:
+def _layer_report(layer: Layer, now: nn.Module, macs_before, macs, removed, notes, gains) -> LayerReport:
     (params_before, bytes_before), (params, bytes_) = _size(layer.module), _size(now)
     rank = getattr(now, "rank", None)
     full = min(Layer(layer.name, layer.module).matrix(getattr(now, "fold", "paper")).shape[-2:])
     return LayerReport(
         layer.name, type(layer.module).__name__, params_before, params, macs_before.get(layer.name, 0),
         macs.get(layer.name, 0), bytes_before, bytes_, rank, full, removed.get(layer.name, 0),
-        notes.get(layer.name, ""),
+        gains.get(layer.name), notes.get(layer.name, ""),
     )  # fmt: skip
 
 

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from .folds import CONVS
-from .graphs import same_outputs, trace
+from .folds import CONVS, TRANSPOSED, Layer
+from .graphs import is_in_place, same_outputs, trace
+from .layers import LOW_RANK, LowRankConv2d
 from .low_rank import MODULES, LowRank
-from .surgery import NORMS, is_plain, is_shared
+from .surgery import NORMS, is_plain, is_shared, resized, sizes
 
+DENSE = (nn.Linear, *CONVS, *TRANSPOSED)
+LAYERS = (*DENSE, *LOW_RANK.values())
 CALLS = {
     F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu", "relu": "relu", "relu_": "relu",
     F.relu6: "relu6", F.silu: "silu", F.gelu: "gelu",
 }  # fmt: skip
-SUMS = (operator.add, torch.add, "add")
-SUMS_IN_PLACE = (operator.iadd, "add_")  # of their first argument
+SUMS = (operator.add, torch.add, "add")  # += is traced as +
+SUM_IN_PLACE = "add_"  # of its first argument
 
 
 def fuse(model: nn.Module, example_inputs: Sequence[object]) -> nn.Module:
     """A copy of the model for inference, with fewer passes over memory.
 
-    * A batch norm after a convolution, linear or low-rank layer goes into its weights.
+    * A batch norm after a (transposed) convolution, linear or low-rank layer goes into its weights.
     * ReLU, ReLU6, SiLU, exact GELU and a residual sum after a low-rank layer are done as it writes its output:
       ``y = act(U (V x) + bias + residual)``.
     * 2-D convolutions get channels_last weights.
@@ -50,105 +52,148 @@ def fuse(model: nn.Module, example_inputs: Sequence[object]) -> nn.Module:
         raise TypeError("example_inputs: wanted a tuple of the model's inputs, (x,); got a tensor")
     reference, inputs = copy.deepcopy(model).eval(), tuple(example_inputs)
     try:
-        graph, shapes = trace(reference, inputs)
+        graph, _ = trace(reference, inputs)
     except Exception as error:  # tracing runs the user's code
         raise ValueError(f"fuse: torch.fx cannot trace the model: {' '.join(str(error).split())}") from error
     fused = fx.GraphModule(copy.deepcopy(reference), graph)
-    _remove_identities(fused)
-    calls = Counter(node.target for node in fused.graph.nodes if node.op == "call_module")
-    shapes = {node.name: shape for node, shape in shapes.items()}
-    for node in list(fused.graph.nodes):
-        if _is_own(fused, node, calls, (nn.Linear, *CONVS, LowRank)):
-            _fold_norm(fused, node, calls, shapes)
-    for node in list(fused.graph.nodes):
-        if _is_own(fused, node, calls, LowRank):
-            _absorb(fused, node, shapes)
+    for change in (_remove_identity, _fold_norm, _absorb):
+        for node in list(fused.graph.nodes):
+            if node.op == "call_module":
+                change(fused, node)
+    _to_channels_last(fused)
     fused.delete_all_unused_submodules()
     fused.recompile()
-    fused = fused.to(memory_format=torch.channels_last)
     if not same_outputs(reference, fused, inputs):
         raise ValueError("fuse: the fused model does not give the outputs of the model on the example inputs")
-    return fused
+    return fused.eval()  # low-rank layers pack their new weights
 
 
-def _remove_identities(model: fx.GraphModule) -> None:
-    """Modules that do nothing in eval mode hide what is a residual."""
-    for node in list(model.graph.nodes):
-        module = model.get_submodule(node.target) if node.op == "call_module" else None
-        if type(module) in (nn.Identity, nn.Dropout) and is_plain(module) and node.args:
-            node.replace_all_uses_with(node.args[0])
-            model.graph.erase_node(node)
+# --- what a node is ---------------------------------------------------------------------------------------------------
 
 
-def _is_own(model: nn.Module, node: fx.Node, calls: Counter, kinds) -> bool:
-    """Whether the node calls a module of these kinds that nothing else calls or shares, and that does what it says."""
-    if node.op != "call_module" or calls[node.target] > 1:
+def _calls(model: nn.Module, node: fx.Node, kinds: Sequence[type]) -> bool:
+    """Whether the node calls a module of exactly these kinds that does what it says."""
+    if node.op != "call_module":
         return False
     module = model.get_submodule(node.target)
-    parts = list(module.modules())
-    return isinstance(module, kinds) and all(is_plain(part) and not is_shared(model, part) for part in parts)
+    return type(module) in kinds and all(map(is_plain, module.modules()))
+
+
+def _is_own(model: fx.GraphModule, node: fx.Node, kinds: Sequence[type]) -> bool:
+    """... and that nothing else calls, reads or shares, in whole or in part."""
+    if not _calls(model, node, kinds):
+        return False
+    inside = f"{node.target}."
+    others = (n for n in model.graph.nodes if n is not node and n.op in ("call_module", "get_attr"))
+    parts = model.get_submodule(node.target).modules()
+    return not any(f"{n.target}.".startswith(inside) for n in others) and not any(is_shared(model, p) for p in parts)
+
+
+def _is_bare(node: fx.Node, layer: LowRank) -> bool:
+    """Whether this call of a low-rank layer ends with its second factor."""
+    given = inspect.signature(layer.forward).bind(*node.args, **node.kwargs).arguments
+    return layer.activation == "none" and "residual" not in given
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _fold_norm(model: fx.GraphModule, node: fx.Node, calls: Counter, shapes: dict[str, torch.Size]) -> None:
+def _kind(node: fx.Node) -> tuple[torch.Size, torch.dtype] | None:
+    """Shape and dtype; None if the node is no tensor."""
+    meta = node.meta.get("tensor_meta")
+    return (meta.shape, meta.dtype) if hasattr(meta, "shape") else None
+
+
+# --- the changes ------------------------------------------------------------------------------------------------------
+
+
+def _remove_identity(model: fx.GraphModule, node: fx.Node) -> None:
+    """Modules that do nothing in eval mode hide what is a residual."""
+    if _calls(model, node, (nn.Identity, nn.Dropout)) and node.args:
+        node.replace_all_uses_with(node.args[0])
+        model.graph.erase_node(node)
+
+
+def _fold_norm(model: fx.GraphModule, node: fx.Node) -> None:
     """A batch norm that alone reads this layer goes into its weights."""
-    user, layer = _only_user(node), model.get_submodule(node.target)
-    if user is None or not _is_own(model, user, calls, NORMS):
+    norm, name = _only_user(node), node.target
+    if norm is None or not (_is_own(model, node, LAYERS) and _is_own(model, norm, NORMS)):
         return
-    norm = model.get_submodule(user.target)
-    last = layer.second if isinstance(layer, LowRank) else layer
-    per_channel = type(last) in CONVS or (type(last) is nn.Linear and len(shapes[node.name]) == 2)
-    if norm.running_mean is None or not per_channel:
-        return
-    new = (fuse_linear_bn_eval if isinstance(last, nn.Linear) else fuse_conv_bn_eval)(last, norm)
+    layer, statistics = model.get_submodule(name), model.get_submodule(norm.target)
     if isinstance(layer, LowRank):
-        layer.second = new
-    else:
-        model.set_submodule(node.target, new)
-    user.replace_all_uses_with(node)
-    model.graph.erase_node(user)
+        if not _is_bare(node, layer):
+            return
+        layer, name = layer.second, f"{name}.second"
+    # As many axes as the weight: a batch, and no linear layer on tokens [N, L, F], where the norm is along L.
+    if type(layer) in DENSE and len(_kind(node)[0]) == layer.weight.ndim and statistics.running_mean is not None:
+        model.set_submodule(name, _normalised(layer, statistics))
+        norm.replace_all_uses_with(node)
+        model.graph.erase_node(norm)
 
 
-def _absorb(model: fx.GraphModule, node: fx.Node, shapes: dict[str, torch.Size]) -> None:
+@torch.no_grad()
+def _normalised(layer: nn.Module, norm: nn.Module) -> nn.Module:
+    """A copy of the layer whose outputs are normalised, computed in fp64."""
+    scale, shift = (norm.running_var.double() + norm.eps).rsqrt(), -norm.running_mean.double()
+    scale = scale if norm.weight is None else scale * norm.weight
+    shift = shift if layer.bias is None else shift + layer.bias
+    new, rows = resized(layer, *sizes(layer), bias=True), Layer("", layer).rows.double()
+    Layer("", new).set_rows(rows * scale.reshape(-1, *[1] * (rows.ndim - 1)))
+    new.bias.copy_(shift * scale if norm.bias is None else shift * scale + norm.bias)
+    return new
+
+
+def _absorb(model: fx.GraphModule, node: fx.Node) -> None:
     """The residual sum and the activation that alone read this low-rank layer are done by it."""
-    chain, residual = [node], _residual(_only_user(node), node, shapes)
+    layer = model.get_submodule(node.target)
+    if not _is_own(model, node, tuple(LOW_RANK.values())) or layer.activation != "none":
+        return
+    chain, more = [node], {}
+    residual = _residual(_only_user(node), node) if _is_bare(node, layer) else None
     if residual is not None:
         chain.append(_only_user(node))
-    layer, activation = model.get_submodule(node.target), _activation(model, _only_user(chain[-1]))
-    if activation and layer.activation == "none":
+        more["residual"] = residual
+        if type(layer) is LowRankConv2d and _is_last_use(model, residual, node):
+            more["in_place"] = True
+    activation = _activation(model, _only_user(chain[-1]))
+    if activation:
         chain.append(_only_user(chain[-1]))
-        layer.activation = activation
-    if len(chain) > 1:
-        with model.graph.inserting_before(chain[-1]):  # where the residual is known
-            more = {"residual": residual, "in_place": _is_last_use(model, residual)} if residual else {}
-            new = model.graph.call_module(node.target, node.args, {**node.kwargs, **more})
-        chain[-1].replace_all_uses_with(new)
-        for gone in reversed(chain):
-            model.graph.erase_node(gone)
+    if len(chain) == 1 or _written_between(model, node, chain[-1]):
+        return
+    layer.activation = activation or "none"
+    with model.graph.inserting_before(chain[-1]):  # where the residual is known
+        new = model.graph.call_module(node.target, node.args, {**node.kwargs, **more})
+    new.meta = chain[-1].meta
+    chain[-1].replace_all_uses_with(new)
+    for gone in reversed(chain):
+        model.graph.erase_node(gone)
 
 
-def _is_last_use(model: nn.Module, residual: fx.Node) -> bool:
-    """Whether a layer made this tensor, only layers read it (they keep no view of it), and the sum does so last."""
-
-    def is_layer(node: fx.Node) -> bool:
-        return node.op == "call_module" and isinstance(model.get_submodule(node.target), (nn.Linear, *CONVS, LowRank))
-
-    *before, last = sorted(residual.users)
-    return is_layer(residual) and all(is_layer(user) for user in before) and last.op != "output"
-
-
-def _residual(user: fx.Node | None, node: fx.Node, shapes: dict[str, torch.Size]) -> fx.Node | None:
-    """The other term, where ``user`` adds to the node a tensor of its shape."""
+def _residual(user: fx.Node | None, node: fx.Node) -> fx.Node | None:
+    """The other term, where ``user`` adds to the node a tensor of its shape and dtype."""
     if user is None or user.op not in ("call_function", "call_method") or len(user.args) != 2 or user.kwargs:
         return None
     other = user.args[1] if user.args[0] is node else user.args[0]
-    known = user.target in SUMS or (user.target in SUMS_IN_PLACE and user.args[0] is node)
+    known = user.target in SUMS or (user.target == SUM_IN_PLACE and user.args[0] is node)
     if not known or not isinstance(other, fx.Node) or other is node:
         return None
-    return other if shapes.get(other.name) == shapes.get(node.name) is not None else None
+    return other if _kind(other) == _kind(node) else None
+
+
+def _is_last_use(model: nn.Module, residual: fx.Node, node: fx.Node) -> bool:
+    """Whether a layer made this tensor, only layers read it (they keep no view of it), and the sum does so last."""
+    *before, _ = sorted(residual.users)
+    return node not in before and all(_calls(model, other, LAYERS) for other in (residual, *before))
+
+
+def _written_between(model: nn.Module, node: fx.Node, last: fx.Node) -> bool:
+    """Whether anything from the layer to the last of what it absorbs, where it will run, writes over a tensor."""
+    between = node
+    while (between := between.next) is not last:
+        if is_in_place(model, between) and not (between.target == SUM_IN_PLACE and between.args[0] is node):
+            return True
+    return False
 
 
 def _activation(model: nn.Module, user: fx.Node | None) -> str | None:
@@ -160,3 +205,13 @@ def _activation(model: nn.Module, user: fx.Node | None) -> str | None:
         exact = is_plain(module) and getattr(module, "approximate", "none") == "none"
         return next((name for name, kind in MODULES.items() if type(module) is kind and exact), None)
     return CALLS.get(user.target) if user.op in ("call_function", "call_method") else None
+
+
+def _to_channels_last(model: fx.GraphModule) -> None:
+    """The weights of 2-D convolutions; ``view`` then meets outputs of other strides, and has to copy."""
+    for module in model.modules():
+        if type(module) in (nn.Conv2d, nn.ConvTranspose2d):
+            module.to(memory_format=torch.channels_last)
+    for node in model.graph.nodes:
+        if node.op == "call_method" and node.target == "view" and not isinstance(node.args[1], torch.dtype):
+            node.target = "reshape"

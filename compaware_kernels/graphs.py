@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .low_rank import LowRank
 
@@ -19,7 +19,7 @@ def trace(model: nn.Module, example_inputs: tuple) -> tuple[fx.Graph, dict[fx.No
     """The graph, and the shape of every node that is a tensor.  Raises what the model's code raises."""
     graph = _Tracer().trace(model)
     with torch.no_grad():
-        ShapeProp(fx.GraphModule(model, graph)).propagate(*example_inputs)
+        ShapeProp(fx.GraphModule(model, graph)).propagate(*_copied(example_inputs))
     metas = {node: node.meta.get("tensor_meta") for node in graph.nodes}
     return graph, {node: meta.shape for node, meta in metas.items() if hasattr(meta, "shape")}
 
@@ -28,11 +28,16 @@ def same_outputs(model: nn.Module, small: nn.Module, example_inputs: tuple) -> b
     """Whether both give the same outputs, up to the rounding of a sum in another order."""
     try:
         with torch.no_grad():
-            wanted, got = tree_leaves(model(*example_inputs)), tree_leaves(small(*example_inputs))
+            wanted, got = (tree_leaves(m(*_copied(example_inputs))) for m in (model, small))
         pairs = [(a, b) for a, b in zip(wanted, got, strict=True) if isinstance(a, Tensor)]
         return bool(pairs) and all(a.shape == b.shape and _close(a, b) for a, b in pairs)
     except Exception:  # the user's code meets sizes it was not written for
         return False
+
+
+def _copied(inputs: tuple) -> tuple:
+    """A model may write over what it is given."""
+    return tree_map_only(Tensor, Tensor.clone, inputs)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -40,3 +45,12 @@ def _close(a: Tensor, b: Tensor) -> bool:
         return torch.equal(a, b)
     tolerance = min(1e3 * torch.finfo(a.dtype).eps, 1 / 16)  # 16 roundings of bf16
     return bool((a - b).abs().max() <= tolerance * a.abs().max())
+
+
+def is_in_place(model: nn.Module, node: fx.Node) -> bool:
+    """Whether what the node calls may write over its inputs."""
+    if node.op == "call_module":
+        return getattr(model.get_submodule(node.target), "inplace", False)
+    name = getattr(node.target, "__name__", node.target)
+    flagged = any(value is True for value in (*node.args, *node.kwargs.values()))  # the functions' inplace=True
+    return node.op.startswith("call") and (flagged or "out" in node.kwargs or name.endswith("_") or name == "setitem")

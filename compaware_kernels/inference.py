@@ -121,8 +121,10 @@ def why_two_step(x: Tensor, V: Tensor, U: Tensor, groups: int = 1, fold: str = "
         return triton.missing() or triton.why_not(x, V, U, groups, fold)
     if not x.is_cpu or _library.missing:
         return f"no kernel for {x.device.type}" if not x.is_cpu else f"C++ library: {_library.missing}"
-    if x.dtype != torch.float32 or V.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-        return f"the CPU kernel is for fp32; got {x.dtype}" + (" under autocast" if x.dtype == torch.float32 else "")
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast: the CPU kernel is for fp32"
+    if x.dtype != torch.float32 or V.dtype != torch.float32:
+        return f"the CPU kernel is for fp32; got {x.dtype} and weights of {V.dtype}"
     if V.ndim == 4 and V.shape[1] < SMALLEST_CHANNELS:
         return f"{V.shape[1]} input channels per group: two steps are faster below {SMALLEST_CHANNELS}"
     return ""

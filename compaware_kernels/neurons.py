@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from .folds import CONVS, Layer, foldable_layers
-from .graphs import same_outputs, trace
+from .graphs import is_in_place, same_outputs, trace
 from .surgery import NORMS, is_plain, is_shared, keep_inputs, keep_outputs, replace, why_fixed
 
 ELEMENTWISE = (
@@ -127,7 +127,7 @@ class _Removal:
         for user in users:
             if user.op == "output":
                 raise _Kept("they feed the model's output")
-            if branched and _in_place(self.model, user):
+            if branched and is_in_place(self.model, user):
                 raise _Kept(f"{user.name} changes them in place, and not only it reads them")
             if user.op == "call_module":
                 module = self.model.get_submodule(user.target)
@@ -249,14 +249,6 @@ def _normalised(norm: nn.Module, constant: Tensor) -> Tensor:
     mean, var = norm.running_mean, norm.running_var
     out = F.batch_norm(constant[None].to(mean), mean, var, norm.weight, norm.bias, training=False, eps=norm.eps)
     return out[0].detach().cpu()
-
-
-def _in_place(model: nn.Module, user: fx.Node) -> bool:
-    if user.op == "call_module":
-        return getattr(model.get_submodule(user.target), "inplace", False)
-    if user.op == "call_method":
-        return user.target.endswith("_")
-    return any(value is True for value in (*user.args, *user.kwargs.values()))  # the functions' inplace=True
 
 
 def _argument(node: fx.Node, position: int, name: str, default: object) -> object:

@@ -29,7 +29,8 @@ def test_info():
 def test_compress_writes_a_model_that_loads(tmp_path):
     torch.save(small_convnet().state_dict(), tmp_path / "dense.pt")
     out, report = tmp_path / "small.safetensors", tmp_path / "report.json"
-    done = run("compress", tmp_path / "dense.pt", *NETWORK, "--rank", "fixed:4", "--out", out, "--report", report)
+    options = ("--rank", "fixed:4", "--goal", "size", "--out", out, "--report", report)
+    done = run("compress", tmp_path / "dense.pt", *NETWORK, *options)
     assert done.returncode == 0, done.stderr
     totals = json.loads(report.read_text())
     small = ck.load(out, small_convnet())
@@ -43,6 +44,7 @@ def test_compress_writes_a_model_that_loads(tmp_path):
         ({"weights": "damaged.pt"}, "damaged.pt: not a readable state dict"),
         ({"--rank": "magic:1"}, "rank rule is written"),
         ({"--fold": "crane"}, "got 'crane'"),
+        ({"--goal": "fame"}, "got 'fame'"),
         ({"--model": "torch.nn:Identity"}, "does not fit torch.nn:Identity"),
         ({"--model": "no_such_module:f"}, "No module named"),
         ({"--input": "1,3,8,8"}, "3 channels"),

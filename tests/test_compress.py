@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 
 import compaware_kernels as ck
 from compaware_kernels.demo.networks import small_convnet
+
+by_size = partial(ck.compress, goal="size")  # all layers, however small
 
 X = torch.randn(2, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -27,7 +30,7 @@ def network():
 
 def test_removal_and_factorisation_keep_the_function():
     model = network()
-    small, report = ck.compress(model, ck.ranks.threshold(1e-9), (X,))
+    small, report = by_size(model, ck.ranks.threshold(1e-9), (X,))
     torch.testing.assert_close(small(X), model(X), rtol=0, atol=1e-12)
     assert [r.neurons_removed for r in report.layers] == [4, 4, 4, 4, 0]
     assert report.params == sum(p.numel() for p in small.parameters()) < report.params_before
@@ -37,22 +40,22 @@ def test_constant_behind_zero_padding_is_kept():
     model = network()
     with torch.no_grad():
         model[0].bias[3:7] = 1.0
-    small, report = ck.compress(model, ck.ranks.energy(1.0), (X,))
+    small, report = by_size(model, ck.ranks.energy(1.0), (X,))
     assert report.layers[0].neurons_removed == 0 and "zero-padded" in report.layers[0].reason
     torch.testing.assert_close(small(X), model(X), rtol=0, atol=1e-12)
 
 
 def test_break_even():
     model = nn.Sequential(nn.Linear(10, 10))
-    _, report = ck.compress(model, ck.ranks.fixed(5), (torch.randn(1, 10),))
+    _, report = by_size(model, ck.ranks.fixed(5), (torch.randn(1, 10),))
     assert report.layers[0].rank is None and "break-even: 4" in report.layers[0].reason
-    _, report = ck.compress(model, ck.ranks.fixed(4), (torch.randn(1, 10),))
+    _, report = by_size(model, ck.ranks.fixed(4), (torch.randn(1, 10),))
     assert (report.layers[0].rank, report.macs_before, report.macs, report.params) == (4, 100, 80, 90)
     assert (report.layers[0].macs_before, report.layers[0].macs) == (100, 80)
 
 
 def test_saved_model_comes_back(tmp_path):
-    small, _ = ck.compress(network(), ck.ranks.energy(0.9), (X,))
+    small, _ = by_size(network(), ck.ranks.energy(0.9), (X,))
     ck.save(small, tmp_path / "small.safetensors")
     loaded = ck.load(tmp_path / "small.safetensors", small_convnet().double()).eval()
     assert torch.equal(loaded(X), small(X))
@@ -77,7 +80,7 @@ def test_other_architecture_names_the_layer(tmp_path):
 def test_rules_by_pattern_and_skip():
     model = network()
     rules = {"9": ck.ranks.fixed(2), "[25]": ck.ranks.fixed(3)}
-    small, report = ck.compress(model, rules, (X,), skip=["5"], remove_dead=False)
+    small, report = by_size(model, rules, (X,), skip=["5"], remove_dead=False)
     assert {r.name: r.rank for r in report.layers} == {"0": None, "2": 3, "9": 2, "11": None}
     assert report.layers[0].reason == "no rank rule matches its name" and report.skipped == {"5": "skipped by name"}
     assert json.loads(json.dumps(report.to_dict()))["macs"] == report.macs and "total" in str(report)
@@ -86,9 +89,9 @@ def test_rules_by_pattern_and_skip():
 def test_a_fold_that_saves_parameters_but_no_multiply_adds_is_refused():
     """1 x 1 then a strided 3 x 3: the first factor runs at the input's resolution, which the dense layer does not."""
     model = nn.Sequential(nn.Conv2d(16, 4, 3, stride=4, padding=1))
-    _, report = ck.compress(model, ck.ranks.fixed(10), (torch.randn(1, 16, 16, 16),), fold="input")
+    _, report = by_size(model, ck.ranks.fixed(10), (torch.randn(1, 16, 16, 16),), fold="input")
     assert "break-even" not in report.layers[0].reason
-    _, report = ck.compress(model, ck.ranks.fixed(8), (torch.randn(1, 16, 16, 16),), fold="input")
+    _, report = by_size(model, ck.ranks.fixed(8), (torch.randn(1, 16, 16, 16),), fold="input")
     assert report.layers[0].rank is None and "multiply-adds" in report.layers[0].reason
     assert report.params == report.params_before and report.macs == report.macs_before == 16 * 4 * 9 * 16
 
@@ -99,7 +102,7 @@ def test_attention_still_runs_and_the_model_is_left_alone():
     )
     before = copy.deepcopy(model.state_dict())
     ids = torch.arange(8).reshape(2, 4)
-    small, report = ck.compress(model, ck.ranks.fixed(2), (ids,))
+    small, report = by_size(model, ck.ranks.fixed(2), (ids,))
     assert small.eval()(ids).shape == (2, 4, 8) and model.training
     assert {r.name for r in report.layers if r.rank} == {"2"}
     assert all(r.reason for r in report.layers if not r.rank) and set(report.skipped) == {"0", "1.self_attn"}
@@ -119,7 +122,7 @@ def test_every_kind_of_layer_is_saved_and_comes_back(tmp_path, fold, dtype):
     with torch.no_grad():
         model[3].weight[2:5] = 0
     x = torch.randn(2, 4, 6, 6, dtype=dtype)
-    small, report = ck.compress(model, ck.ranks.fixed(1), (x,), fold=fold)
+    small, report = by_size(model, ck.ranks.fixed(1), (x,), fold=fold)
     assert [r.rank for r in report.layers] == [1, 1, 1] and report.layers[1].neurons_removed == 3
     ck.save(small, tmp_path / "m.safetensors")
     assert torch.equal(ck.load(tmp_path / "m.safetensors", dense()).eval()(x), small(x))
@@ -187,14 +190,14 @@ def test_saving_into_a_missing_folder(tmp_path):
 def test_bad_arguments():
     model = network()
     with pytest.raises(TypeError, match="wanted a tuple"):
-        ck.compress(model, ck.ranks.fixed(1), X)
+        by_size(model, ck.ranks.fixed(1), X)
     with pytest.raises(ValueError, match="got 'crane'"):
-        ck.compress(model, ck.ranks.fixed(1), (X,), fold="crane")
+        by_size(model, ck.ranks.fixed(1), (X,), fold="crane")
     with pytest.raises(ValueError, match="'head' matches no layer"):
-        ck.compress(model, {"head": ck.ranks.fixed(1)}, (X,))
+        by_size(model, {"head": ck.ranks.fixed(1)}, (X,))
     with pytest.raises(ValueError, match=r"0: the rank rule must return a whole number >= 0; got 1\.5"):
-        ck.compress(model, lambda s: 1.5, (X,))
+        by_size(model, lambda s: 1.5, (X,))
     with torch.no_grad():
         model[5].weight[0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="5: its weight contains NaN"):
-        ck.compress(model, ck.ranks.fixed(1), (X,))
+        by_size(model, ck.ranks.fixed(1), (X,))

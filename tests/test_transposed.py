@@ -1,6 +1,7 @@
 """Low-rank transposed convolutions: exact at full rank, best below, trained, compressed, saved."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import compaware_kernels as ck
 from compaware_kernels.folds import FOLDS, Layer, oriented, row_axes
 from compaware_kernels.layers import low_rank_type
 from compaware_kernels.neurons import remove_dead_neurons
+
+by_size = partial(ck.compress, goal="size")  # all layers, however small
 
 GEOMETRIES = [
     {},
@@ -193,7 +196,7 @@ def test_report_of_the_proximal_step_counts_neurons():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compressed_saved_and_loaded(tmp_path, fold, dtype):
     model, x = decoder(dtype).eval(), X.to(dtype)
-    small, report = ck.compress(model, {"[05]": ck.ranks.fixed(2), "*": ck.ranks.fixed(3)}, (x,), fold=fold)
+    small, report = by_size(model, {"[05]": ck.ranks.fixed(2), "*": ck.ranks.fixed(3)}, (x,), fold=fold)
     assert report.skipped == {} and [r.kind for r in report.layers].count("ConvTranspose2d") == 3
     assert [r.rank for r in report.layers][:3] == [2, 3, 2] and "break-even: 2" in report.layers[3].reason
     dense = [row.macs_before for row in report.layers]
@@ -209,14 +212,14 @@ def test_compressing_at_full_rank_keeps_the_function():
     with torch.no_grad():
         for i in (0, 5):
             model[i].weight.copy_(ck.LowRankConvTranspose2d.from_dense(model[i], 2).to_dense().weight)
-    small, report = ck.compress(model, ck.ranks.threshold(1e-9), (X,))
+    small, report = by_size(model, ck.ranks.threshold(1e-9), (X,))
     assert [r.rank for r in report.layers] == [2, None, 2, None]
     torch.testing.assert_close(small(X), model(X), rtol=0, atol=1e-12)
 
 
 def test_loading_into_a_model_of_other_geometry(tmp_path):
     model = nn.Sequential(nn.ConvTranspose2d(8, 8, 3, stride=2, output_padding=1))
-    small, _ = ck.compress(model, ck.ranks.fixed(2), (torch.randn(1, 8, 4, 4),))
+    small, _ = by_size(model, ck.ranks.fixed(2), (torch.randn(1, 8, 4, 4),))
     ck.save(small, tmp_path / "m.safetensors")
     with pytest.raises(ck.CheckpointError, match="the file has LowRankConvTranspose2d, the model Conv2d"):
         ck.load(tmp_path / "m.safetensors", nn.Sequential(nn.Conv2d(8, 8, 3)))

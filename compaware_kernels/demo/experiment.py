@@ -99,7 +99,7 @@ def run(data: Images, settings: Settings, advance: Callable[[str], None]) -> Res
             if arm == ARMS[1] and seed == 0:
                 result.dense = model
             for strength in STRENGTHS:
-                small, report = compress(model, strength, (data.test_x[:1],))
+                small, report = compress(model, strength, (data.test_x[:1],), goal="size")
                 point = Point(str(strength), report.params, report.macs, accuracy(small, data))
                 record.points.append(point)
                 best = result.report is None or report.macs < result.report.macs
@@ -161,7 +161,7 @@ def accuracy(model: nn.Module, data: Images) -> float:
 
 
 def _record(model: nn.Module, data: Images, arm: str, seed: int, seconds: float) -> Run:
-    _, whole = compress(model, ranks.energy(1.0), (data.test_x[:1],), remove_dead=False)
+    _, whole = compress(model, ranks.energy(1.0), (data.test_x[:1],), goal="size", remove_dead=False)
     spectra = {layer.name: singular_values(layer.matrix())[0] for layer in foldable_layers(model)[0]}
     kept = {name: (int(ranks.numerical_rank(s, torch.float32)), len(s)) for name, s in spectra.items()}
     return Run(arm, seed, accuracy(model, data), whole.params_before, whole.macs_before, seconds, kept,

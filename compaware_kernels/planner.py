@@ -1,0 +1,162 @@
+"""Where factorising a layer pays: by a model of its time on this device, or by measuring it.
+
+The model: a layer takes ``overhead + max(flops / rate, bytes / bandwidth)``. Rate, bandwidth and overheads are measured
+on the device at first use (a tenth of a second). A factorised layer in one kernel has one overhead and moves its input,
+output and weights once; in two steps it has two, and the intermediate moves twice. Columns count in sixteens, and in
+the CPU's kernel a tap costs as much as some channels more.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from .layers import LOW_RANK, LowRankConv2d
+from .low_rank import LowRank
+
+PREDICTED, MEASURED = 1.25, 1.05  # what a layer has to gain to be factorised
+COLUMNS, TAP = 16, 8  # outputs that cost as much as one; channels that a tap of a kernel costs as much as
+ROUNDS, MOST, SECONDS = 7, 50, 0.2  # of a measurement: so many at least and at most, in this time if it can be
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the model needs to know: multiply-adds and bytes per second, and seconds of a call that computes nothing."""
+
+    rate: float
+    bandwidth: float
+    dense: float
+    low_rank: float
+
+
+def seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """Median seconds of each call, measured in turns so that all see the same machine."""
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times: list[list[float]] = [[] for _ in calls]
+    start = time.perf_counter()
+    while len(times[0]) < ROUNDS + 2 or (time.perf_counter() - start < SECONDS and len(times[0]) < MOST):
+        for call, taken in zip(calls, times, strict=True):
+            sync()
+            begin = time.perf_counter()
+            call()
+            sync()
+            taken.append(time.perf_counter() - begin)
+    return [median(taken[2:]) for taken in times]
+
+
+@cache
+def measure_device(device: torch.device, dtype: torch.dtype, threads: int) -> Device:
+    """Measure a device, once per dtype and number of threads."""
+    place, last = {"device": device, "dtype": dtype}, torch.channels_last
+    with torch.inference_mode():
+        conv, x = (
+            nn.Conv2d(128, 128, 3, padding=1, **place).to(memory_format=last),
+            torch.randn(4, 128, 28, 28, **place),
+        )
+        x, source, target = x.to(memory_format=last), torch.zeros(2**23, **place), torch.zeros(2**23, **place)
+        dense, tiny = nn.Conv2d(16, 16, 1, **place).eval(), torch.zeros(1, 16, 1, 1, **place)
+        low_rank = LowRankConv2d.like(dense, 8).eval()
+        macs, moved = conv.weight.numel() * x[:, 0].numel(), _bytes(source, 2 * source.numel())
+        computed, copied = seconds((lambda: conv(x), lambda: target.copy_(source)), device)
+        overheads = seconds((lambda: dense(tiny), lambda: low_rank(tiny)), device)
+    return Device(macs / computed, moved / copied, *overheads)
+
+
+def predict(layer: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Seconds of one call of a dense or low-rank layer with input x and output y, by the model."""
+    device, groups = measure_device(x.device, x.dtype, torch.get_num_threads()), getattr(layer, "groups", 1)
+    pixels = y.numel() / _outputs(layer)
+
+    def step(weight: Tensor, moved: float) -> float:
+        macs = pixels * _columns(weight, groups) * weight[0].numel()
+        return max(macs / device.rate, _bytes(x, moved + weight.numel()) / device.bandwidth)
+
+    if not isinstance(layer, LowRank):
+        return device.dense + step(layer.weight, x.numel() + y.numel())
+    V, U = layer.first.weight, layer.second.weight
+    with torch.no_grad():
+        two_steps = layer.why_two_step(x)
+    if two_steps:
+        middle = pixels * V.shape[0]
+        return 2 * device.dense + step(V, x.numel() + middle) + step(U, middle + y.numel())
+    depth = V[0].numel() + TAP * V[0, 0].numel()
+    macs = pixels * (_columns(V, groups) * depth + _columns(U, groups) * U[0].numel())
+    moved = _bytes(x, x.numel() + y.numel() + V.numel() + U.numel())
+    return device.low_rank + max(macs / device.rate, moved / device.bandwidth)
+
+
+def _columns(weight: Tensor, groups: int) -> int:
+    return groups * math.ceil(weight.shape[0] / groups / COLUMNS) * COLUMNS
+
+
+def _bytes(like: Tensor, numbers: float) -> float:
+    return numbers * like.element_size()
+
+
+def _outputs(layer: nn.Module) -> int:
+    return layer.out_features if hasattr(layer, "out_features") else layer.out_channels
+
+
+_measured: dict[tuple, list[float]] = {}  # by device and by all that decides the time
+
+
+def measure(layers: Sequence[nn.Module], x: Tensor) -> list[float]:
+    """Median seconds of one call of each layer on x; measured once per device, threads, layers and input."""
+    key = (x.device, torch.get_num_threads(), x.dtype, x.shape, x.stride(), *(repr(layer) for layer in layers))
+    if key not in _measured:
+        with torch.inference_mode():
+            _measured[key] = seconds([lambda layer=layer: layer(x) for layer in layers], x.device)
+    return _measured[key]
+
+
+def choose(
+    dense: nn.Module, candidates: Sequence[tuple[str, int]], x: Tensor, y: Tensor, measured: bool
+) -> tuple[tuple[str, int] | None, float, str]:
+    """The candidate (fold, rank) that is fastest, if it is enough faster than the dense layer.
+
+    Returns:
+        the candidate, or None; its gain (dense time over its own); and the reason in words.
+    """
+    low_rank = [LOW_RANK[type(dense)].like(dense, rank, fold).eval() for fold, rank in candidates]
+    layers = [copy.deepcopy(dense).eval(), *low_rank]
+    taken = measure(layers, x) if measured else [predict(layer, x, y) for layer in layers]
+    best = min(range(len(candidates)), key=lambda i: taken[1 + i])
+    gain, how, wanted = taken[0] / taken[1 + best], *(("measured", MEASURED) if measured else ("predicted", PREDICTED))
+    if gain >= wanted:
+        return candidates[best], gain, f"{gain:.2g}x {how}"
+    fold, rank = candidates[best]
+    return None, gain, f"rank {rank}, fold {fold}, would be {gain:.2g}x as fast ({how}; {wanted}x is wanted)"
+
+
+def fastest(models: Sequence[nn.Module], inputs: tuple) -> int:
+    """The index of the fastest model; the first unless another is faster beyond noise."""
+    device = next((t.device for t in inputs if isinstance(t, Tensor)), torch.device("cpu"))
+    with torch.inference_mode():
+        taken = seconds([lambda model=model: model(*inputs) for model in models], device)
+    best = min(range(len(models)), key=taken.__getitem__)
+    return best if taken[0] > MEASURED * taken[best] else 0
+
+
+def record(model: nn.Module, names: Sequence[str], inputs: tuple) -> dict[str, tuple[Tensor, Tensor]]:
+    """The input and the output of each named layer in one call of the model in eval mode."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str, _: nn.Module, x: tuple, y: Tensor) -> None:
+        seen.setdefault(name, (x[0], y))
+
+    handles = [model.get_submodule(name).register_forward_hook(partial(keep, name)) for name in names]
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen

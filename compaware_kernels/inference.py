@@ -16,8 +16,9 @@ from torch.autograd import forward_ad
 
 from . import _library, lowrank_ops, triton
 
-# Below these the CPU kernel was slower than two convolutions of torch in some case (bench/test_inference.py).
-SMALLEST_CHANNELS = 8
+# Below these the CPU kernel was slower than two convolutions of torch, by up to a third (AMD EPYC with AVX-512, one
+# thread, 3 to 32 channels, ranks 8 and 16, 56 x 56): its columns count in sixteens, and every tap costs something.
+SMALLEST_CHANNELS, SMALLEST_RANK, SMALLEST_RANK_OF_LARGE = 16, 12, 24  # with kernels; of 4 x 4 and more
 
 
 def lowrank_conv2d(
@@ -125,6 +126,13 @@ def why_two_step(x: Tensor, V: Tensor, U: Tensor, groups: int = 1, fold: str = "
         return "autocast: the CPU kernel is for fp32"
     if x.dtype != torch.float32 or V.dtype != torch.float32:
         return f"the CPU kernel is for fp32; got {x.dtype} and weights of {V.dtype}"
-    if V.ndim == 4 and V.shape[1] < SMALLEST_CHANNELS:
-        return f"{V.shape[1]} input channels per group: two steps are faster below {SMALLEST_CHANNELS}"
-    return ""
+    return _too_small(V, groups) if V.ndim == 4 else ""
+
+
+def _too_small(V: Tensor, groups: int) -> str:
+    """Why two steps are faster than the CPU kernel; "" if they are not."""
+    r, C, taps = V.shape[0] // groups, V.shape[1], V.shape[2] * V.shape[3]
+    least = SMALLEST_RANK if taps < 16 else SMALLEST_RANK_OF_LARGE
+    if taps == 1 or (r >= least and C >= SMALLEST_CHANNELS):
+        return ""
+    return f"{C} channels, rank {r} per group: two steps are faster below {SMALLEST_CHANNELS} channels or rank {least}"

@@ -18,11 +18,11 @@ folds = pytest.mark.parametrize("fold", FOLDS)
 
 LAYERS = {  # dense layer, rank, input
     "linear": (lambda: nn.Linear(19, 33), 7, (3, 5, 19)),
-    "conv2d": (lambda: nn.Conv2d(16, 33, (3, 5), stride=2, padding=(1, 2)), 9, (2, 16, 13, 11)),
-    "grouped": (lambda: nn.Conv2d(16, 34, 3, groups=2, dilation=2, bias=False), 5, (2, 16, 13, 11)),
-    "same": (lambda: nn.Conv2d(16, 9, (3, 5), padding="same"), 4, (2, 16, 7, 8)),
+    "conv2d": (lambda: nn.Conv2d(16, 33, (3, 5), stride=2, padding=(1, 2)), 13, (2, 16, 13, 11)),
+    "grouped": (lambda: nn.Conv2d(32, 34, 3, groups=2, dilation=2, bias=False), 13, (2, 32, 13, 11)),
+    "same": (lambda: nn.Conv2d(16, 19, (3, 5), padding="same"), 13, (2, 16, 7, 8)),
     "same, uneven": (lambda: nn.Conv2d(16, 9, 4, padding="same"), 4, (2, 16, 7, 8)),
-    "valid": (lambda: nn.Conv2d(16, 9, 3, padding="valid"), 4, (2, 16, 7, 8)),
+    "valid": (lambda: nn.Conv2d(16, 19, 3, padding="valid"), 13, (2, 16, 7, 8)),
     "reflect": (lambda: nn.Conv2d(16, 9, 3, padding=1, padding_mode="reflect"), 4, (2, 16, 7, 8)),
     "few channels": (lambda: nn.Conv2d(3, 16, 3), 3, (2, 3, 9, 9)),
 }
@@ -58,7 +58,7 @@ def network():
         nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.ModuleDict({"inner": nn.Conv2d(16, 24, 3, stride=2)})["inner"],
         nn.Flatten(), nn.Linear(24 * 9, 10),
     )  # fmt: skip
-    for i, rank in ((0, 5), (2, 9), (4, 3)):
+    for i, rank in ((0, 5), (2, 13), (4, 3)):
         model[i] = ck.layers.low_rank_type(model[i]).from_dense(model[i], rank)
     model[2].activation = "silu"
     return model.eval(), torch.randn(2, 8, 8, 8)
@@ -165,11 +165,11 @@ def test_why_two_step():
         assert layer.why_two_step(x) == ""
         assert "float64" in layer.why_two_step(x.double())
         with torch.autocast("cpu", torch.bfloat16):
-            assert layer.why_two_step(x) == "autocast"
+            assert layer.why_two_step(x) == "autocast: the CPU kernel is for fp32"
         assert low_rank("conv2d", "input")[0].why_two_step(x) == "the second factor of fold input is no 1 x 1"
         assert low_rank("reflect")[0].why_two_step(x) == "padding mode reflect"
         assert "more on one side" in low_rank("same, uneven")[0].why_two_step(x)
-        assert "3 input channels" in low_rank("few channels")[0].why_two_step(x[:, :3])
+        assert "3 channels" in low_rank("few channels")[0].why_two_step(x[:, :3])
     layer.requires_grad_(False)
     assert layer.why_two_step(x) == "" and layer.why_two_step(x.requires_grad_())
 
@@ -358,7 +358,7 @@ def test_weights_only_file():
 def test_extra_repr():
     layer, _ = low_rank("grouped")
     assert layer.extra_repr() == (
-        "16, 34, kernel_size=(3, 3), fold=paper, groups=2, rank=5, weights=890 of 2,448 (36%)"
+        "32, 34, kernel_size=(3, 3), fold=paper, groups=2, rank=13, weights=4,186 of 4,896 (85%)"
     )
     layer, _ = low_rank("linear")
     layer.activation = "relu6"

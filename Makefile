@@ -3,8 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py $(shell find csrc -type f)
+# What glibc must be told before a process starts: to keep what was freed, or each call pays for its pages again.
+KEEP := glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.malloc.top_pad=268435456
 
-.PHONY: demo test bench hunt lint gpu-check clean
+.PHONY: demo test bench bench-inference hunt lint gpu-check clean
 .DEFAULT_GOAL := test
 
 demo: .venv/built
@@ -13,9 +15,16 @@ demo: .venv/built
 test: .venv/built
 	$(BIN)/pytest
 
+# The proximal ops; inference has a target of its own.
 bench: .venv/built
 	mkdir -p bench/results
-	$(BIN)/pytest bench --benchmark-json bench/results/$$($(BIN)/python bench/workloads.py).json
+	$(BIN)/pytest bench --ignore bench/test_inference.py --ignore bench/test_planner.py --benchmark-json bench/results/$$($(BIN)/python bench/workloads.py).json
+
+# Some shapes of layers, networks, and random networks planned for speed, 10 minutes; BENCH_GRID=whole takes all shapes.
+bench-inference: .venv/built
+	mkdir -p bench/results
+	GLIBC_TUNABLES=$(KEEP) $(BIN)/pytest bench/test_inference.py bench/test_planner.py --benchmark-quiet \
+		--benchmark-json bench/results/inference-$$($(BIN)/python bench/workloads.py).json
 
 # 20,000 cases that try to break the error bounds; tests run the first 400.
 hunt: .venv/built

@@ -1,8 +1,10 @@
 """Interleaved timing, and the tables at the end of a benchmark run."""
 
 import os
+import resource
 from statistics import median
 
+import inference_tables
 import pytest
 import torch
 import workloads
@@ -10,6 +12,8 @@ import workloads
 from compaware_kernels.info import info
 
 SLOW, VERY_SLOW = 1e3, 3.5e3  # ms: peers this slow run three times, or once
+SAMPLE = 1e-3  # s: calls that take less are repeated
+LOAD = os.getloadavg()[0]  # before anything ran
 
 shrink_rows: list[tuple[str, str, float, float]] = []  # op, name, median ms, ratio to the floor
 svt_rows: list[tuple] = []  # case, name, median ms, ratio to the SVD loop, to the floor, error, bound, correct
@@ -83,6 +87,55 @@ def svt_race(benchmark):
     return run
 
 
+@pytest.fixture
+def inference_race(benchmark):
+    """inference_race(rows, verdicts, ours, seconds): every round runs each row, ours last; before that ``verdicts``
+    gets the outputs of all and returns the error of each and whether it is right. As many rounds as fit in the seconds,
+    3 to 15. Returns for each row its ms and page faults per call (medians), error and ok."""
+
+    def run(rows, verdicts, ours, seconds):
+        checked = verdicts({name: function() for name, function in rows.items()})
+        took = {name: workloads.seconds(function) for name, function in rows.items()}
+        calls = {name: max(1, round(SAMPLE / took[name])) for name in rows}
+        rounds = int(seconds / sum(took[name] * calls[name] for name in rows))
+        samples = {name: [] for name in rows}
+
+        def once(name):
+            samples[name].append(sample(rows[name], calls[name]))
+
+        def setup():
+            for name in rows:
+                if name != ours:
+                    once(name)
+
+        benchmark.pedantic(lambda: once(ours), setup=setup, rounds=min(15, max(3, rounds)))
+        for name in rows:
+            ms, faults = (median(values) for values in zip(*samples[name], strict=True))
+            error, ok = checked[name]
+            benchmark.extra_info[name] = {"ms": ms, "faults": faults, "error": error, "ok": ok}
+        return dict(benchmark.extra_info)
+
+    return run
+
+
+def sample(function, calls: int) -> tuple[float, float]:
+    """Milliseconds and minor page faults of one call."""
+
+    def repeat():
+        for _ in range(calls):
+            function()
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    took = workloads.seconds(repeat)
+    return 1e3 * took / calls, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / calls
+
+
+def allocator() -> str:
+    """What was in force when the process started."""
+    found = [f"{key}={os.environ[key]}" for key in ("GLIBC_TUNABLES", "LD_PRELOAD") if os.environ.get(key)]
+    return ", ".join(found) or "the system's, as it comes"
+
+
 def check(results, truths, infos) -> tuple[float, float | None, bool]:
     """Largest spectral error / tau, largest bound / tau, and whether every layer is within the tolerance."""
     errors = [P.double() - T for P, T in zip(results, truths, strict=True)]
@@ -95,8 +148,10 @@ def check(results, truths, infos) -> tuple[float, float | None, bool]:
 
 
 def pytest_terminal_summary(terminalreporter):
-    write, load = terminalreporter.write_line, os.getloadavg()[0]
-    write(f"{workloads.device_name()}, {torch.get_num_threads()} threads, load {load:.1f}, torch {torch.__version__}")
+    write, load = terminalreporter.write_line, f"load {LOAD:.1f} before, {os.getloadavg()[0]:.1f} after"
+    versions = f"torch {torch.__version__}, compaware_kernels {info()['version']}"
+    write(f"{workloads.device_name()}, {torch.get_num_threads()} threads, {load}, {versions}")
+    write(f"allocator: {allocator()}")
     if shrink_rows:
         write(f"{'op':22}{'':16}{'median ms':>10}{'x floor':>9}")
     for op, name, value, ratio in shrink_rows:
@@ -107,11 +162,16 @@ def pytest_terminal_summary(terminalreporter):
         text = f"{ratio:9.1f}x" if ratio else " " * 10 if correct else "     wrong"
         shown = [f"{of_floor:9.1f}" if of_floor else " " * 9, f"{error:11.1e}", f"{bound:11.1e}" if bound else ""]
         write(f"{case:28}{name:20}{value:11.2f}{text}{''.join(shown)}")
+    inference_tables.write_all(write)
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     """Results are published: keep the numbers and the facts, not the host's name nor every sample."""
     output_json["machine_info"] = {key: value for key, value in info().items() if key != "library"}
+    output_json["machine_info"] |= {"load": LOAD, "allocator": allocator()}
     output_json.pop("commit_info", None)
     for entry in output_json["benchmarks"]:
         entry["stats"].pop("data", None)
+        if "floor (ms)" in entry["extra_info"]:  # all rows are there
+            for key in ("options", "stats", "params", "param"):
+                del entry[key]

@@ -54,7 +54,8 @@ def fuse(model: nn.Module, example_inputs: Sequence[object]) -> nn.Module:
     try:
         graph, _ = trace(reference, inputs)
     except Exception as error:  # tracing runs the user's code
-        raise ValueError(f"fuse: torch.fx cannot trace the model: {' '.join(str(error).split())}") from error
+        why = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"fuse: torch.fx cannot trace the model: {why}") from error
     fused = fx.GraphModule(copy.deepcopy(reference), graph)
     for change in (_remove_identity, _fold_norm, _absorb):
         for node in list(fused.graph.nodes):
@@ -118,7 +119,7 @@ def _remove_identity(model: fx.GraphModule, node: fx.Node) -> None:
 def _fold_norm(model: fx.GraphModule, node: fx.Node) -> None:
     """A batch norm that alone reads this layer goes into its weights."""
     norm, name = _only_user(node), node.target
-    if norm is None or not (_is_own(model, node, LAYERS) and _is_own(model, norm, NORMS)):
+    if norm is None or not (_is_own(model, node, LAYERS) and _calls(model, norm, NORMS)):
         return
     layer, statistics = model.get_submodule(name), model.get_submodule(norm.target)
     if isinstance(layer, LowRank):
@@ -213,5 +214,5 @@ def _to_channels_last(model: fx.GraphModule) -> None:
         if type(module) in (nn.Conv2d, nn.ConvTranspose2d):
             module.to(memory_format=torch.channels_last)
     for node in model.graph.nodes:
-        if node.op == "call_method" and node.target == "view" and not isinstance(node.args[1], torch.dtype):
+        if node.op == "call_method" and node.target == "view" and not isinstance(node.args[-1], torch.dtype):
             node.target = "reshape"

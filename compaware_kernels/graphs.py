@@ -49,8 +49,9 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 def is_in_place(model: nn.Module, node: fx.Node) -> bool:
     """Whether what the node calls may write over its inputs."""
+    if any(value is True for value in (*node.args, *node.kwargs.values())) or "out" in node.kwargs:
+        return True  # inplace=True, of a function, or what looks like it
     if node.op == "call_module":
         return getattr(model.get_submodule(node.target), "inplace", False)
     name = getattr(node.target, "__name__", node.target)
-    flagged = any(value is True for value in (*node.args, *node.kwargs.values()))  # the functions' inplace=True
-    return node.op.startswith("call") and (flagged or "out" in node.kwargs or name.endswith("_") or name == "setitem")
+    return node.op.startswith("call") and (name.partition(".")[0].endswith("_") or name == "setitem")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from . import _library, ops
+from . import _library, lowrank_ops, ops, triton
 
-KERNEL, REFERENCE = "C++ kernel", "reference (plain PyTorch)"
+KERNEL, TRITON, REFERENCE = "C++ kernel", "Triton kernel", "reference (plain PyTorch)"
 
 
 def info() -> dict:
@@ -25,11 +25,13 @@ def info() -> dict:
         "threads": torch.get_num_threads(),
         "build": _build(),
         "library": _library.missing or str(_library.PATH),
-        "ops": {name: {key: _body(name, key) for key in ("CPU", "CUDA")} for name in ops.schemas},
+        "ops": {name: {key: _body(name, key) for key in ("CPU", "CUDA")} for name in ops.schemas | lowrank_ops.schemas},
     }
 
 
 def _body(name: str, key: str) -> str:
+    if key == "CUDA" and name.removesuffix("_") in triton.KERNELS:  # the form in place calls the other
+        return f"{REFERENCE}: {triton.missing()}" if triton.missing() else TRITON
     # The reference body is registered for the alias CompositeExplicitAutograd: the key itself stays free.
     registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"compaware::{name}", key)
     return KERNEL if registered else REFERENCE

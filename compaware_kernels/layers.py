@@ -90,15 +90,15 @@ class LowRankConv2d(LowRankConv):
         """Padding in pixels; None where it is not symmetric."""
         if not isinstance(self.padding, str):
             return list(self.padding)
-        both = [
-            0 if self.padding == "valid" else d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)
-        ]
+        if self.padding == "valid":
+            return [0, 0]
+        both = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
         return None if any(p % 2 for p in both) else [p // 2 for p in both]
 
     def _in_one(self, x, V, U, bias, residual, in_place) -> Tensor:
         args = (x, V, U, bias, residual, self._packed_now(V, U), self.stride, self._padding(), self.dilation,
                 self.groups, self.fold, self.activation)  # fmt: skip
-        if residual is None or not in_place:
+        if residual is None or not in_place or torch.is_grad_enabled():
             return torch.ops.compaware.lowrank_conv2d(*args)
         torch.ops.compaware.lowrank_conv2d_(*args)
         return residual

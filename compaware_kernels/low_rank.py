@@ -92,7 +92,8 @@ class LowRank(nn.Module):
             self._pack()
 
     def _pack(self):
-        """Pack the factors for the CPU kernel, unless that was done and they have not changed since."""
+        """Pack the factors, where the CPU kernel takes them."""
+        self._packed = self._packed_from = None
         if type(self.first) is not self.dense or type(self.second) is not self.dense:
             return self  # a factor that was replaced may have no weight
         V, U = self.first.weight, self.second.weight

@@ -28,10 +28,7 @@ ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
 }
-HEADER, COLUMNS = (
-    16,
-    16,
-)  # floats before the packed factors; what their columns are padded to (csrc/core/lowrank_work.h)
+HEADER, COLUMNS = 16, 16  # floats before what is packed; what columns are padded to (csrc/core/lowrank_work.h)
 Ints = Sequence[int]
 
 
@@ -109,7 +106,7 @@ def lowrank_conv2d_(
     x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None, residual: Tensor, packed: Tensor | None,
     stride: Ints, padding: Ints, dilation: Ints, groups: int, fold: str, activation: str,
 ) -> None:  # fmt: skip
-    """The same, written over the residual: for inference, no gradient."""
+    """The same, written over the residual, which may overlap other arguments.  For inference: it has no gradient."""
     residual.copy_(lowrank_conv2d(x, V, U, bias, residual, packed, stride, padding, dilation, groups, fold, activation))
 
 
@@ -249,3 +246,9 @@ for _op in (lowrank_conv2d, lowrank_linear):
     for _device in ("cpu", "cuda"):
         _body = partial(_autocast, _op._opoverload, _device)
         _library.impl(_op._opoverload, _body, f"Autocast{_device.upper()}", with_keyset=True)
+
+
+schemas: dict[str, str] = {
+    op._name.removeprefix("compaware::"): str(op._opoverload._schema)
+    for op in (lowrank_pack, lowrank_conv2d, lowrank_conv2d_, lowrank_linear)
+}

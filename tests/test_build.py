@@ -135,7 +135,8 @@ def test_without_kernels(tree, tmp_path):
     info = json.loads(run.stdout)
     assert info["library"] == "not built"
     assert info["build"] == {"mode": "none", "reason": "COMPAWARE_BUILD=none"}
-    assert {body for bodies in info["ops"].values() for body in bodies.values()} == {"reference (plain PyTorch)"}
+    assert {bodies["CPU"] for bodies in info["ops"].values()} == {"reference (plain PyTorch)"}
+    assert "C++ kernel" not in {bodies["CUDA"] for bodies in info["ops"].values()}
 
 
 def test_a_failed_compilation_says_what_to_do(tree, tmp_path):

@@ -23,7 +23,10 @@ def run(*args):
 
 def test_info():
     facts = json.loads(run("info", "--json").stdout)
-    assert set(facts["ops"]) == set(ck.ops.schemas) and facts["version"] == ck.__version__
+    assert set(facts["ops"]) == {*ck.ops.schemas, *ck.lowrank_ops.schemas} and facts["version"] == ck.__version__
+    assert facts["ops"] == ck.info()["ops"]
+    table = run("info").stdout
+    assert all(f"compaware::{name} " in table for name in facts["ops"])
 
 
 def test_compress_writes_a_model_that_loads(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+import compaware_kernels as ck
 from compaware_kernels import lowrank_ops
 from compaware_kernels import triton as triton_ops
 
@@ -59,6 +60,17 @@ def test_what_is_missing(fresh):
     triton_ops.missing.cache_clear()
     fresh.setitem(sys.modules, "triton", None)
     assert "triton cannot be imported" in triton_ops.missing()
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["with triton", "without"])
+def test_info_says_what_runs(fresh, there):
+    if not there:
+        fresh.setitem(sys.modules, "triton", None)
+    said = ck.info()["ops"]
+    wanted = "Triton kernel" if there else "reference (plain PyTorch): triton cannot be imported"
+    for name in ("lowrank_conv2d", "lowrank_conv2d_", "lowrank_linear"):
+        assert said[name]["CUDA"].startswith(wanted) and "riton " not in said[name]["CPU"]
+    assert said["lowrank_pack"]["CUDA"] == said["svt"]["CUDA"] == "reference (plain PyTorch)"
 
 
 @pytest.mark.parametrize("triton", [True, False], ids=["with triton", "without"])

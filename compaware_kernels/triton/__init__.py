@@ -60,8 +60,10 @@ def _linear(x, V, U, bias, residual, packed, activation) -> Tensor:
     return lowrank.lowrank_linear(x, V, U, bias, residual, activation)
 
 
+KERNELS: dict[str, Callable[..., Tensor]] = {"lowrank_conv2d": _conv2d, "lowrank_linear": _linear}
+
+
 def register() -> None:
     """Give the ops of low-rank inference their CUDA implementation."""
-    kernels: dict[str, Callable] = {"lowrank_conv2d": _conv2d, "lowrank_linear": _linear}
-    for name, kernel in kernels.items():
+    for name, kernel in KERNELS.items():
         torch.library.register_kernel(f"compaware::{name}", "cuda", kernel)

@@ -1,6 +1,6 @@
 // Includes CK_KERNEL, a header of csrc/core, once for every instruction set: in namespace baseline for what every machine
-// has (vectors of 16 bytes), in avx2 (32) and avx512 (64) where the compiler can. The caller picks one at run time by
-// __builtin_cpu_supports, not by target_clones: the number of lanes decides the layout.
+// has (vectors of 16 bytes), in avx2 (32) and avx512 (64) where the compiler can. The caller picks one at run time (cpu/isa.h),
+// and not by target_clones: the number of lanes decides the layout.
 #define CK_ISA baseline
 #include CK_KERNEL
 #undef CK_ISA

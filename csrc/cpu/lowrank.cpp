@@ -16,6 +16,7 @@
 
 #define CK_KERNEL "lowrank.h"
 #include "../core/each_isa.h"
+#include "isa.h"
 
 namespace compaware {
 namespace {
@@ -38,8 +39,8 @@ struct Kernels {
 
 Kernels kernels() {
 #ifdef CK_X86_LEVELS
-  if (__builtin_cpu_supports("x86-64-v4")) return {avx512::lowrank_tile<16>, avx512::pack<16>, avx512::is_packed<16>};
-  if (__builtin_cpu_supports("x86-64-v3")) return {avx2::lowrank_tile<8>, avx2::pack<8>, avx2::is_packed<8>};
+  if (isa() == Isa::avx512) return {avx512::lowrank_tile<16>, avx512::pack<16>, avx512::is_packed<16>};
+  if (isa() == Isa::avx2) return {avx2::lowrank_tile<8>, avx2::pack<8>, avx2::is_packed<8>};
 #endif
   return {baseline::lowrank_tile<4>, baseline::pack<4>, baseline::is_packed<4>};
 }
@@ -141,7 +142,7 @@ void one_of(const char* op, const char* name, const std::string& value, std::ini
   std::string all;
   for (const char* word : known) all += std::string(all.empty() ? "" : ", ") + word;
   STD_TORCH_CHECK(std::find(known.begin(), known.end(), value) != known.end(), op, ": wanted ", name, " to be one of ", all,
-                  "; got ", value);
+                  "; got '", value, "'");
 }
 
 void want(const char* op, const char* name, const Tensor& A, const Sizes& sizes) {
@@ -269,7 +270,28 @@ bool takes(const Tensor& x, const Tensor& V, const Tensor& U) {
 
 constexpr MemoryFormat kLast = MemoryFormat::ChannelsLast;
 
-// Into y, dense in channels_last, which may be the residual.
+// Is it contiguous in channels_last?
+bool is_dense(const Tensor& A) {
+  int64_t next = 1;
+  for (const int64_t axis : {1, 3, 2, 0}) {
+    if (A.size(axis) != 1 && A.stride(axis) != next) return false;
+    next *= A.size(axis);
+  }
+  return true;
+}
+
+// Behind the last element, in bytes.
+const char* end_of(const Tensor& A) {
+  int64_t last = 0;
+  for (int64_t axis = 0; axis < A.dim(); ++axis) last += (A.size(axis) - 1) * A.stride(axis);
+  return static_cast<const char*>(A.const_data_ptr()) + (last + 1) * A.element_size();
+}
+
+bool overlap(const Tensor& A, const Tensor& B) {
+  return A.numel() && B.numel() && A.const_data_ptr() < end_of(B) && B.const_data_ptr() < end_of(A);
+}
+
+// Into y, dense in channels_last, which may be the residual and overlaps no other argument.
 void conv2d_into(Tensor& y, const Tensor& x, const Tensor& V, const Tensor& U, const MaybeTensor& bias,
                  const MaybeTensor& residual, const MaybeTensor& packed, const Sizes& stride, const Sizes& padding,
                  const Sizes& dilation, int64_t groups, const std::string& activation) {
@@ -301,8 +323,12 @@ void lowrank_conv2d_(const Tensor& x, const Tensor& V, const Tensor& U, const Ma
                      const MaybeTensor& packed, const Sizes& stride, const Sizes& padding, const Sizes& dilation,
                      int64_t groups, const std::string& fold, const std::string& activation) {
   check_conv2d(x, V, U, bias, residual, stride, padding, dilation, groups, fold, activation);
-  const bool dense = torch::stable::contiguous(residual, kLast).const_data_ptr() == residual.const_data_ptr();
-  if (fold == "paper" && dense && takes(x, V, U))
+  for (int64_t axis = 0; axis < residual.dim(); ++axis)
+    STD_TORCH_CHECK(residual.size(axis) < 2 || residual.stride(axis) > 0,
+                    "lowrank_conv2d_: wanted a residual with memory of its own for every number; got stride 0 along axis ", axis);
+  const bool alone = !overlap(residual, x) && !overlap(residual, V) && !overlap(residual, U) &&
+                     !(bias && overlap(residual, *bias)) && !(packed && overlap(residual, *packed));
+  if (fold == "paper" && takes(x, V, U) && is_dense(residual) && alone)
     conv2d_into(residual, x, V, U, bias, residual, packed, stride, padding, dilation, groups, activation);
   else
     torch::stable::copy_(residual, lowrank_conv2d(x, V, U, bias, residual, packed, stride, padding, dilation, groups, fold,

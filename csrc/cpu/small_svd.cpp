@@ -10,6 +10,7 @@
 
 #define CK_KERNEL "jacobi.h"
 #include "../core/each_isa.h"
+#include "isa.h"
 
 namespace compaware {
 namespace {
@@ -28,8 +29,8 @@ struct Kernel {
 template <class T>
 Kernel<T> kernel() {
 #ifdef CK_X86_LEVELS
-  if (__builtin_cpu_supports("x86-64-v4")) return {64 / sizeof(T), avx512::jacobi<T, 64 / sizeof(T)>};
-  if (__builtin_cpu_supports("x86-64-v3")) return {32 / sizeof(T), avx2::jacobi<T, 32 / sizeof(T)>};
+  if (isa() == Isa::avx512) return {64 / sizeof(T), avx512::jacobi<T, 64 / sizeof(T)>};
+  if (isa() == Isa::avx2) return {32 / sizeof(T), avx2::jacobi<T, 32 / sizeof(T)>};
 #endif
   return {16 / sizeof(T), baseline::jacobi<T, 16 / sizeof(T)>};
 }

@@ -8,6 +8,7 @@
 
 #define CK_KERNEL "wide.h"
 #include "../core/each_isa.h"
+#include "isa.h"
 
 namespace compaware {
 namespace {
@@ -24,8 +25,8 @@ using Kernel = void (*)(const T*, int64_t, int64_t, const double*, int64_t, int6
 template <class T>
 Kernel<T> kernel() {
 #ifdef CK_X86_LEVELS
-  if (__builtin_cpu_supports("x86-64-v4")) return avx512::wide_product<T, 8>;
-  if (__builtin_cpu_supports("x86-64-v3")) return avx2::wide_product<T, 4>;
+  if (isa() == Isa::avx512) return avx512::wide_product<T, 8>;
+  if (isa() == Isa::avx2) return avx2::wide_product<T, 4>;
 #endif
   return baseline::wide_product<T, 2>;
 }

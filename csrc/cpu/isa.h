@@ -1,0 +1,37 @@
+// Which of the instruction sets of core/each_isa.h to run on; included after it.
+#pragma once
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdlib>
+#include <string>
+
+namespace compaware {
+
+enum class Isa { baseline, avx2, avx512 };
+
+inline Isa best_isa() {
+#ifdef CK_X86_LEVELS
+  if (__builtin_cpu_supports("x86-64-v4")) return Isa::avx512;
+  if (__builtin_cpu_supports("x86-64-v3")) return Isa::avx2;
+#endif
+  return Isa::baseline;
+}
+
+// The best this machine has, or what COMPAWARE_ISA names, so that a test can run the others: read once.
+inline Isa isa() {
+  static const Isa chosen = [] {
+    const char* const name = std::getenv("COMPAWARE_ISA");
+    if (!name || !*name) return best_isa();
+    int i = 0;
+    for (const char* known : {"baseline", "avx2", "avx512"}) {
+      if (name == std::string(known) && i <= static_cast<int>(best_isa())) return static_cast<Isa>(i);
+      ++i;
+    }
+    STD_TORCH_CHECK(false, "COMPAWARE_ISA: wanted baseline, avx2 or avx512, and one that this machine has; got ", name);
+    return Isa::baseline;
+  }();
+  return chosen;
+}
+
+}  // namespace compaware

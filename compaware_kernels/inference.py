@@ -16,9 +16,12 @@ from torch.autograd import forward_ad
 
 from . import _library, lowrank_ops, triton
 
-# Below these the CPU kernel was slower than two convolutions of torch, by up to a third (AMD EPYC with AVX-512, one
-# thread, 3 to 32 channels, ranks 8 and 16, 56 x 56): its columns count in sixteens, and every tap costs something.
+# Below these the CPU kernel was slower than two convolutions of torch, by up to a third: its columns count in sixteens,
+# and every tap costs something (AMD EPYC with AVX-512, 1 thread, 3 to 32 channels, ranks 8 and 16, 56 x 56).
 SMALLEST_CHANNELS, SMALLEST_RANK, SMALLEST_RANK_OF_LARGE = 16, 12, 24  # with kernels; of 4 x 4 and more
+# And 1 x 1 layers of few channels on many pixels, which do little but write their output: 0.6x (2 threads, 16 and
+# 24 channels, 25,088 pixels; on 1,568 pixels they were faster by half).
+THIN_CHANNELS, MANY_PIXELS = 32, 8192
 
 
 def lowrank_conv2d(
@@ -126,13 +129,15 @@ def why_two_step(x: Tensor, V: Tensor, U: Tensor, groups: int = 1, fold: str = "
         return "autocast: the CPU kernel is for fp32"
     if x.dtype != torch.float32 or V.dtype != torch.float32:
         return f"the CPU kernel is for fp32; got {x.dtype} and weights of {V.dtype}"
-    return _too_small(V, groups) if V.ndim == 4 else ""
+    return _too_small(x, V, groups) if V.ndim == 4 else ""
 
 
-def _too_small(V: Tensor, groups: int) -> str:
+def _too_small(x: Tensor, V: Tensor, groups: int) -> str:
     """Why two steps are faster than the CPU kernel; "" if they are not."""
     r, C, taps = V.shape[0] // groups, V.shape[1], V.shape[2] * V.shape[3]
     least = SMALLEST_RANK if taps < 16 else SMALLEST_RANK_OF_LARGE
+    if taps == 1 and C < THIN_CHANNELS and x.shape[0] * x.shape[2] * x.shape[3] > MANY_PIXELS:
+        return f"{C} channels on more than {MANY_PIXELS} pixels: two steps write faster"
     if taps == 1 or (r >= least and C >= SMALLEST_CHANNELS):
         return ""
     return f"{C} channels, rank {r} per group: two steps are faster below {SMALLEST_CHANNELS} channels or rank {least}"

@@ -174,6 +174,14 @@ def test_why_two_step():
     assert layer.why_two_step(x) == "" and layer.why_two_step(x.requires_grad_())
 
 
+@kernel
+def test_thin_layers_on_large_images_take_two_steps():
+    layer = ck.LowRankConv2d(24, 144, 1, 8).eval()
+    with torch.no_grad():
+        assert "pixels" in layer.why_two_step(torch.randn(2, 24, 91, 91))
+        assert layer.why_two_step(torch.randn(2, 24, 28, 28)) == ""
+
+
 def test_one_image_without_a_batch_axis():
     for name, fold in product(("conv2d", "grouped", "few channels"), FOLDS):
         layer, x = low_rank(name, fold)

@@ -1,6 +1,7 @@
 """One layer in two factors against the dense layer and two layers of torch: the shapes, who computes it, the checks."""
 
 import copy
+import math
 import os
 from collections.abc import Callable
 from itertools import product
@@ -46,6 +47,10 @@ class Layer(NamedTuple):
 
     def rank(self, share: float) -> int:
         return max(8, round(share * min(self.O, self.C * max(1, self.k) ** 2)))
+
+    def pixels(self, batch: int) -> int:
+        """Of the output."""
+        return batch * math.ceil(self.H / self.stride) ** 2
 
     def input(self, batch: int) -> Tensor:
         return torch.randn(batch, self.C, self.H, self.H) if self.k else torch.randn(batch, self.H, self.C)

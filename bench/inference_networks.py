@@ -1,7 +1,6 @@
 """Whole networks, dense and with every layer but the stem and the classifier in two factors."""
 
 import copy
-import inspect
 from collections.abc import Callable
 
 import networks
@@ -36,8 +35,7 @@ def build(name: str, batch: int) -> tuple[nn.Module, nn.Module, Tensor]:
 
 def compress(model: nn.Module, x: Tensor, skip: list[str]) -> nn.Module:
     """All layers in factors, whether that is faster or not."""
-    more = {"goal": "size"} if "goal" in inspect.signature(ck.compress).parameters else {}
-    return ck.compress(model, quarter, (x,), skip=skip, **more)[0]
+    return ck.compress(model, quarter, (x,), goal="size", skip=skip)[0]
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import typer
+from inference_layers import Layer
 
 from compaware_kernels.triton.lowrank import MAX_RANK, tile_for
 
@@ -55,25 +56,6 @@ multiprocessor has work. Fused: the tiles of `compaware_kernels/triton/lowrank.p
 occupy. Rank: the share of min(O, C k k); above {max_rank} the fused column is two convolutions. The stem and the
 classifier stay dense.
 """
-
-
-class Layer(NamedTuple):
-    """A convolution: C -> O channels, k x k, input H x H."""
-
-    C: int
-    O: int
-    k: int
-    H: int
-    stride: int = 1
-
-    def __str__(self) -> str:
-        return f"{self.k} x {self.k}, {self.C} -> {self.O}, {self.H} x {self.H}" + ("" if self.stride == 1 else " / 2")
-
-    def rank(self, share: float) -> int:
-        return max(1, round(share * min(self.O, self.C * self.k**2)))
-
-    def pixels(self, batch: int) -> int:
-        return batch * ceil(self.H / self.stride) ** 2
 
 
 STEM, CLASSIFIER = Layer(3, 64, 7, 224, 2), Layer(2048, 1000, 1, 1)

@@ -43,6 +43,9 @@ def test_random_networks(seed, measure):
     rule = ck.ranks.share(RULES[share])
     small, report = ck.compress(dense, rule, (x,), measure=measure)
     assert all(layer.reason for layer in report.layers)
+    with torch.no_grad():  # the same function as its factors multiplied out
+        truth = ck.to_dense(small).double()(x.double())
+        assert (small(x) - truth).abs().max() <= 1e-5 * truth.abs().max()
     last = copy.deepcopy(dense).to(memory_format=torch.channels_last)
     with torch.inference_mode():
         times = planner.seconds([lambda: dense(x), lambda: last(x), lambda: small(x)], x.device)

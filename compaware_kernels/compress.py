@@ -18,6 +18,7 @@ from .folds import FOLDS, Layer, foldable_layers, require_matches, row_axes
 from .graphs import same_outputs
 from .layers import LOW_RANK, low_rank_type
 from .neurons import remove_dead_neurons
+from .surgery import to_channels_last
 from .tables import text_table
 
 RankRule = Callable[[Tensor], int]
@@ -166,12 +167,12 @@ def _factorize(
         dense, gain = model.get_submodule(name), None
         rule = next((rule for pattern, rule in rules.items() if fnmatchcase(name, pattern)), None)
         reason, candidates = _candidates(model, name, dense, rule, folds, inputs is not None)
-        choice = min(candidates, key=lambda c: _size(low_rank_type(dense).like(dense, c[1], c[0])), default=None)
-        if candidates and inputs is not None:
-            if name in seen:
-                choice, gain, reason = planner.choose(dense, candidates, *seen[name], measure)
-            else:
-                choice, reason = None, "the example inputs do not reach it"
+        if inputs is None:
+            choice = min(candidates, key=lambda c: _size(low_rank_type(dense).like(dense, c[1], c[0])), default=None)
+        elif candidates and name in seen:
+            choice, gain, reason = planner.choose(dense, candidates, *seen[name], measure)
+        else:
+            choice, reason = None, reason or "the example inputs do not reach it"
         if reason:
             _note(notes, name, reason)
         if choice:
@@ -218,10 +219,8 @@ def _keep_what_is_cheaper(
 
 
 def _channels_last(model: nn.Module, inputs: tuple) -> nn.Module:
-    """The model with channels_last weights, if it has 2-D convolutions and its code takes their outputs."""
-    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
-        return model
-    changed = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    """The model with channels_last weights, if its code takes the outputs of such layers."""
+    changed = to_channels_last(copy.deepcopy(model))
     return changed if same_outputs(model, changed, inputs) else model
 
 

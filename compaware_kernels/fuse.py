@@ -15,7 +15,7 @@ from .folds import CONVS, TRANSPOSED, Layer
 from .graphs import is_in_place, same_outputs, trace
 from .layers import LOW_RANK, LowRankConv2d
 from .low_rank import MODULES, LowRank
-from .surgery import NORMS, is_plain, is_shared, resized, sizes
+from .surgery import NORMS, is_plain, is_shared, resized, sizes, to_channels_last
 
 DENSE = (nn.Linear, *CONVS, *TRANSPOSED)
 LAYERS = (*DENSE, *LOW_RANK.values())
@@ -61,7 +61,7 @@ def fuse(model: nn.Module, example_inputs: Sequence[object]) -> nn.Module:
         for node in list(fused.graph.nodes):
             if node.op == "call_module":
                 change(fused, node)
-    _to_channels_last(fused)
+    _copying_views(to_channels_last(fused))
     fused.delete_all_unused_submodules()
     fused.recompile()
     if not same_outputs(reference, fused, inputs):
@@ -208,11 +208,8 @@ def _activation(model: nn.Module, user: fx.Node | None) -> str | None:
     return CALLS.get(user.target) if user.op in ("call_function", "call_method") else None
 
 
-def _to_channels_last(model: fx.GraphModule) -> None:
-    """The weights of 2-D convolutions; ``view`` then meets outputs of other strides, and has to copy."""
-    for module in model.modules():
-        if type(module) in (nn.Conv2d, nn.ConvTranspose2d):
-            module.to(memory_format=torch.channels_last)
+def _copying_views(model: fx.GraphModule) -> None:
+    """``view`` meets outputs in channels_last, and has to copy."""
     for node in model.graph.nodes:
         if node.op == "call_method" and node.target == "view" and not isinstance(node.args[-1], torch.dtype):
             node.target = "reshape"

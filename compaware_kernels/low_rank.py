@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ from .surgery import is_plain
 MODULES = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "gelu": nn.GELU}  # of the fused activations
 
 
-class LowRank(nn.Module):
+class LowRank(nn.Module, ABC):
     """Two factors applied in turn, by one kernel where there is one.
 
     ``forward(x, residual=None)`` is ``act(second(first(x)) + residual)``; the activation is ``none`` until
@@ -61,7 +63,8 @@ class LowRank(nn.Module):
         return ""
 
     def _in_one(self, x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None, residual: Tensor | None, in_place: bool):
-        raise NotImplementedError
+        """Both factors by one kernel.  Only for layers that have one: the others always have a reason for two steps."""
+        raise NotImplementedError(f"{type(self).__name__} has no kernel, and why_two_step did not say so")
 
     def to_sequential(self) -> nn.Sequential:
         """The same layer in plain torch: ``nn.Sequential(first, second)``, sharing the parameters.
@@ -129,12 +132,13 @@ class LowRank(nn.Module):
         fused = "" if self.activation == "none" else f", activation={self.activation}"
         return f"rank={self.rank}, weights={parameters:,} of {dense:,} ({parameters / dense:.0%}){fused}"
 
+    @abstractmethod
     def _dense_numel(self) -> int:
-        raise NotImplementedError
+        """Numbers in the weight of the dense layer."""
 
+    @abstractmethod
     def _weights(self, dense: Tensor) -> tuple[Tensor, Tensor]:
         """first.weight and second.weight of the best approximation of a dense weight."""
-        raise NotImplementedError
 
 
 def _state(V: Tensor, U: Tensor) -> tuple[int, ...]:

@@ -57,11 +57,9 @@ def measure_device(device: torch.device, dtype: torch.dtype, threads: int) -> De
     """Measure a device, once per dtype and number of threads."""
     place, last = {"device": device, "dtype": dtype}, torch.channels_last
     with torch.inference_mode():
-        conv, x = (
-            nn.Conv2d(128, 128, 3, padding=1, **place).to(memory_format=last),
-            torch.randn(4, 128, 28, 28, **place),
-        )
-        x, source, target = x.to(memory_format=last), torch.zeros(2**23, **place), torch.zeros(2**23, **place)
+        conv = nn.Conv2d(128, 128, 3, padding=1, **place).to(memory_format=last)
+        x = torch.randn(4, 128, 28, 28, **place).to(memory_format=last)
+        source, target = torch.zeros(2**23, **place), torch.zeros(2**23, **place)
         dense, tiny = nn.Conv2d(16, 16, 1, **place).eval(), torch.zeros(1, 16, 1, 1, **place)
         low_rank = LowRankConv2d.like(dense, 8).eval()
         macs, moved = conv.weight.numel() * x[:, 0].numel(), _bytes(source, 2 * source.numel())

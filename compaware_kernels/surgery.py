@@ -104,3 +104,11 @@ def replace(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
             if module is old:
                 setattr(parent, child, new)
     return new if old is model else model
+
+
+def to_channels_last(model: nn.Module) -> nn.Module:
+    """The model itself, the weights of its 2-D convolutions in channels_last; ``.to`` of a model refuses 3-D ones."""
+    for module in model.modules():
+        if type(module) in (nn.Conv2d, nn.ConvTranspose2d):
+            module.to(memory_format=torch.channels_last)
+    return model

@@ -160,6 +160,14 @@ def test_a_model_that_does_not_take_channels_last_is_left_in_nchw():
     assert small(X).shape == (2, 3)
 
 
+def test_a_model_with_3d_convolutions_too():
+    layers = [nn.Conv2d(64, 128, 3, padding=1), nn.Unflatten(1, (8, 16)), nn.Conv3d(8, 4, 1), nn.Flatten(1, 2)]
+    model = nn.Sequential(*layers, nn.Conv2d(64, 4, 1)).eval()
+    small, _ = ck.compress(model, {"0": ck.ranks.fixed(16)}, (X,))
+    assert isinstance(small[0], ck.LowRankConv2d) and small(X).shape == model(X).shape
+    assert small[4].weight.stride() == model[4].to(memory_format=torch.channels_last).weight.stride()
+
+
 def test_training_mode_is_kept_and_layers_out_of_reach_stay():
     model = network().train()
     model[1].eval()

@@ -15,10 +15,11 @@ namespace compaware::CK_ISA {
 struct Rows {
   const float* const* at;
   int64_t stride, taps, depth, offset;
-  int64_t count = 0, fresh = 0;  // from tap `fresh` on nothing read these `count` rows before: the next are fetched meanwhile
+  int64_t count = 0, fresh = 0;  // of rows, if from tap `fresh` on they were not read before: the next are fetched meanwhile
 };
 
-// How a tile's sums begin, from what `from` has (laid out as C: the residual, or C itself; null: zeros) and the bias, and end.
+// How a tile's sums begin, from the bias and what `from` has (laid out as C: the residual, or C itself; null: zeros), and
+// how they end.
 struct Ends {
   const float *from = nullptr, *bias = nullptr;
   bool clamp = false;
@@ -35,7 +36,7 @@ struct Panel {  // the sums of R rows, a row of the panel and one number of the 
   static constexpr int rows(int V) { return L == 16 ? (V == 4 ? 6 : V == 3 ? 8 : 10) : (V == 2 ? 6 : 8); }
 };
 
-// C[R, V vectors] (+)= rows i .. i + R of A, times B [taps depth, V vectors].
+// C[R, V vectors] = rows i .. i + R of A, times B [taps depth, V vectors], and what the ends say.
 template <int L, int V, int R>
 __attribute__((noinline)) void tile(const Rows& A, int64_t i, const float* B, int64_t B_tap, float* C, int64_t ldc,
                                     const Ends& ends) {
@@ -169,7 +170,7 @@ inline void find_rows(const LowRankWork& w, int64_t first, int64_t count, const 
   }
 }
 
-// Pixels first .. first + count. scratch: T [count, padded r], aligned; rows: max(taps, 1) * count pointers, then count.
+// Pixels first .. first + count. scratch: T [count, padded r], aligned; rows: taps * count pointers, then count.
 template <int L>
 void lowrank_tile(const LowRankWork& w, int64_t first, int64_t count, const float* zeros, const float** rows, float* T) {
   const int64_t C = w.C / w.G, O = w.O / w.G, ldt = padded(w.r), taps = w.taps();

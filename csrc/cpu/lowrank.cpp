@@ -69,12 +69,11 @@ Factor factor(const Tensor& W, int64_t groups, int64_t g) {
 
 // What was packed, and when.
 struct Stamp {
-  const void *V = nullptr, *U = nullptr;
-  int64_t V_version = -1, U_version = -1;
+  const void *V, *U;
+  int64_t V_version, U_version;
 
   Stamp(const Tensor& V, const Tensor& U)
       : V(V.const_data_ptr()), U(U.const_data_ptr()), V_version(version(V)), U_version(version(U)) {}
-  bool operator==(const Stamp&) const = default;
 };
 static_assert(sizeof(Stamp) <= kHeader * sizeof(float));
 

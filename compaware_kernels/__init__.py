@@ -33,8 +33,9 @@ from .prox import (
     truncate_,
     weighted_svt_,
 )
+from .spectra import ProximalReport
 from .state import WarmState
-from .training import ProximalReport, ProximalStep
+from .training import ProximalStep
 
 __version__ = "0.1.0"
 

@@ -26,6 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from . import parametrized
+from .wrappers import plain_name
+
 FOLDS = ("paper", "spatial", "input")
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -74,14 +77,24 @@ def oriented(weight: Tensor, kind: type[nn.Module], groups: int = 1) -> Tensor:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that folds: its name in the model, the module, and its parameter ``weight``."""
+    """A layer that folds: its name in the model, and the module with its ``weight``."""
 
     name: str
     module: nn.Module
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
+        """``module.weight``: a parameter, or what a parametrization makes of some."""
         return self.module.weight
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What an optimizer moves when it moves the weight."""
+        return parametrized.originals(self.module) if self.is_parametrized else [self.weight]
+
+    @property
+    def is_parametrized(self) -> bool:
+        return parametrized.is_parametrized(self.module)
 
     @property
     def groups(self) -> int:
@@ -94,19 +107,30 @@ class Layer:
 
     @torch.no_grad()
     def set_rows(self, W: Tensor) -> None:
-        """Write what :attr:`rows` has into the weight."""
-        self.weight.copy_(oriented(W, type(self.module), self.groups))
+        """Write what :attr:`rows` has into the weight.  Raises ValueError where a parametrization cannot hold it."""
+        W = oriented(W, type(self.module), self.groups)
+        if not self.is_parametrized:
+            self.weight.copy_(W)
+            return
+        try:
+            parametrized.assign(self.module, W)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
 
     def matrix(self, fold: str = "paper") -> Tensor:
         """The folded weight ``[G, m, n]``."""
         return to_matrix(self.rows, fold, self.groups)
 
 
-def foldable_layers(model: nn.Module, skip: Sequence[str] = ()) -> tuple[list[Layer], dict[str, str]]:
+def foldable_layers(
+    model: nn.Module, skip: Sequence[str] = (), *, training: bool = False
+) -> tuple[list[Layer], dict[str, str]]:
     """The layers of ``model`` that fold to matrices, and every other layer with weights, with the reason it does not.
 
     Args:
         skip: name patterns (``fnmatch``: ``"head"``, ``"layer4.*"``) of layers to leave alone.
+        training: as a trainer sees them: parametrized weights that can be written to fold, too, and names are without
+            what compiled or checkpointed submodules add to them.
 
     Raises:
         ValueError: a pattern of ``skip`` matches no layer (most likely a typing error).
@@ -114,14 +138,15 @@ def foldable_layers(model: nn.Module, skip: Sequence[str] = ()) -> tuple[list[La
     layers, skipped = [], {}
     owners: dict[int, str] = {}
     for name, module in _weighted_modules(model):
-        reason = _not_foldable(module)
+        name, reason = plain_name(name) if training else name, _not_foldable(module, training)
         if any(fnmatchcase(name, pattern) for pattern in skip):
             reason = "skipped by name"
-        elif reason is None and id(module.weight) in owners:
-            reason = f"shares its weight with {owners[id(module.weight)]}"
+        layer = Layer(name, module)
         if reason is None:
-            owners[id(module.weight)] = name
-            layers.append(Layer(name, module))
+            owner = owners.setdefault(id(layer.parameters[0]), name)
+            reason = None if owner == name else f"shares its weight with {owner}"
+        if reason is None:
+            layers.append(layer)
         else:
             skipped[name] = reason
     require_matches(skip, [layer.name for layer in layers] + list(skipped), "skip")
@@ -145,12 +170,18 @@ def _weighted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _not_foldable(module: nn.Module) -> str | None:
+def _not_foldable(module: nn.Module, training: bool) -> str | None:
     kind = type(module).__name__
-    if parametrize.is_parametrized(module):
+    if parametrize.is_parametrized(module) and not (training and parametrized.is_parametrized(module)):
         return f"{kind}: its weight is parametrized; remove the parametrization first"
     if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
         return f"{kind}: not initialised yet; run the model once first"
     if not isinstance(module, (nn.Linear, *CONVS, *TRANSPOSED)):
         return f"{kind}: only Linear and (transposed) convolutions fold to matrices"
+    if parametrized.is_parametrized(module):
+        return parametrized.why_not(module)
+    if not isinstance(module.weight, nn.Parameter):
+        return (
+            f"{kind}: its weight is no parameter, but made by a hook; torch.nn.utils.parametrizations can be written to"
+        )
     return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,37 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import prox
-from .factorize import singular_values
-from .folds import Layer, foldable_layers, require_matches, row_axes
-from .ranks import numerical_rank
+from .folds import Layer, foldable_layers, require_matches, row_axes, to_matrix
+from .spectra import ProximalReport, spectrum
 from .state import WarmState
-from .tables import text_table
+from .wrappers import unwrapped, unwrapped_optimizer
 
 Strength = float | Mapping[str, float]
 PENALTIES = ("nuclear", "group", "l1")
-
-
-@dataclass(frozen=True)
-class LayerSpectrum:
-    """One layer now: its rank and spectrum under the fold (over groups: largest rank, summed sigma)."""
-
-    name: str
-    shape: tuple[int, ...]  # of the folded weight, [G, m, n]
-    rank: int
-    full_rank: int
-    sigma_sum: float  # nuclear norm
-    sigma_max: float
-    rows_alive: float  # share of neurons with a weight other than zero
-    thresholds: dict[str, float]  # used by the last proximal step
-
-
-class ProximalReport(list):
-    """A list of :class:`LayerSpectrum`; ``str(report)`` is a table."""
-
-    def __str__(self) -> str:
-        rows = [(r.name, "x".join(map(str, r.shape[-2:])), f"{r.rank}/{r.full_rank}", f"{r.sigma_sum:.4g}",
-                 f"{r.sigma_max:.4g}", f"{r.rows_alive:.0%}") for r in self]  # fmt: skip
-        return text_table(("layer", "matrix", "rank", "sum sigma", "max sigma", "rows alive"), rows, right=range(1, 6))
 
 
 class ProximalStep:
@@ -59,9 +34,11 @@ class ProximalStep:
     with momentum or an adaptive optimizer the step is decoupled from its metric, as weight decay is in AdamW.
 
     Args:
-        model: its Linear layers and (transposed) convolutions are treated; the rest is listed in ``skipped``.
+        model: its Linear layers and (transposed) convolutions are treated; the rest is listed in ``skipped``. A weight
+            that several layers share is shrunk once; a parametrized one through its parametrization's right inverse.
+            What torch.compile, DistributedDataParallel or AveragedModel wrapped around the model is looked through.
         optimizer: any torch optimizer over the model's parameters. Parameters it does not hold, and frozen ones, are
-            left alone.
+            left alone. Steps that a GradScaler skips do not count.
         nuclear, group, l1: strengths >= 0 of the three penalties: one number, or numbers by layer name pattern
             (``{"features.*": 0.1, "head": 0.0}``, first match wins, no match is 0).
         every: ``"epoch"``: you call :meth:`step` at the end of each epoch, as in the paper. An int k: a proximal step
@@ -71,6 +48,8 @@ class ProximalStep:
         fold: how convolutions become matrices for the nuclear norm, see :mod:`compaware_kernels.folds`.
         skip: name patterns of layers to leave alone.
         warmup: the thresholds of the first ``warmup`` proximal steps grow linearly to their full size.
+        center: a model of the same architecture, with weights C: the penalty is ``nuclear_l ||W_l - C_l||_*``, so that
+            fine-tuning learns the rank of its update (see :func:`export_lora`). The report is then that of ``W - C``.
 
     Attributes:
         layers: the layers treated.  skipped: name -> reason for all others that have weights.
@@ -79,7 +58,8 @@ class ProximalStep:
 
     Raises:
         ValueError: negative or infinite strength, unknown fold or order, every < 1, a pattern that matches no layer,
-            a model none of whose foldable layers is trained by the optimizer.
+            a model none of whose foldable layers is trained by the optimizer, a center of another architecture or
+            together with ``group`` or ``l1``.
 
     Source: Alvarez & Salzmann, NIPS 2017 (arXiv 1711.02638), section 3; NIPS 2016 for the group term.
     """
@@ -98,6 +78,7 @@ class ProximalStep:
         fold: str = "paper",
         skip: Sequence[str] = (),
         warmup: int = 0,
+        center: nn.Module | None = None,
     ):
         if not (every == "epoch" or (isinstance(every, int) and every >= 1)):
             raise ValueError(f"every must be 'epoch' or a number of optimizer steps >= 1; got {every!r}")
@@ -106,9 +87,9 @@ class ProximalStep:
         if not (isinstance(warmup, int) and warmup >= 0):
             raise ValueError(f"warmup must be a number of proximal steps >= 0; got {warmup!r}")
         row_axes(fold, 2)
-        self.optimizer, self.every, self.scale_by_lr = optimizer, every, scale_by_lr
+        self.optimizer, self.every, self.scale_by_lr = unwrapped_optimizer(optimizer), every, scale_by_lr
         self.order, self.fold, self.warmup = tuple(order), fold, warmup
-        self.layers, self.skipped = foldable_layers(model, skip)
+        self.layers, self.skipped = foldable_layers(unwrapped(model), skip, training=True)
         names = [layer.name for layer in self.layers]
         self.strengths = {
             name: {
@@ -123,11 +104,18 @@ class ProximalStep:
             raise ValueError(
                 "the optimizer holds no weight of a Linear or convolution of this model: nothing to shrink"
             )
+        self.centers = None if center is None else _centers(center, self.layers, self.strengths)
         self.steps = self.applied = 0
         self.warm = WarmState()
-        self._hook = optimizer.register_step_post_hook(self._after_optimizer_step)
+        self._hook = self.optimizer.register_step_post_hook(self._after_optimizer_step)
 
+    @torch.compiler.disable
     def _after_optimizer_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        overflow = getattr(
+            optimizer, "found_inf", None
+        )  # a GradScaler lets fused optimizers skip their steps themselves
+        if overflow is not None and bool(overflow):
+            return
         self.steps += 1
         if self.every != "epoch" and self.steps % self.every == 0:
             self.step()
@@ -140,7 +128,10 @@ class ProximalStep:
     def step(self) -> None:
         """Take one proximal step now, on every layer.
 
-        All or nothing: on an error (NaN or Inf in a weight: ValueError with the layer's name) no weight is changed.
+        All or nothing: on an error no weight is changed.
+
+        Raises:
+            ValueError: NaN or Inf in a weight, or a parametrization that cannot hold the result, with the layer's name.
         """
         layers = self._trained()
         ramp = min(1.0, (self.applied + 1) / (self.warmup + 1))
@@ -152,10 +143,7 @@ class ProximalStep:
             used = [i for i, tau in enumerate(taus) if tau[penalty] > 0]
             shrink = {"nuclear": self._nuclear, "group": _group, "l1": _l1}[penalty]
             shrink([layers[i][0] for i in used], [copies[i] for i in used], [taus[i][penalty] for i in used])
-        for (layer, bias), (W, b) in zip(targets, copies, strict=True):
-            layer.set_rows(W)
-            if bias is not None:
-                bias.copy_(b)
+        _write(targets, copies)
         self.applied += 1
 
     def thresholds(self) -> dict[str, dict[str, float]]:
@@ -172,13 +160,24 @@ class ProximalStep:
 
     def _trained(self) -> list[tuple[Layer, float]]:
         """The layers whose weights the optimizer holds and trains now, with their learning rates."""
-        lr = {id(p): float(group["lr"]) for group in self.optimizer.param_groups for p in group["params"]}
-        trained = [layer for layer in self.layers if layer.weight.requires_grad and id(layer.weight) in lr]
-        return [(layer, lr[id(layer.weight)]) for layer in trained]
+        lr = {
+            id(p): float(group["lr"])
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+            if p.requires_grad
+        }
+        found = ((layer, [lr[id(p)] for p in layer.parameters if id(p) in lr]) for layer in self.layers)
+        return [(layer, rates[0]) for layer, rates in found if rates]
 
     def _nuclear(self, layers: list[Layer], copies: list[list[Tensor | None]], taus: list[float]) -> None:
         groups, names = [layer.groups for layer in layers], [layer.name for layer in layers]
-        prox.svt_([weight for weight, _ in copies], taus, state=self.warm, fold=self.fold, groups=groups, names=names)
+        centers = (
+            None
+            if self.centers is None
+            else [self.centers[name].rows.to(copy) for name, (copy, _) in zip(names, copies, strict=True)]
+        )
+        weights = [weight for weight, _ in copies]
+        prox.svt_(weights, taus, state=self.warm, center=centers, fold=self.fold, groups=groups, names=names)
 
     @torch.no_grad()
     def report(self) -> ProximalReport:
@@ -190,13 +189,9 @@ class ProximalStep:
         thresholds = self.thresholds()
         report = ProximalReport()
         for layer in self.layers:
-            M, s = layer.matrix(self.fold), singular_values(layer.matrix(self.fold))
-            alive = layer.rows.flatten(1).any(1).double().mean().item()
-            rank = int(numerical_rank(s, M.dtype).max())
-            sums = (float(s.sum()), float(s.max()), alive)
-            report.append(
-                LayerSpectrum(layer.name, tuple(M.shape), rank, s.shape[-1], *sums, thresholds.get(layer.name, {}))
-            )
+            rows = layer.rows if self.centers is None else layer.rows - self.centers[layer.name].rows.to(layer.weight)
+            M = to_matrix(rows, self.fold, layer.groups)
+            report.append(spectrum(layer.name, M, rows, layer.weight.dtype, thresholds.get(layer.name, {})))
         return report
 
     def state_dict(self) -> dict[str, Any]:
@@ -214,6 +209,37 @@ class ProximalStep:
             raise ValueError(f"wanted a ProximalStep state with {', '.join(wanted)}; got {state!r:.200}")
         self.warm.load_state_dict(state["warm"])
         self.steps, self.applied = state["steps"], state["applied"]
+
+
+def _write(targets: list[tuple[Layer, Tensor | None]], copies: list[list[Tensor | None]]) -> None:
+    """Put the copies in the weights and biases. Parametrizations may refuse: they come first, and can be undone."""
+    undo = [(p, p.detach().clone()) for layer, _ in targets if layer.is_parametrized for p in layer.parameters]
+    pairs = sorted(zip(targets, copies, strict=True), key=lambda pair: not pair[0][0].is_parametrized)
+    try:
+        for (layer, _), (W, _) in pairs:
+            layer.set_rows(W)
+    except ValueError:
+        for p, old in undo:
+            p.copy_(old)
+        raise
+    for (_, bias), (_, b) in pairs:
+        if bias is not None:
+            bias.copy_(b)
+
+
+def _centers(center: nn.Module, layers: list[Layer], strengths: Mapping[str, Mapping[str, float]]) -> dict[str, Layer]:
+    """The layers of ``center`` by the names of the model's."""
+    if any(by["group"] or by["l1"] for by in strengths.values()):
+        raise ValueError("center: only the nuclear penalty can be centered; wanted group = l1 = 0")
+    found = {layer.name: layer for layer in foldable_layers(unwrapped(center), training=True)[0]}
+    for layer in layers:
+        other = found.get(layer.name)
+        if other is None or other.weight.shape != layer.weight.shape:
+            got = "none" if other is None else list(other.weight.shape)
+            raise ValueError(f"center: wanted a weight {list(layer.weight.shape)} for {layer.name}; got {got}")
+        if any(p is q for p in layer.parameters for q in other.parameters):
+            raise ValueError(f"center: {layer.name} is the same weight there; wanted a copy made before training")
+    return found
 
 
 def _group(layers: list[Layer], copies: list[list[Tensor | None]], taus: list[float]) -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .products import inner, times
+from .rows import Rows
 
 PROBES = 12
 NOT_ZERO = torch.finfo(torch.float64).tiny
@@ -50,7 +51,12 @@ def norm_from_log(log_norm: float, probes: int, power: int = 1) -> float:
 
 def norm_from_probes(sketch: Tensor) -> float:
     """An upper bound of ||R||_F from the sketch ``R Omega`` ``[., p]``."""
-    return _factor(sketch.shape[1]) * float(torch.linalg.vector_norm(sketch.double()))
+    return norm_from_norm(float(torch.linalg.vector_norm(sketch.double())), sketch.shape[1])
+
+
+def norm_from_norm(norm: float, probes: int = PROBES) -> float:
+    """An upper bound of ||R||_F from the norm of its sketch."""
+    return _factor(probes) * norm
 
 
 @dataclass
@@ -62,7 +68,7 @@ class Sketch:
     columns: Tensor  # [r] estimates of the squares of what each triplet lacks
 
 
-def sketch_triplets(X: Tensor, U: Tensor, s: Tensor, V: Tensor, gain: Tensor, generator: torch.Generator) -> Sketch:
+def sketch_triplets(X: Rows, U: Tensor, s: Tensor, V: Tensor, gain: Tensor, generator: torch.Generator) -> Sketch:
     """The distance of X from a matrix that has exactly the singular triplets (U, s, V), all in fp64.
 
     With orthonormal U ``[m, r]`` and V ``[n, r]`` that matrix is ``U diag(s) V^T + (I - U U^T) X (I - V V^T)``, at the
@@ -70,23 +76,26 @@ def sketch_triplets(X: Tensor, U: Tensor, s: Tensor, V: Tensor, gain: Tensor, ge
     matrices, at a distance (from U s) of about ``||(U^T U - I) s|| / 2``: counted once fully. ``gain`` ``[r]`` says how
     far what a triplet lacks matters; it enters the estimate only, never the bound.
     """
-    draw = {"generator": generator, "dtype": torch.float64, "device": X.device}
-    right, inside = torch.randn(X.shape[1], PROBES, **draw), torch.randn(len(s), PROBES, **draw)
+    draw = {"generator": generator, "dtype": torch.float64, "device": V.device}
+    right, inside = torch.randn(X.n, PROBES, **draw), torch.randn(len(s), PROBES, **draw)
     scaled = s[:, None] * inside
     V_inside, V_scaled = times(V, torch.cat([inside, scaled], 1)).split(PROBES, 1)
-    X_right, X_inside = times(X, torch.cat([right, V_inside], 1)).split(PROBES, 1)
+    X_right, X_inside = X.ahead(torch.cat([right, V_inside], 1)).split(PROBES, 1)
     U_scaled = times(U, scaled)
-    UX, UU = inner(U, torch.cat([X_right, U_scaled], 1)).split(PROBES, 1)
+    UX, UU = X.inner(U, torch.cat([X_right, U_scaled], 1)).split(PROBES, 1)
     VR, VV = inner(V, torch.cat([right, V_scaled], 1)).split(PROBES, 1)
     left = UX - s[:, None] * VR  # (X^T U - V s)^T Omega
-    K = torch.stack([R.mT @ R for R in (left, X_inside - U_scaled, UU - scaled, VV - scaled, gain[:, None] * left)])
+    F = X_inside - U_scaled
+    squares = [R.mT @ R for R in (left, F, UU - scaled, VV - scaled, gain[:, None] * left)]
+    squares[1] = X.sum(squares[1])
+    K, columns = X.agree(torch.stack(squares)), X.agree(left.square().mean(1))
     traces = K.diagonal(dim1=1, dim2=2).sum(1).tolist()
     if not math.isfinite(sum(traces)):
         return Sketch(math.inf, math.inf, torch.full_like(s, math.inf))
     E, F, skew_U, skew_V, _ = (_factor(PROBES) * math.sqrt(trace) for trace in traces)
     _, about_F, about_skew_U, about_skew_V, about_E = spectral_estimates(K)
     spectral = math.hypot(about_E, about_F) + about_skew_U + about_skew_V
-    return Sketch(math.hypot(E, F) + skew_U + skew_V, spectral, left.square().mean(1))
+    return Sketch(math.hypot(E, F) + skew_U + skew_V, spectral, columns)
 
 
 def spectral_estimates(K: Tensor) -> list[float]:

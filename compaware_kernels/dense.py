@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .certificate import NOT_ZERO, PROBES, in_range, norm_from_probes, svd_loss, unit_roundoff
-from .products import ROWS, inner, product, times
+from .certificate import NOT_ZERO, PROBES, in_range, norm_from_norm, norm_from_probes, svd_loss, unit_roundoff
+from .products import product
+from .rows import Rows
 from .spectral import SoftThreshold, Spectral
 
 GRAM_LOSS = 32  # spectral error of the SVT, in units of u s_1^2 / tau; measured: up to 21
@@ -40,17 +41,18 @@ class Dense:
     method: str
 
 
-def by_gram(X: Tensor, function: SoftThreshold, tol: float, norm: float, generator: torch.Generator) -> Dense | None:
+def by_gram(X: Rows, function: SoftThreshold, tol: float, norm: float, generator: torch.Generator) -> Dense | None:
     """The SVT through the Gram matrix; None where even fp64 would not give ``tol`` (relative to tau)."""
     tau = function.tau
     for dtype in (torch.float32, torch.float64):
         u = unit_roundoff(dtype)
-        if unit_roundoff(X.dtype) < u or u * norm > tau or not in_range(dtype, norm, tau):
+        if unit_roundoff(X.X.dtype) < u or u * norm > tau or not in_range(dtype, norm, tau):
             continue
-        G = product(X.mT, X) if dtype == X.dtype else gram_in_parts(X)
-        if GRAM_LOSS * u * top_eigenvalue(G) > tol * tau**2:
+        G = X.gram(dtype)
+        if GRAM_LOSS * u * X.agree_on(top_eigenvalue(G)) > tol * tau**2:
             continue
         w, V = torch.linalg.eigh(G)
+        w = X.agree(w)
         if GRAM_LOSS * u * float(w[-1]) > tol * tau**2:  # the estimate was one
             continue
         s, V = w.double().clamp_min(0).sqrt().flip(0), V.flip(1)
@@ -59,15 +61,16 @@ def by_gram(X: Tensor, function: SoftThreshold, tol: float, norm: float, generat
         if dtype == torch.float32:
             error = gram_error(X, V, s, gain, K, tau, generator)
         else:  # a sum of m products, in any order, and what LAPACK does to it
-            error = (X.shape[0] + EIGH_LOSS) * u * norm**2 / tau
+            error = (X.m + EIGH_LOSS) * u * norm**2 / tau
         return Dense(*K, s, V, error, f"gram, fp{torch.finfo(dtype).bits}")
     return None
 
 
-def by_svd(X: Tensor, function: Spectral, norm: float) -> Dense:
+def by_svd(X: Rows, function: Spectral, norm: float) -> Dense:
     """Any function of the spectrum, through an SVD in fp64."""
-    _, s, Vh = torch.linalg.svd(X.double(), full_matrices=False)
-    error = svd_loss(torch.float64, *X.shape) * norm
+    _, s, Vh = torch.linalg.svd(X.triangle(), full_matrices=False)
+    s = X.agree(s)
+    error = (1 + len(X.groups)) * svd_loss(torch.float64, X.m, X.n) * norm  # a QR of as many rows loses no more
     error *= function.lipschitz(s, 0.0, error)
     return Dense(*split(Vh.mT, function(s) / s.clamp_min(NOT_ZERO)), s, Vh.mT, error, "svd, fp64")
 
@@ -80,31 +83,24 @@ def split(V: Tensor, gain: Tensor) -> tuple[Tensor, Tensor | None, bool]:
     return product(V * (1 - gain).to(V.dtype), V.mT), None, True
 
 
-def gram_in_parts(X: Tensor) -> Tensor:
-    """X^T X in fp64, converting a few rows at a time."""
-    return sum(inner(part, part) for part in X.split(max(1, ROWS // X.shape[1])))
-
-
-def gram_error(
-    X: Tensor, V: Tensor, s: Tensor, gain: Tensor, K: tuple, tau: float, generator: torch.Generator
-) -> float:
+def gram_error(X: Rows, V: Tensor, s: Tensor, gain: Tensor, K: tuple, tau: float, generator: torch.Generator) -> float:
     """A bound of the error of X K, all of it probed in fp64: the factorisation, V's orthogonality, the product in K.
 
     With ``V^T V = I + 2 S`` both ``V diag(w) V^T`` and K are off in the same direction: what remains of it in X K is,
     by the quotients above, at most ``3 |S_ij| max(s_i, s_j)``.
     """
-    omega = torch.randn(X.shape[1], PROBES, generator=generator, dtype=torch.float64, device=X.device)
+    omega = torch.randn(X.n, PROBES, generator=generator, dtype=torch.float64, device=V.device)
     V = V.double()
     in_V = V.mT @ omega
     L, R, residual = K
     in_K = L.double() @ (omega if R is None else R.double().mT @ omega)
-    products = times(X, torch.cat([omega, in_K - V @ ((1 - gain if residual else gain)[:, None] * in_V)], 1))
-    E = V @ (s.square()[:, None] * in_V) - times(X.mT, products[:, :PROBES])
+    products = X.ahead(torch.cat([omega, in_K - V @ ((1 - gain if residual else gain)[:, None] * in_V)], 1))
+    E = V @ (s.square()[:, None] * in_V) - X.back(products[:, :PROBES])
     # Rows and columns above tau alike; 0.9 and 1.1, since the computed basis stands for the exact one.
     factorisation = 1.1 * math.sqrt(2) * torch.where(s > 0.9 * tau, 1 / s, 0)[:, None] * (V.mT @ E)
     skew = V.mT @ (V @ (s[:, None] * omega)) - s[:, None] * omega
-    rounding = norm_from_probes(products[:, PROBES:])
-    return norm_from_probes(factorisation) + 3 * norm_from_probes(skew) + rounding
+    rounding = norm_from_norm(X.norm(products[:, PROBES:]))
+    return X.agree_on(norm_from_probes(factorisation) + 3 * norm_from_probes(skew)) + rounding
 
 
 def top_eigenvalue(G: Tensor) -> float:

@@ -29,6 +29,8 @@ from .certificate import in_range, norms, storage, unit_roundoff
 from .ops import compute_dtype
 from .products import ROWS, product
 from .report import SvtInfo
+from .rows import Rows
+from .shards import Shards
 from .spectral import SoftThreshold, Spectral
 from .state import WarmState
 from .subspace import FIRST, Subspace, columns_for
@@ -39,7 +41,7 @@ LITTLE = 1e8  # multiplications of a matrix product, below which threads are not
 
 @dataclass
 class Task:
-    """One matrix on its way through the engine."""
+    """One matrix on its way through the engine, or what lies here of one that is divided by rows, m >= n or not."""
 
     W: Tensor  # [m, n], written at the end
     function: Spectral
@@ -48,6 +50,8 @@ class Task:
     tol: float
     basis: Tensor | None = None  # from the state
     seed: int = 0
+    shards: Shards | None = None  # W has the rows of the longer side that lie here,
+    turned: Sequence[torch.Size] = ()  # which came from these shapes
     norm: float = 0.0  # >= ||W - center||_F
     too_wide: bool = False  # the subspace that would be needed
     # what comes out
@@ -60,12 +64,27 @@ class Task:
     right: Tensor | None = None
     dense: dense.Dense | None = None
 
-    def matrix(self) -> Tensor:
+    @property
+    def tall(self) -> bool:
+        return self.shards is not None or self.W.shape[0] >= self.W.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """m, n of the whole matrix, m >= n."""
+        m, n = sorted(self.W.shape if self.shards is None else self.shards.shape, reverse=True)
+        return m, n
+
+    def matrix(self) -> Rows:
         """X [m, n], m >= n, in the compute dtype: fp32, or fp64 where the weight is, or a difference needs it."""
         dtype = compute_dtype(self.W.dtype)
         X = small.difference(self.W, self.center)
         X = X.to(dtype if self.center is None else _product_dtype(self, dtype))
-        return X if X.shape[0] >= X.shape[1] else X.mT
+        return Rows(X if self.tall else X.mT, self.shape[0], () if self.shards is None else self.shards.groups)
+
+    def norm_of(self, W: Tensor) -> float:
+        """>= the Frobenius norm of the whole, whose part here is W."""
+        norm = float(norms(W))
+        return norm if self.shards is None else Rows(W, 0, self.shards.groups).hypot(norm)
 
     @property
     def generator(self) -> torch.Generator:
@@ -74,7 +93,7 @@ class Task:
 
 def compute(task: Task) -> None:
     """Find the result of one task; write nothing."""
-    task.norm = float(norms(small.difference(task.W, task.center)))
+    task.norm = task.norm_of(small.difference(task.W, task.center))
     if task.norm == 0 or task.function.count == 0 or (task.function.count is None and task.norm <= task.function.floor):
         task.method, task.reason = "zero", f"||W||_F is at most {task.norm:.3g}"
         return
@@ -87,38 +106,38 @@ def compute(task: Task) -> None:
     new = task.function(found.s)
     rank = int((new > 0).sum())
     task.s, task.method, task.dense = new[:rank], found.method, found
-    keep = columns_for(rank) if rank * FEW < X.shape[1] else 0
-    task.basis = found.V[:, :keep].to(X.dtype).clone()
+    keep = columns_for(rank) if rank * FEW < X.n else 0
+    task.basis = found.V[:, :keep].to(X.X.dtype).clone()
     found.V = None
-    u = unit_roundoff(_product_dtype(task, X.dtype))
-    task.error = found.error + (X.shape[1] + rank + 1) * u * task.norm
+    u = unit_roundoff(_product_dtype(task, X.X.dtype))
+    task.error = found.error + (X.n + rank + 1) * u * task.norm
 
 
-def _by_subspace(task: Task, X: Tensor) -> bool:
+def _by_subspace(task: Task, X: Rows) -> bool:
     function = task.function
     wanted = task.basis.shape[1] if task.basis is not None else max(FIRST, function.count or 0)
     if function.floor <= 0 and function.count is None:
         task.reason = "the threshold is 0"
     elif task.basis is not None and not wanted:
         task.reason = "full rank at the last call"
-    elif not worth_it(*X.shape, wanted):
+    elif not worth_it(X.share, X.n, wanted):
         task.reason = "too small, or of too high rank, for a subspace"
     else:
         for dtype in (torch.float32, torch.float64):
-            if unit_roundoff(dtype) <= unit_roundoff(X.dtype) and not task.too_wide and _try_subspace(task, X, dtype):
+            if unit_roundoff(dtype) <= unit_roundoff(X.X.dtype) and not task.too_wide and _try_subspace(task, X, dtype):
                 return True
     return False
 
 
-def _try_subspace(task: Task, X: Tensor, dtype: torch.dtype) -> bool:
-    function, n, generator = task.function, X.shape[1], task.generator
+def _try_subspace(task: Task, X: Rows, dtype: torch.dtype) -> bool:
+    function, n, generator = task.function, X.n, task.generator
     u = unit_roundoff(dtype)
     floor = function.floor if function.count is None else task.norm
     if 2 * u * task.norm > task.tol * floor or not in_range(dtype, task.norm, floor):
         task.reason = f"{dtype} is too coarse for ||W||_F / tau = {task.norm / floor:.1e}"
         return False
     known = task.basis is not None and bool(((task.basis.norm(dim=0) - 1).abs() < 0.1).all())
-    V = task.basis.to(dtype) if known else X.new_empty(n, 0, dtype=dtype)
+    V = task.basis.to(dtype) if known else X.X.new_empty(n, 0, dtype=dtype)
     limits = {"max_columns": n // 2, "slack": 4 * u * task.norm}
     search = Subspace(X, function.floor, V, task.tol, generator, **limits, gain=function.gain, count=function.count)
     found = search.run()
@@ -134,7 +153,7 @@ def _try_subspace(task: Task, X: Tensor, dtype: torch.dtype) -> bool:
     moved = math.hypot(found.sketch.bound, found.tail)
     gain = function.lipschitz(found.s, min(found.below, float(found.s[-1])) if len(found.s) else 0.0, moved)
     task.error = moved * gain + (r + 1) * u * float(task.s.norm())
-    task.basis = found.basis.to(X.dtype)
+    task.basis = found.basis.to(X.X.dtype)
     task.method = f"subspace, fp{torch.finfo(dtype).bits}"
     task.reason = f"{search.passes} passes, {search.products} products"
     return True
@@ -153,26 +172,26 @@ def write(task: Task, ball: bool) -> None:
     """Put the result in its place."""
     W, center = task.W, task.center
     if task.left is not None:
-        left, right = (task.left, task.right) if W.shape[0] >= W.shape[1] else (task.right, task.left)
+        left, right = (task.left, task.right) if task.tall else (task.right, task.left)
         right = right.mT.contiguous().mT
         for part in _row_ranges(W):
             P = product(left[part], right.mT)
             W[part] = W[part] - P if ball else P if center is None else P + center[part].to(P.dtype)
     elif task.dense is not None:
         dtype = _product_dtype(task, torch.float64 if W.dtype == torch.float64 else torch.float32)
-        X = task.matrix()
+        X = task.matrix().X
         dtype = torch.promote_types(dtype, X.dtype)
         X = X.to(dtype)
         L, R = task.dense.L.to(dtype), task.dense.R
         XK = product(X, L) if R is None else product(product(X, L), R.to(dtype).mT)
-        XK = XK if W.shape[0] >= W.shape[1] else XK.mT
+        XK = XK if task.tall else XK.mT
         if ball != task.dense.residual:  # X K is not what is wanted, but what is taken away
-            XK = (X if W.shape[0] >= W.shape[1] else X.mT) - XK
+            XK = (X if task.tall else X.mT) - XK
         W.copy_(XK if center is None else XK + center.to(dtype))
     elif not ball:
         W.zero_() if center is None else W.copy_(center)
     # P and a center, or a difference, are rounded once when added, and once when stored
-    task.stored = 2.02 * float(norms(W)) if ball or center is not None else float(task.s.norm())
+    task.stored = 2.02 * task.norm_of(W) if ball or center is not None else float(task.s.norm())
 
 
 def _row_ranges(W: Tensor) -> list[slice]:
@@ -188,7 +207,13 @@ def _product_dtype(task: Task, dtype: torch.dtype) -> torch.dtype:
 
 
 def in_parallel(work: Callable[[Task], None], tasks: Sequence[Task]) -> None:
-    """Do the work on every task: large ones in turn on all threads, the others side by side on one thread each."""
+    """Do the work on every task: large ones in turn on all threads, the others side by side on one thread each.
+
+    Divided ones come first, in order: all who share in them must do the same at the same time.
+    """
+    for task in (task for task in tasks if task.shards):
+        work(task)
+    tasks = [task for task in tasks if not task.shards]
     threads = torch.get_num_threads()
     on_cpu = all(task.W.device.type == "cpu" for task in tasks)
 
@@ -196,7 +221,7 @@ def in_parallel(work: Callable[[Task], None], tasks: Sequence[Task]) -> None:
         return task.W.numel() * min(task.W.shape)
 
     total = sum(map(cost, tasks))
-    if threads == 1 or len(tasks) == 1 or not on_cpu or total < LITTLE:
+    if threads == 1 or len(tasks) <= 1 or not on_cpu or total < LITTLE:
         for task in tasks:
             work(task)
         return
@@ -234,15 +259,18 @@ def shrink_all(
     state: WarmState | None = None,
     centers: Sequence[Tensor] | None = None,
     ball: bool = False,  # write W - f(W) instead
+    shards: Sequence[Shards | None] | None = None,  # of weights [1, m_i, n_j] of which only a part lies here
 ) -> list[SvtInfo]:
     """Apply to every weight, in place, the function of its singular values.  Nothing is written before all is known."""
+    shards = [None] * len(weights) if shards is None else shards
     centers = [None] * len(weights) if centers is None else centers
     work: list[small.Group | list[Task]] = []
-    small_shapes = small.small_shapes(weights)
-    for W, function, key, center in zip(
-        weights, functions, names or map(str, range(len(weights))), centers, strict=True
-    ):
-        if tuple(W.shape[-2:]) in small_shapes:
+    small_shapes = small.small_shapes([W for W, lie in zip(weights, shards, strict=True) if lie is None])
+    keys = names or map(str, range(len(weights)))
+    for W, function, key, center, lie in zip(weights, functions, keys, centers, shards, strict=True):
+        if lie is not None:
+            work.append([_divided(W, function, key, center, tol, state, lie)])
+        elif tuple(W.shape[-2:]) in small_shapes:
             work.append(small.Group(W, function, center))
         else:
             work.append(_tasks(W, function, key, center, tol, state))
@@ -252,6 +280,9 @@ def shrink_all(
     in_parallel(compute, tasks)
     small.write(groups)
     in_parallel(lambda task: write(task, ball), tasks)
+    for W, entry, lie in zip(weights, work, shards, strict=True):
+        if lie is not None:
+            lie.turn_back(entry[0].W, W[0], entry[0].turned)
     if state:
         state.calls += 1
         state.bases |= {task.key: task.basis for task in tasks if task.basis is not None}
@@ -266,22 +297,38 @@ def _tasks(W, function, key, center, tol, state: WarmState | None) -> list[Task]
     centers = [None] * len(matrices) if center is None else center.reshape(-1, m, n)
     tasks = [Task(M, function, C, f"{key}.{j}", tol) for j, (M, C) in enumerate(zip(matrices, centers, strict=True))]
     for task in tasks:
-        if state:
-            V = state.bases.get(task.key)
-            fits = V is not None and V.shape[0] == min(m, n) and V.device == W.device
-            task.basis = V if fits else None
-        task.seed = seed_of(state.seed, state.calls, task.key) if state else seed_of(0, 0, task.key)
+        _remember(task, state)
     return tasks
+
+
+def _divided(W, function, key, center, tol, state: WarmState | None, shards: Shards) -> Task:
+    """The task of a matrix of which only W ``[1, m_i, n_j]`` lies here."""
+    X, shapes = shards.turn(W[0])
+    center = None if center is None else shards.turn(center[0])[0]
+    task = Task(X, function, center, f"{key}.0", tol, shards=shards, turned=shapes)
+    _remember(task, state)
+    return task
+
+
+def _remember(task: Task, state: WarmState | None) -> None:
+    """What the last call has left, and the seed of the probes: the same however the matrix is divided."""
+    if state:
+        V = state.bases.get(task.key)
+        fits = V is not None and V.shape[0] == task.shape[1] and V.device == task.W.device
+        task.basis = V if fits else None
+    task.seed = seed_of(state.seed, state.calls, task.key) if state else seed_of(0, 0, task.key)
 
 
 def _report(W: Tensor, entry: small.Group | list[Task], name: str | None) -> SvtInfo:
     if isinstance(entry, small.Group):
         return SvtInfo(entry.rank, entry.s, entry.error, entry.method, "small", name)
-    batch, k = W.shape[:-2], min(W.shape[-2:])
-    if not W.numel():
+    divided = entry and entry[0].shards
+    shape = divided.shape if divided else W.shape[-2:]
+    batch, k = W.shape[:-2], min(shape)
+    if not W.numel() and not divided:
         zeros = torch.zeros(batch, dtype=torch.float64)
         return SvtInfo(zeros.long(), zeros[..., None].expand(*batch, k).clone(), zeros, "empty", "", name)
-    numel = W.shape[-2] * W.shape[-1]
+    numel = math.prod(shape)
     s = torch.zeros(len(entry), k, dtype=torch.float64)
     for row, task in zip(s, entry, strict=True):
         row[: len(task.s)] = task.s.cpu()

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from . import parametrized
-from .wrappers import plain_name
+from .wrappers import inner, plain_name
 
 FOLDS = ("paper", "spatial", "input")
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -72,6 +72,8 @@ def oriented(weight: Tensor, kind: type[nn.Module], groups: int = 1) -> Tensor:
     """
     if not issubclass(kind, TRANSPOSED):
         return weight
+    if groups == 1:
+        return weight.transpose(0, 1)
     return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
@@ -90,11 +92,16 @@ class Layer:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """What an optimizer moves when it moves the weight."""
-        return parametrized.originals(self.module) if self.is_parametrized else [self.weight]
+        return parametrized.originals(self.chain) if self.is_parametrized else [self.weight]
 
     @property
     def is_parametrized(self) -> bool:
         return parametrized.is_parametrized(self.module)
+
+    @property
+    def chain(self) -> parametrize.ParametrizationList:
+        """What makes the weight of a parametrized layer."""
+        return self.module.parametrizations["weight"]
 
     @property
     def groups(self) -> int:
@@ -113,7 +120,7 @@ class Layer:
             self.weight.copy_(W)
             return
         try:
-            parametrized.assign(self.module, W)
+            parametrized.assign(self.chain, W)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
 
@@ -136,12 +143,11 @@ def foldable_layers(
         ValueError: a pattern of ``skip`` matches no layer (most likely a typing error).
     """
     layers, skipped = [], {}
-    owners: dict[int, str] = {}
-    for name, module in _weighted_modules(model):
-        name, reason = plain_name(name) if training else name, _not_foldable(module, training)
-        if any(fnmatchcase(name, pattern) for pattern in skip):
-            reason = "skipped by name"
-        layer = Layer(name, module)
+    modules = [(plain_name(name) if training else name, module) for name, module in _weighted_modules(model)]
+    by_name = {name for name, _ in modules if any(fnmatchcase(name, pattern) for pattern in skip)}
+    owners = {id(p): name for name, module in modules if name in by_name for p in _own_parameters(module)}
+    for name, module in modules:
+        reason, layer = "skipped by name" if name in by_name else _not_foldable(module, training), Layer(name, module)
         if reason is None:
             owner = owners.setdefault(id(layer.parameters[0]), name)
             reason = None if owner == name else f"shares its weight with {owner}"
@@ -163,23 +169,31 @@ def require_matches(patterns: Sequence[str], names: Sequence[str], what: str) ->
 def _weighted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules that own a parameter of two or more axes, each once, not looking inside parametrizations."""
     for name, module in model.named_modules():
-        if isinstance(module, parametrize.ParametrizationList) or ".parametrizations." in f".{name}.":
+        inside = isinstance(module, parametrize.ParametrizationList) or ".parametrizations." in f".{name}."
+        if inside or inner(module) is not None:
             continue
         own = [p for p in module.parameters(recurse=False) if p.ndim >= 2 or nn.parameter.is_lazy(p)]
         if own or parametrize.is_parametrized(module):
             yield name, module
 
 
+def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Those of the module itself, and those that its own are computed from."""
+    chains = module.parametrizations.values() if parametrize.is_parametrized(module) else ()
+    return [p for part in (module, *chains) for p in part.parameters(recurse=False)]
+
+
 def _not_foldable(module: nn.Module, training: bool) -> str | None:
     kind = type(module).__name__
-    if parametrize.is_parametrized(module) and not (training and parametrized.is_parametrized(module)):
-        return f"{kind}: its weight is parametrized; remove the parametrization first"
+    chains = list(module.parametrizations) if parametrize.is_parametrized(module) else []
+    if chains and not (training and chains == ["weight"]):
+        return f"{kind}: parametrized ({', '.join(chains)}); remove the parametrization first"
     if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
         return f"{kind}: not initialised yet; run the model once first"
     if not isinstance(module, (nn.Linear, *CONVS, *TRANSPOSED)):
         return f"{kind}: only Linear and (transposed) convolutions fold to matrices"
     if parametrized.is_parametrized(module):
-        return parametrized.why_not(module)
+        return parametrized.why_not(module.parametrizations["weight"])
     if not isinstance(module.weight, nn.Parameter):
         return (
             f"{kind}: its weight is no parameter, but made by a hook; torch.nn.utils.parametrizations can be written to"

@@ -2,61 +2,64 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrize import ParametrizationList
+
+LOSS = 4  # roundings of its dtype that a weight may lose on its way through
+NEAR = 1e-2  # of what shrinking changes: within its tolerance it may miss a symmetry that is imposed
 
 
 def is_parametrized(module: nn.Module) -> bool:
     return parametrize.is_parametrized(module, "weight")
 
 
-def originals(module: nn.Module) -> list[nn.Parameter]:
+def originals(chain: ParametrizationList) -> list[nn.Parameter]:
     """The parameters that the weight is computed from."""
-    return list(module.parametrizations["weight"].parameters(recurse=False))
+    return list(chain.parameters(recurse=False))
+
+
+def state(chain: ParametrizationList) -> dict[str, Tensor]:
+    """A copy of all that the weight is computed from, for ``load_state_dict``."""
+    return {name: tensor.clone() for name, tensor in chain.state_dict().items()}
 
 
 @torch.no_grad()
-def assign(module: nn.Module, weight: Tensor) -> None:
+def assign(chain: ParametrizationList, weight: Tensor, near: float = NEAR) -> None:
     """Give the originals, in place, values from which ``weight`` comes out.
 
     Raises:
         ValueError: the parametrization has no such values, or cannot find them; the originals are as they were.
     """
-    parametrizations, targets = module.parametrizations["weight"], originals(module)
-    before = [p.detach().clone() for p in targets]
-    values = weight
+    before, targets = state(chain), originals(chain)
     try:
-        for parametrization in reversed(parametrizations):
+        old, values = chain(), weight
+        for parametrization in reversed(chain):
             values = parametrization.right_inverse(*values if isinstance(values, (tuple, list)) else (values,))
         values = values if isinstance(values, (tuple, list)) else (values,)
-        if isinstance(parametrizations[0], _WeightNorm):  # a row of length 0 has no direction: it keeps its old one
-            values = values[0], torch.where(values[0] == 0, before[1], values[1])
+        if isinstance(chain[0], _WeightNorm):  # a row of length 0 has no direction: it keeps its old one
+            values = values[0], torch.where(values[0] == 0, targets[1], values[1])
         for target, value in zip(targets, values, strict=True):
             target.copy_(value)
-        if not torch.allclose(module.weight, weight, rtol=0, atol=_rounding(weight)):
-            raise ValueError("other weights come out of it")
+        lost, size, change = map(torch.linalg.vector_norm, (chain() - weight, weight, weight - old))
+        if not lost <= LOSS * torch.finfo(weight.dtype).eps * size + near * change:
+            raise ValueError("another weight comes out of it")
     except Exception as error:  # the user's code: whatever it raises, nothing may stay half-changed
-        for target, old in zip(targets, before, strict=True):
-            target.copy_(old)
-        kinds = ", ".join(type(p).__name__ for p in parametrizations)
+        chain.load_state_dict(before)
+        kinds = ", ".join(type(p).__name__ for p in chain)
         raise ValueError(f"its parametrization ({kinds}) cannot hold a shrunk weight: {error}") from error
 
 
-def why_not(module: nn.Module) -> str | None:
-    """Why a shrunk weight cannot be written through the parametrization, or None; found by trying, and undone."""
-    before = [p.detach().clone() for p in originals(module)]
+@torch.no_grad()
+def why_not(chain: ParametrizationList) -> str | None:
+    """Why a shrunk weight cannot be written through the parametrization, or None; found by trying, on a copy."""
+    trial = copy.deepcopy(chain)
     try:
-        assign(module, module.weight.detach() / 2)
+        assign(trial, trial() / 2, near=0.0)
     except ValueError as error:
         return str(error)
-    with torch.no_grad():
-        for target, old in zip(originals(module), before, strict=True):
-            target.copy_(old)
     return None
-
-
-def _rounding(weight: Tensor) -> float:
-    """Four times what storing the largest element may lose."""
-    return 4 * torch.finfo(weight.dtype).eps * float(weight.abs().max()) if weight.numel() else 0.0

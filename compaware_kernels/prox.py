@@ -26,6 +26,7 @@ from torch import Tensor
 from . import certificate, engine, folds, ops
 from .checks import check_center, checked, checked_list, checked_tau
 from .report import SvtInfo
+from .shards import agreed, column_groups, device_of, groups_of, local, scattered, shards_of, shrink_rows_
 from .spectral import SoftThreshold, Truncate, WeightedThreshold
 from .state import WarmState
 
@@ -134,7 +135,7 @@ def svt_(
 
     Sources: as :func:`svt`; around a centre: Alvarez & Salzmann, NIPS 2017, and Moreau's translation rule.
     """
-    tau = checked_list(weights, tau, names)
+    tau = _checked(weights, tau, names)
     if torch.compiler.is_compiling():
         return _svt_traced(weights, tau, state, tol, center, fold, groups, names)
     functions = [SoftThreshold(t) for t in tau.tolist()]
@@ -164,11 +165,12 @@ def weighted_svt_(
 
     Source: Gu, Zhang, Zuo & Feng, CVPR 2014.
     """
-    checked_list(weights, 0.0, names)
+    _checked(weights, 0.0, names)
     if len(sigma_weights) != len(weights):
         raise ValueError(f"sigma_weights: wanted {len(weights)}, one sequence per weight; got {len(sigma_weights)}")
     functions = []
-    for i, (W, w) in enumerate(zip(_matrices(weights, fold, groups), sigma_weights, strict=True)):
+    shapes = _matrices([torch.empty(W.shape, device="meta") for W in weights], fold, groups)
+    for i, (W, w) in enumerate(zip(shapes, sigma_weights, strict=True)):
         w = torch.as_tensor(w, dtype=torch.float64, device="cpu")
         if w.shape != (min(W.shape[-2:]),) or not (w.isfinite().all() and (w >= 0).all() and (w.diff() >= 0).all()):
             what = names[i] if names else f"sigma_weights[{i}]"
@@ -199,7 +201,7 @@ def truncate_(
 
     Source: Eckart & Young, Psychometrika 1(3), 1936.
     """
-    checked_list(weights, 0.0, names)
+    _checked(weights, 0.0, names)
     ranks = [rank] * len(weights) if isinstance(rank, int) else list(rank)
     if len(ranks) != len(weights) or any(not isinstance(r, int) or r < 0 for r in ranks):
         raise ValueError(f"rank: wanted a whole number >= 0, or {len(weights)}, one per weight; got {rank!r}")
@@ -227,9 +229,22 @@ def spectral_ball_(
 
     Source: Moreau, Bull. Soc. Math. France 93, 1965; Parikh & Boyd, Proximal Algorithms, 2014, 6.7.2.
     """
-    radius = checked_list(weights, radius, names, "radius")
+    radius = _checked(weights, radius, names, "radius")
     functions = [SoftThreshold(t) for t in radius.tolist()]
     return _shrink(weights, functions, state, tol, fold, groups, names, ball=True)
+
+
+def _checked(weights, tau, names, what: str = "tau", axes: int = 2) -> Tensor:
+    """Check what lies here; where a process refuses its part of a weight, all do."""
+    return _agreed(lambda: checked_list(_here(weights), tau, names, what, axes), weights)
+
+
+def _agreed(check, weights: Sequence[Tensor]):
+    return agreed(check, groups_of(weights), device_of(weights))
+
+
+def _here(weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    return weights if isinstance(weights, Tensor) else [local(W) for W in weights]
 
 
 @torch.no_grad()
@@ -239,14 +254,26 @@ def _shrink(weights, functions, state, tol, fold, groups, names, center=None, ba
     if state is not None and not isinstance(state, WarmState):
         raise TypeError(f"state: wanted a WarmState; got {type(state).__name__}")
     if center is not None:
-        check_center(center, weights, names)
-    mats = _matrices(weights, fold, groups)
+        _agreed(lambda: check_center(_here(center), _here(weights), names), weights)
+    labels = names or [f"weights[{i}]" for i in range(len(weights))]
+    shards = [shards_of(W, fold, label) for W, label in zip(weights, labels, strict=True)]
+    # The matrices of a grouped convolution are small, and many: all are gathered, and each process keeps its part.
+    gathered = [lie is not None and g > 1 for lie, g in zip(shards, groups or [1] * len(weights), strict=False)]
+    here, there = ([W.full_tensor() if all_of_it else local(W) for W, all_of_it in zip(each, gathered, strict=True)]
+                   for each in (weights, weights if center is None else center))  # fmt: skip
+    shards = [None if all_of_it else lie for all_of_it, lie in zip(gathered, shards, strict=True)]
+    mats = [M[None] if lie and M.ndim == 2 else M for M, lie in zip(_matrices(here, fold, groups), shards, strict=True)]
     targets = _targets(mats)
-    centers = None if center is None else _matrices(center, fold, groups)
-    infos = engine.shrink_all(targets, functions, names, tol=tol, state=state, centers=centers, ball=ball)
-    for W, M, T in zip(weights, mats, targets, strict=True):
+    centers = None if center is None else _matrices(there, fold, groups)
+    infos = engine.shrink_all(
+        targets, functions, names, tol=tol, state=state, centers=centers, ball=ball, shards=shards
+    )
+    for W, M, T in zip(here, mats, targets, strict=True):
         if T.data_ptr() != W.data_ptr() or T.stride() != M.stride():
-            W.copy_(T if fold is None else folds.from_matrix(T, W.shape, fold))
+            W.copy_(T.reshape(W.shape) if fold is None else folds.from_matrix(T, W.shape, fold))
+    for W, P, all_of_it in zip(weights, here, gathered, strict=True):
+        if all_of_it:
+            local(W).copy_(scattered(P, W))
     return infos
 
 
@@ -297,8 +324,13 @@ def group_shrink_(
 
     ``W[o] <- max(1 - tau / ||W[o]||_2, 0) W[o]``.  Arguments and errors as :func:`svt_`; all or nothing.
     """
-    tau = checked_list(weights, tau, names)
-    _apply_rows(torch.ops.compaware.group_shrink_, weights, tau)
+    tau = _checked(weights, tau, names)
+    divided = [column_groups(W) for W in weights]
+    whole = [i for i, groups in enumerate(divided) if not groups]
+    _apply_rows(torch.ops.compaware.group_shrink_, [weights[i] for i in whole], tau[whole])
+    for W, t, groups in zip(weights, tau.tolist(), divided, strict=True):
+        if groups:
+            shrink_rows_(local(W), tau=t, groups=groups)
 
 
 @torch.no_grad()
@@ -306,7 +338,7 @@ def soft_threshold_(
     weights: Sequence[Tensor], tau: float | Sequence[float] | Tensor, *, names: Sequence[str] | None = None
 ) -> None:
     """Elementwise soft-thresholding of every tensor, in place; arguments and errors as :func:`svt_`, all or nothing."""
-    tau = checked_list(weights, tau, names, axes=0)
+    tau = _checked(weights, tau, names, axes=0)
     _apply_rows(torch.ops.compaware.soft_threshold_, weights, tau)
 
 
@@ -319,12 +351,17 @@ def sparse_group_shrink_(
     names: Sequence[str] | None = None,
 ) -> None:
     """Sparse group lasso shrinkage of every layer, in place: L1 with ``l1``, then rows with ``tau``; all or nothing."""
-    l1, tau = checked_list(weights, l1, names, "l1"), checked_list(weights, tau, names)
-    _apply_rows(torch.ops.compaware.sparse_group_shrink_, weights, l1, tau)
+    l1, tau = _checked(weights, l1, names, "l1"), _checked(weights, tau, names)
+    if any(map(column_groups, weights)):
+        soft_threshold_(weights, l1)
+        group_shrink_(weights, tau)
+    else:
+        _apply_rows(torch.ops.compaware.sparse_group_shrink_, weights, l1, tau)
 
 
 def _apply_rows(op, weights: Sequence[Tensor], *taus: Tensor) -> None:
     """Run an in-place row op on the weights seen as [O, rest] matrices, writing back where that is not a view."""
+    weights = _here(weights)
     mats = [W.reshape(W.shape[0] if W.ndim else 1, -1) if W.numel() else W.reshape(0, 1) for W in weights]
     op(mats, *taus)
     for W, M in zip(weights, mats, strict=True):

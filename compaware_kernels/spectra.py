@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .factorize import singular_values
+from .folds import to_matrix
 from .ranks import numerical_rank
+from .shards import local, shards_of
 from .tables import text_table
 
 
@@ -45,10 +46,14 @@ class ProximalReport(list):
         return ranks | alive | {"rank_share": share, "rows_alive": live}
 
 
-def spectrum(name: str, M: Tensor, rows: Tensor, dtype: torch.dtype, thresholds: dict[str, float]) -> LayerSpectrum:
-    """M: the folded weight ``[G, m, n]``; rows: ``[O, ...]``; dtype: that the weight is stored in."""
-    s = singular_values(M)
-    sums = float(s.sum()), float(s.max())
-    alive = rows.flatten(1).any(1).double().mean().item()
-    rank = int(numerical_rank(s, dtype).max())
-    return LayerSpectrum(name, tuple(M.shape), rank, s.shape[-1], *sums, len(rows), alive, thresholds)
+def spectrum(name: str, rows: Tensor, fold: str, groups: int, thresholds: dict[str, float]) -> LayerSpectrum:
+    """rows: the weight, outputs first, ``[O, C/G, ...]``; a collective call where it is sharded."""
+    shards = shards_of(rows, fold, name)
+    if shards and groups > 1:
+        rows, shards = rows.full_tensor(), None
+    M, flags = to_matrix(local(rows), fold, groups), local(rows).flatten(1).any(1).double()
+    s = shards.singular_values(M[0])[None] if shards else singular_values(M)
+    shape = (groups, *(shards.shape if shards else M.shape[1:]))
+    rank, sums = int(numerical_rank(s, M.dtype).max()), (float(s.sum()), float(s.max()))
+    alive = shards.share_of_rows(flags) if shards else float(flags.mean())
+    return LayerSpectrum(name, shape, rank, s.shape[-1], *sums, len(rows), alive, thresholds)

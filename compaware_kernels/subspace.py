@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .certificate import Sketch, norm_from_log, sketch_triplets
 from .products import COLUMNS, inner, product, times, without
+from .rows import Rows
 
 SPARE = 8  # right singular vectors kept beyond the rank: they follow the top of what is left out
 FRESH, PART = 12, 5  # so many columns, and one per so many known, at random beside those of the last call
@@ -72,7 +73,7 @@ class Subspace:
 
     def __init__(
         self,
-        X: Tensor,
+        X: Rows,
         threshold: float,
         V: Tensor,
         tol: float,
@@ -105,27 +106,27 @@ class Subspace:
         """Widen V until the rest is shown to be below the threshold."""
         while not self.rho <= self.threshold:
             W = without(self._draw(even(columns)), self.V)
-            B = self._times(self.X, W)
-            Z = self._times(self.X.mT, B)
-            W = outside(Z, self.V)
-            if not self._fits(max(W.shape[1], _spread(B, Z))):
+            B = self._ahead(W)
+            Z = self._back(B)
+            W = outside(Z, self.V, self.X)
+            if not self._fits(max(W.shape[1], _spread(B, Z, self.X))):
                 return False
             self.V = torch.cat([self.V, W], 1)
             if self.count is not None:
-                B = self._times(self.X, self.V)
-                self._choose(torch.linalg.eigvalsh(inner(B, B)))
+                B = self._ahead(self.V)
+                self._choose(torch.linalg.eigvalsh(self.X.inner(B, B)))
             self._bound_rest()
             columns = self.V.shape[1] // 2
         return True
 
     def _polish(self) -> Triplets | None:
         """The triplets from the directions that V has."""
-        source = torch.nn.functional.normalize(self._times(self.X, self.V), dim=0)
+        source = self.X.normalised(self._ahead(self.V))
         self.V, self.Y = self.V[:, :0], source[:, :0]
         self.YtY = source.new_empty(0, 0, dtype=torch.float64)
         for step in range(MAX_PASSES):
-            Z = self._times(self.X.mT, source)
-            if not source.shape[1] or not self._take(outside(Z, self.V) if step else torch.linalg.qr(Z).Q):
+            Z = self._back(source)
+            if not source.shape[1] or not self._take(outside(Z, self.V, self.X) if step else torch.linalg.qr(Z).Q):
                 return None
             self.passes += 1
             s, U, V = self._rayleigh_ritz()
@@ -150,10 +151,10 @@ class Subspace:
         """Take the block V, orthonormal and orthogonal to self.V, into the subspace."""
         if not self._fits(V.shape[1]):
             return False
-        Y = self._times(self.X, V)
-        own = inner(Y, Y)
+        Y = self._ahead(V)
+        own = self.X.inner(Y, Y)
         if len(self.YtY):
-            cross = inner(self.Y, Y)
+            cross = self.X.inner(self.Y, Y)
             own = torch.cat([torch.cat([self.YtY, cross], 1), torch.cat([cross.mT, own], 1)])
         self.V, self.Y, self.YtY = torch.cat([self.V, V], 1), torch.cat([self.Y, Y], 1), own
         return math.isfinite(float(own.trace()))
@@ -169,7 +170,7 @@ class Subspace:
 
     def _choose(self, squares: Tensor) -> None:
         """mu, descending, from ascending squares; how many triplets are wanted, and how many are to be checked."""
-        mu = self.mu = [math.sqrt(max(square, 0.0)) for square in reversed(squares.tolist())]
+        mu = self.mu = [math.sqrt(max(square, 0.0)) for square in reversed(self.X.agree(squares).tolist())]
         if self.count is not None:
             self.threshold = mu[self.count - 1] if len(mu) >= self.count else 0.0
         self.rank = sum(x > self.threshold for x in mu) if self.count is None else min(self.count, len(mu))
@@ -184,8 +185,10 @@ class Subspace:
         y = without(self._draw(PROBES), self.V)
         power, growth, log_norm = 0, 0.0, 0.0
         while power < MAX_POWER and growth < self.threshold and self.rho > QUIET * self.threshold:
-            y = self._times(self.X, y) if power % 2 == 0 else without(self._times(self.X.mT, y), self.V)
-            norm, power = float(torch.linalg.vector_norm(y)), power + 1
+            ahead = power % 2 == 0
+            y = self._ahead(y) if ahead else without(self._back(y), self.V)
+            norm = self.X.norm(y) if ahead else self.X.agree_on(float(torch.linalg.vector_norm(y)))
+            power += 1
             if norm == 0:
                 self.rho = min(self.rho, self.slack)
                 break
@@ -205,26 +208,30 @@ class Subspace:
         return Triplets(U[:, :r], s[:r], self.right[:, :r], sketch, tail, below, self.right)
 
     def _draw(self, columns: int) -> Tensor:
-        n = self.X.shape[1]
-        return torch.randn(n, columns, generator=self.generator, dtype=self.V.dtype, device=self.V.device)
+        return torch.randn(self.X.n, columns, generator=self.generator, dtype=self.V.dtype, device=self.V.device)
 
-    def _times(self, X: Tensor, Y: Tensor) -> Tensor:
+    def _ahead(self, V: Tensor) -> Tensor:
+        self.products += V.shape[1]
+        return self.X.ahead(V)
+
+    def _back(self, Y: Tensor) -> Tensor:
         self.products += Y.shape[1]
-        return times(X, Y)
+        return self.X.back(Y)
 
 
-def _spread(B: Tensor, Z: Tensor) -> int:
+def _spread(B: Tensor, Z: Tensor, X: Rows) -> int:
     """About how many directions R has, from R Omega and R^T R Omega: ``(sum sigma^2)^2 / sum sigma^4``."""
-    first, second = (float(torch.linalg.vector_norm(Y, dtype=torch.float64)) for Y in (B, Z))
+    first, second = X.norm(B.double()), X.agree_on(float(torch.linalg.vector_norm(Z, dtype=torch.float64)))
     return int((first * (first / second)) ** 2 / B.shape[1]) if second else 0  # in this order it cannot overflow
 
 
-def outside(Y: Tensor, V: Tensor) -> Tensor:
-    """An orthonormal basis of (I - V V^T) Y, or of the directions of it that are more than rounding."""
+def outside(Y: Tensor, V: Tensor, X: Rows) -> Tensor:
+    """An orthonormal basis of (I - V V^T) Y, or of the directions of it that are more than rounding; the same for all
+    among whom X is divided."""
     if not V.shape[1]:
         return orthonormalise(Y)
     W = without(orthonormalise(without(Y, V)), V)
-    norms = torch.linalg.vector_norm(W, dim=0)
+    norms = X.agree(torch.linalg.vector_norm(W, dim=0))
     return W if bool((norms > 1 - 1e-5).all()) else without(orthonormalise(W[:, norms > 0.1]), V)
 
 

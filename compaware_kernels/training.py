@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import nn
 from torch.optim import Optimizer
 
-from . import prox
-from .folds import Layer, foldable_layers, require_matches, row_axes, to_matrix
+from .division import MODES, Division, share
+from .folds import Layer, foldable_layers, require_matches, row_axes
+from .penalties import PENALTIES, Job, check, shrink
+from .shards import agreed, groups_of, replicas_of, shards_of
 from .spectra import ProximalReport, spectrum
 from .state import WarmState
-from .wrappers import unwrapped, unwrapped_optimizer
+from .wrappers import data_parallel_group, gather_no_more, unwrapped, unwrapped_optimizer
 
+log = logging.getLogger(__name__)
 Strength = float | Mapping[str, float]
-PENALTIES = ("nuclear", "group", "l1")
 
 
 class ProximalStep:
@@ -50,6 +54,11 @@ class ProximalStep:
         warmup: the thresholds of the first ``warmup`` proximal steps grow linearly to their full size.
         center: a model of the same architecture, with weights C: the penalty is ``nuclear_l ||W_l - C_l||_*``, so that
             fine-tuning learns the rank of its update (see :func:`export_lora`). The report is then that of ``W - C``.
+        process_group: processes that hold the same weights (default: those of the DistributedDataParallel around the
+            model). They stay the same to the last bit.
+        division: of the work among them: ``"owner"``: each layer is shrunk by one process, which broadcasts it;
+            ``"replicated"``: by all; ``"auto"``: by the faster way, as measured. Sharded weights (DTensor: FSDP2's
+            ``fully_shard``, tensor parallel) are shrunk where they lie, by small all-reduces; none is gathered.
 
     Attributes:
         layers: the layers treated.  skipped: name -> reason for all others that have weights.
@@ -79,6 +88,8 @@ class ProximalStep:
         skip: Sequence[str] = (),
         warmup: int = 0,
         center: nn.Module | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        division: str = "auto",
     ):
         if not (every == "epoch" or (isinstance(every, int) and every >= 1)):
             raise ValueError(f"every must be 'epoch' or a number of optimizer steps >= 1; got {every!r}")
@@ -86,10 +97,13 @@ class ProximalStep:
             raise ValueError(f"order must hold {', '.join(PENALTIES)}, each once; got {tuple(order)}")
         if not (isinstance(warmup, int) and warmup >= 0):
             raise ValueError(f"warmup must be a number of proximal steps >= 0; got {warmup!r}")
+        if division not in MODES:
+            raise ValueError(f"division must be one of {', '.join(MODES)}; got {division!r}")
         row_axes(fold, 2)
         self.optimizer, self.every, self.scale_by_lr = unwrapped_optimizer(optimizer), every, scale_by_lr
         self.order, self.fold, self.warmup = tuple(order), fold, warmup
-        self.layers, self.skipped = foldable_layers(unwrapped(model), skip, training=True)
+        self.model = unwrapped(model)
+        self.layers, self.skipped = foldable_layers(self.model, skip, training=True)
         names = [layer.name for layer in self.layers]
         self.strengths = {
             name: {
@@ -107,18 +121,25 @@ class ProximalStep:
         self.centers = None if center is None else _centers(center, self.layers, self.strengths)
         self.steps = self.applied = 0
         self.warm = WarmState()
+        self.division = division
+        self._group = process_group or data_parallel_group(model)
+        self._divisions: dict[tuple, Division] = {}
+        self._warn_if_alone()
         self._hook = self.optimizer.register_step_post_hook(self._after_optimizer_step)
 
     @torch.compiler.disable
     def _after_optimizer_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        overflow = getattr(
-            optimizer, "found_inf", None
-        )  # a GradScaler lets fused optimizers skip their steps themselves
+        overflow = getattr(optimizer, "found_inf", None)  # fused optimizers skip a GradScaler's steps by themselves
         if overflow is not None and bool(overflow):
             return
         self.steps += 1
         if self.every != "epoch" and self.steps % self.every == 0:
             self.step()
+
+    def _warn_if_alone(self) -> None:
+        running = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if running and not self._group and not groups_of([p for layer in self.layers for p in layer.parameters]):
+            log.warning("no DistributedDataParallel, DTensor or process_group: each process takes steps of its own")
 
     def remove(self) -> None:
         """Detach from the optimizer: no proximal step runs by itself any more."""
@@ -133,18 +154,56 @@ class ProximalStep:
         Raises:
             ValueError: NaN or Inf in a weight, or a parametrization that cannot hold the result, with the layer's name.
         """
-        layers = self._trained()
-        ramp = min(1.0, (self.applied + 1) / (self.warmup + 1))
-        taus = [self._thresholds(layer, lr, ramp) for layer, lr in layers]
-        targets = [(layer, layer.module.bias) for layer, _ in layers]
-        copies = [[layer.rows.detach().clone(), None if bias is None else bias.detach().clone()]
-                  for layer, bias in targets]  # fmt: skip
-        for penalty in self.order:
-            used = [i for i, tau in enumerate(taus) if tau[penalty] > 0]
-            shrink = {"nuclear": self._nuclear, "group": _group, "l1": _l1}[penalty]
-            shrink([layers[i][0] for i in used], [copies[i] for i in used], [taus[i][penalty] for i in used])
-        _write(targets, copies)
+        gather_no_more(self.model)
+        thresholds, centers = self.thresholds(), self.centers or {}
+        jobs = [Job.of(layer, centers.get(layer.name), thresholds[layer.name]) for layer, _ in self._trained()]
+        alike: dict[tuple, list[Job]] = {}
+        for job in jobs:
+            alike.setdefault(self._replicas(job), []).append(job)
+        groups = list(
+            {group: None for key in alike for group in key} | dict.fromkeys(groups_of([j.weight for j in jobs]))
+        )
+        before = self.warm.state_dict()
+        try:
+            if groups:
+                agreed(lambda: check(jobs), groups, jobs[0].results[0].device)
+            for replicas, members in alike.items():
+                self._shrink(members, replicas)
+            _write(jobs)
+        except Exception:
+            self.warm.load_state_dict(before)
+            raise
         self.applied += 1
+
+    def _replicas(self, job: Job) -> tuple[dist.ProcessGroup, ...]:
+        """The groups of processes that hold the same of this layer."""
+        groups = [*replicas_of(job.weight), *([self._group] if self._group else [])]
+        return tuple(group for group in groups if group.size() > 1)
+
+    def _shrink(self, jobs: list[Job], replicas: tuple[dist.ProcessGroup, ...]) -> None:
+        """Shrink the copies; those that other processes hold, too, are shrunk by one of them each, or by all."""
+        if not replicas:
+            shrink(jobs, self.order, self.fold, self.warm)
+            return
+        sharded = any(shards_of(job.weight, self.fold, job.layer.name) for job in jobs)
+        # Sharded layers always have owners: the parts of one replica could decide differently.
+        division = self._divisions.setdefault(replicas, Division(replicas[0], "owner" if sharded else self.division))
+        costs, results, keys = (
+            [job.cost(self.warm) for job in jobs],
+            [job.results for job in jobs],
+            [job.keys for job in jobs],
+        )
+
+        def work(mine: list[int]) -> None:
+            agreed(
+                lambda: shrink([jobs[i] for i in mine], self.order, self.fold, self.warm),
+                replicas,
+                results[0][0].device,
+            )
+
+        division.run(work, costs, results, self.warm, keys)
+        for group in replicas[1:]:
+            share(group, [0] * len(jobs), results, self.warm, keys)
 
     def thresholds(self) -> dict[str, dict[str, float]]:
         """What the next proximal step will subtract, per layer and penalty."""
@@ -153,7 +212,7 @@ class ProximalStep:
 
     def _thresholds(self, layer: Layer, lr: float, ramp: float) -> dict[str, float]:
         """Strength x learning rate x ramp; for the group term also x sqrt(P), P the parameters of one neuron."""
-        per_neuron = layer.rows[0].numel() + (layer.module.bias is not None)
+        per_neuron = layer.rows.shape[1:].numel() + (layer.module.bias is not None)
         scale = {"nuclear": 1.0, "group": math.sqrt(per_neuron), "l1": 1.0}
         step = ramp * (lr if self.scale_by_lr else 1.0)
         return {penalty: value * step * scale[penalty] for penalty, value in self.strengths[layer.name].items()}
@@ -169,29 +228,20 @@ class ProximalStep:
         found = ((layer, [lr[id(p)] for p in layer.parameters if id(p) in lr]) for layer in self.layers)
         return [(layer, rates[0]) for layer, rates in found if rates]
 
-    def _nuclear(self, layers: list[Layer], copies: list[list[Tensor | None]], taus: list[float]) -> None:
-        groups, names = [layer.groups for layer in layers], [layer.name for layer in layers]
-        centers = (
-            None
-            if self.centers is None
-            else [self.centers[name].rows.to(copy) for name, (copy, _) in zip(names, copies, strict=True)]
-        )
-        weights = [weight for weight, _ in copies]
-        prox.svt_(weights, taus, state=self.warm, center=centers, fold=self.fold, groups=groups, names=names)
-
     @torch.no_grad()
     def report(self) -> ProximalReport:
         """Rank, sum and largest of the singular values, and share of live rows, of every layer now.
 
         A singular value counts in the rank when it stands out of the rounding of the weight's dtype
-        (:func:`compaware_kernels.ranks.numerical_rank`). Costs one set of singular values per layer.
+        (:func:`compaware_kernels.ranks.numerical_rank`). Costs one set of singular values per layer. Where weights are
+        sharded, all processes must ask.
         """
+        gather_no_more(self.model)
         thresholds = self.thresholds()
         report = ProximalReport()
         for layer in self.layers:
             rows = layer.rows if self.centers is None else layer.rows - self.centers[layer.name].rows.to(layer.weight)
-            M = to_matrix(rows, self.fold, layer.groups)
-            report.append(spectrum(layer.name, M, rows, layer.weight.dtype, thresholds.get(layer.name, {})))
+            report.append(spectrum(layer.name, rows, self.fold, layer.groups, thresholds.get(layer.name, {})))
         return report
 
     def state_dict(self) -> dict[str, Any]:
@@ -211,20 +261,20 @@ class ProximalStep:
         self.steps, self.applied = state["steps"], state["applied"]
 
 
-def _write(targets: list[tuple[Layer, Tensor | None]], copies: list[list[Tensor | None]]) -> None:
+def _write(jobs: list[Job]) -> None:
     """Put the copies in the weights and biases. Parametrizations may refuse: they come first, and can be undone."""
-    undo = [(p, p.detach().clone()) for layer, _ in targets if layer.is_parametrized for p in layer.parameters]
-    pairs = sorted(zip(targets, copies, strict=True), key=lambda pair: not pair[0][0].is_parametrized)
+    undo = [(p, p.detach().clone()) for job in jobs if job.layer.is_parametrized for p in job.layer.parameters]
+    jobs = sorted(jobs, key=lambda job: not job.layer.is_parametrized)
     try:
-        for (layer, _), (W, _) in pairs:
-            layer.set_rows(W)
+        for job in jobs:
+            job.layer.set_rows(job.weight)
     except ValueError:
         for p, old in undo:
             p.copy_(old)
         raise
-    for (_, bias), (_, b) in pairs:
-        if bias is not None:
-            bias.copy_(b)
+    for job in jobs:
+        if job.bias is not None:
+            job.layer.module.bias.copy_(job.bias)
 
 
 def _centers(center: nn.Module, layers: list[Layer], strengths: Mapping[str, Mapping[str, float]]) -> dict[str, Layer]:
@@ -240,23 +290,6 @@ def _centers(center: nn.Module, layers: list[Layer], strengths: Mapping[str, Map
         if any(p is q for p in layer.parameters for q in other.parameters):
             raise ValueError(f"center: {layer.name} is the same weight there; wanted a copy made before training")
     return found
-
-
-def _group(layers: list[Layer], copies: list[list[Tensor | None]], taus: list[float]) -> None:
-    """Group lasso over neurons [weights, bias]; the shrunk rows go back to both."""
-    rows = [
-        weight.flatten(1) if bias is None else torch.cat([weight.flatten(1), bias[:, None]], 1)
-        for weight, bias in copies
-    ]
-    prox.group_shrink_(rows, taus, names=[layer.name for layer in layers])
-    for (weight, bias), row in zip(copies, rows, strict=True):
-        weight.copy_(row[:, : weight[0].numel()].reshape(weight.shape))
-        if bias is not None:
-            bias.copy_(row[:, -1])
-
-
-def _l1(layers: list[Layer], copies: list[list[Tensor | None]], taus: list[float]) -> None:
-    prox.soft_threshold_([weight for weight, _ in copies], taus, names=[layer.name for layer in layers])
 
 
 def _strength(spec: Strength, name: str, penalty: str) -> float:

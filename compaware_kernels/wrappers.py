@@ -2,34 +2,72 @@
 
 from __future__ import annotations
 
+import copy
+import sys
+
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-NAMES = ("_orig_mod.", "_checkpoint_wrapped_module.")  # what wrappers inside a model add to its names
+INSIDE = ("_orig_mod", "_checkpoint_wrapped_module")  # where torch.compile and activation checkpointing keep a module
+
+
+def inner(module: nn.Module) -> nn.Module | None:
+    """What torch.compile or activation checkpointing has wrapped; not by attribute: those of the inner one show, too."""
+    return next((module._modules[name] for name in INSIDE if name in module._modules), None)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile, DistributedDataParallel, DataParallel and AveragedModel, in any order."""
+    """The model inside the above, DistributedDataParallel, DataParallel and AveragedModel, in any order."""
     while True:
-        if hasattr(model, "_orig_mod"):  # torch.compile; its class lies in a module that is slow to import
-            model = model._orig_mod
-        elif isinstance(model, (DistributedDataParallel, DataParallel, AveragedModel)):
+        if isinstance(model, (DistributedDataParallel, DataParallel, AveragedModel)):
             model = model.module
+        elif (found := inner(model)) is not None:
+            model = found
         else:
             return model
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """The model without wrappers, whose names are those of the code: itself, or a copy where submodules are wrapped."""
+    model = unwrapped(model)
+    if all(inner(module) is None for module in model.modules()):
+        return model
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            while child is not None and (found := inner(child)) is not None:
+                child = found
+            parent._modules[name] = child
+    return model
+
+
+def data_parallel_group(model: nn.Module) -> dist.ProcessGroup | None:
+    """The processes that a DistributedDataParallel around the model, compiled or not, keeps the same."""
+    while not isinstance(model, DistributedDataParallel):
+        model = inner(model)
+        if model is None:
+            return None
+    return model.process_group
+
+
+def gather_no_more(model: nn.Module) -> None:
+    """Have FSDP2 put its sharded weights back, where a forward pass has left gathered ones in the modules."""
+    if fsdp := sys.modules.get("torch.distributed.fsdp"):
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
+
+
 def plain_name(name: str) -> str:
-    """The name of a submodule without what compiling or checkpointing its parents has added."""
-    for part in NAMES:
-        name = name.replace(part, "")
-    return name.removesuffix("._orig_mod").removesuffix("._checkpoint_wrapped_module")
+    """The name of a submodule without what wrapping it or its parents has added."""
+    return ".".join(part for part in name.split(".") if part not in INSIDE)
 
 
 def unwrapped_optimizer(optimizer: Optimizer) -> Optimizer:
     """The optimizer that takes the steps, inside those of Accelerate and Lightning, which may pass some over."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
+    while isinstance(inside := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inside
     return optimizer

@@ -1,0 +1,98 @@
+"""The penalties' proximal steps on copies of the layers' weights, which may be divided among processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import prox
+from .checks import check_finite
+from .folds import Layer
+from .shards import column_groups, local, shrink_rows_
+from .state import WarmState
+
+PENALTIES = ("nuclear", "group", "l1")
+
+
+@dataclass
+class Job:
+    """One layer on its way through a proximal step."""
+
+    layer: Layer
+    weight: Tensor  # a copy of the layer's rows [O, ...]
+    bias: Tensor | None  # [O], and of its bias
+    center: Tensor | None  # as weight
+    taus: dict[str, float]
+
+    @classmethod
+    def of(cls, layer: Layer, center: Layer | None, taus: dict[str, float]) -> Job:
+        bias = layer.module.bias
+        copies = layer.rows.detach().clone(), None if bias is None else bias.detach().clone()
+        return cls(layer, *copies, None if center is None else center.rows.detach().to(copies[0]), taus)
+
+    @property
+    def results(self) -> list[Tensor]:
+        """What of the copies lies here."""
+        return [local(t) for t in (self.weight, self.bias) if t is not None]
+
+    @property
+    def keys(self) -> list[str]:
+        """Of what a WarmState remembers."""
+        return [f"{self.layer.name}.{g}" for g in range(self.layer.groups)]
+
+    def cost(self, warm: WarmState) -> float:
+        """About how many multiplications the proximal step takes."""
+        size = self.weight.numel()
+        if not self.taus["nuclear"]:
+            return size
+        m = len(self.weight) // self.layer.groups
+        n, V = size // len(self.weight), warm.bases.get(self.keys[0])
+        short = min(m, n)
+        return size * (min(short, 3 * V.shape[1] + 60) if V is not None and V.shape[1] else short)
+
+
+def shrink(jobs: Sequence[Job], order: Sequence[str], fold: str, warm: WarmState) -> None:
+    """Apply the penalties in turn to the jobs' copies, in place."""
+
+    def nuclear(jobs: list[Job], taus: list[float], names: list[str]) -> None:
+        centers = [job.center for job in jobs] if jobs and jobs[0].center is not None else None
+        groups, weights = [job.layer.groups for job in jobs], [job.weight for job in jobs]
+        prox.svt_(weights, taus, state=warm, center=centers, fold=fold, groups=groups, names=names)
+
+    steps: dict[str, Callable] = {"nuclear": nuclear, "group": _group, "l1": _l1}
+    for penalty in order:
+        used = [job for job in jobs if job.taus[penalty] > 0]
+        steps[penalty](used, [job.taus[penalty] for job in used], [job.layer.name for job in used])
+
+
+def check(jobs: Sequence[Job]) -> None:
+    """Raise ValueError, with the layer's name, for NaN or Inf in what lies here."""
+    for job in jobs:
+        for part in job.results:
+            check_finite(part, job.layer.name)
+
+
+def _group(jobs: list[Job], taus: list[float], names: list[str]) -> None:
+    """Group lasso over neurons [weights, bias]; the shrunk rows go back to both."""
+    whole = []  # rows, of which none is divided, with the job, tau and name
+    for job, tau, name in zip(jobs, taus, names, strict=True):
+        if groups := column_groups(job.weight):
+            shrink_rows_(job.results[0], *job.results[1:], tau=tau, groups=groups)
+        else:
+            columns = [part.reshape(len(part), -1) if part.numel() else part.new_empty(0, 1) for part in job.results]
+            whole.append((torch.cat(columns, 1), job, tau, name))
+    if whole:
+        rows, jobs, taus, names = zip(*whole, strict=True)
+        prox.group_shrink_(rows, taus, names=names)
+        for row, job in zip(rows, jobs, strict=True):
+            weight, *bias = job.results
+            weight.copy_(row[:, : row.shape[1] - len(bias)].reshape(weight.shape))
+            for b in bias:
+                b.copy_(row[:, -1])
+
+
+def _l1(jobs: list[Job], taus: list[float], names: list[str]) -> None:
+    prox.soft_threshold_([job.weight for job in jobs], taus, names=names)

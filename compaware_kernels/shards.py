@@ -1,0 +1,201 @@
+"""How a weight that torch distributes (DTensor: FSDP2, tensor parallel) lies over the processes, as a matrix.
+
+``Shard(0)`` divides the outputs, that is the rows of every fold; ``Shard(1)`` divides the inputs, its columns. The
+engine wants the longer side divided and the shorter one whole. Where it is not so, one all-to-all turns what lies here,
+before and after: of an m x n matrix over p processes each sends ``m n (p - 1) / p^2`` numbers; none ever has it whole.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .folds import to_matrix
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The groups of processes among which one matrix is divided, or repeated."""
+
+    shape: tuple[int, int]  # of the whole
+    rows: tuple[dist.ProcessGroup, ...] = ()
+    columns: tuple[dist.ProcessGroup, ...] = ()
+
+    @property
+    def groups(self) -> tuple[dist.ProcessGroup, ...]:
+        return (*self.rows, *self.columns)
+
+    @property
+    def tall(self) -> bool:
+        return self.shape[0] >= self.shape[1]
+
+    def turn(self, M: Tensor) -> tuple[Tensor, list[torch.Size]]:
+        """``[m_i, n_j]`` here -> rows of the longer side ``[., min(m, n)]``, a view where nothing has to move; and the
+        shapes on the way, for the way back."""
+        X, shapes = M if self.tall else M.mT, []
+        for group in self._across:
+            shapes.append(X.shape)
+            X = _exchange(X, group)
+        return X, shapes
+
+    def turn_back(self, X: Tensor, M: Tensor, shapes: Sequence[torch.Size]) -> None:
+        """Write what was turned into M."""
+        for group, shape in zip(reversed(self._across), reversed(shapes), strict=True):
+            X = _exchange_back(X, shape, group)
+        if shapes:
+            M.copy_(X if self.tall else X.mT)
+
+    @property
+    def _across(self) -> tuple[dist.ProcessGroup, ...]:
+        """Those that divide the shorter side."""
+        return self.columns if self.tall else self.rows
+
+
+def is_dtensor(W: Tensor) -> bool:
+    """Without importing what nobody here uses."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(W, module.DTensor)
+
+
+def local(W: Tensor) -> Tensor:
+    """What lies here; in place for in-place operations."""
+    return W.to_local() if is_dtensor(W) else W
+
+
+def device_of(weights: Sequence[Tensor]) -> torch.device | None:
+    """Where the messages about these weights travel."""
+    return next((local(W).device for W in weights if is_dtensor(W)), None)
+
+
+def shards_of(W: Tensor, fold: str | None, name: str) -> Shards | None:
+    """How the matrix of a weight ``[O, C, *K]`` lies; None where this process holds all of it.
+
+    Raises:
+        ValueError: divided along a kernel axis, or a batch of matrices.
+    """
+    along: dict[int, list[dist.ProcessGroup]] = {0: [], 1: []}
+    for placement, group in _dims(W):
+        if placement.is_replicate():
+            continue
+        if getattr(placement, "dim", None) not in along or (fold is None and W.ndim > 2):
+            raise ValueError(f"{name}: wanted a weight sharded along its outputs or inputs; got {W.placements}")
+        along[placement.dim].append(group)
+    if not any(along.values()):
+        return None
+    m, n = to_matrix(torch.empty(W.shape, device="meta"), fold or "paper").shape[1:]
+    return Shards((m, n), tuple(along[0]), tuple(along[1]))
+
+
+def replicas_of(W: Tensor) -> list[dist.ProcessGroup]:
+    """The groups of processes that hold the same of the weight as this one."""
+    return [group for placement, group in _dims(W) if placement.is_replicate()]
+
+
+def groups_of(weights: Sequence[Tensor]) -> list[dist.ProcessGroup]:
+    """All groups that the weights are distributed over, each once, in the same order on every process."""
+    return list({id(group): group for W in weights for _, group in _dims(W)}.values())
+
+
+def _dims(W: Tensor) -> list[tuple]:
+    """Placement and group of every axis of the mesh with more than one process."""
+    if not is_dtensor(W):
+        return []
+    mesh = W.device_mesh
+    return [(p, mesh.get_group(i)) for i, p in enumerate(W.placements) if mesh.size(i) > 1]
+
+
+def scattered(whole: Tensor, like: Tensor) -> Tensor:
+    """The part of ``whole``, which every process holds, that lies here of a DTensor ``like``."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    same = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return same.redistribute(mesh, like.placements).to_local()
+
+
+def column_groups(W: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    """The groups that the inputs are divided among."""
+    shards = shards_of(W, "paper", "W")
+    return shards.columns if shards else ()
+
+
+def shrink_rows_(W: Tensor, bias: Tensor | None = None, *, tau: float, groups: Sequence[dist.ProcessGroup]) -> None:
+    """Group lasso, in place, over rows ``[W | bias]``, W ``[m, n_j, ...]``, of which the columns are divided."""
+    squares = torch.linalg.vector_norm(W.flatten(1), dim=1, dtype=torch.float64).square()
+    for group in groups:
+        dist.all_reduce(squares, group=group)
+    lengths = squares if bias is None else squares + bias.double().square()
+    scale = (1 - tau / lengths.sqrt().clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(0)
+    for part in (W, bias):
+        if part is not None:
+            part.copy_(part.double() * scale.reshape(-1, *[1] * (part.ndim - 1)))
+
+
+def agreed(check: Callable[[], T], groups: Sequence[dist.ProcessGroup], device: torch.device | None = None) -> T:
+    """Run ``check`` on every process; where it raises on one, all raise, with the same words.
+
+    Raises:
+        whatever ``check`` raised here; ValueError with its words where it raised elsewhere.
+    """
+    if not groups:
+        return check()
+    result = error = None
+    try:
+        result = check()
+    except Exception as raised:  # whatever it is, the others must not wait for this process
+        error = raised
+    failed = torch.tensor(int(error is not None), device=device)
+    for group in groups:
+        dist.all_reduce(failed, dist.ReduceOp.MAX, group)
+    words = [] if error is None else [str(error)]
+    for group in groups if failed else ():
+        parts = [None] * group.size()
+        dist.all_gather_object(parts, words, group=group)
+        words = [each for part in parts for each in part]
+    if error is not None:
+        raise error
+    if failed:
+        raise ValueError(words[0])
+    return result
+
+
+def _exchange(M: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """``[a, b_j]``, columns divided -> ``[a_j, b]``, rows divided."""
+    a, mine = len(M), group.rank()
+    widths = _gathered(M.shape[1], group, M.device)
+    heights = _parts(a, group.size())
+    sent = [part.contiguous().flatten() for part in M.split(heights)]
+    received = M.new_empty(heights[mine] * sum(widths))
+    counts = [heights[mine] * width for width in widths]
+    dist.all_to_all_single(received, torch.cat(sent), counts, [len(part) for part in sent], group=group)
+    parts = received.split(counts)
+    return torch.cat([part.view(heights[mine], width) for part, width in zip(parts, widths, strict=True)], 1)
+
+
+def _exchange_back(X: Tensor, shape: torch.Size, group: dist.ProcessGroup) -> Tensor:
+    """The inverse: ``[a_j, b]`` -> ``[a, b_j]``, which is ``shape``."""
+    widths, heights = _gathered(shape[1], group, X.device), _parts(shape[0], group.size())
+    sent = [part.contiguous().flatten() for part in X.split(widths, 1)]
+    counts = [height * shape[1] for height in heights]
+    received = X.new_empty(sum(counts))
+    dist.all_to_all_single(received, torch.cat(sent), counts, [len(part) for part in sent], group=group)
+    return received.view(shape)
+
+
+def _gathered(number: int, group: dist.ProcessGroup, device: torch.device) -> list[int]:
+    mine = torch.tensor([number], device=device)
+    parts = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(parts, mine, group=group)
+    return torch.cat(parts).tolist()
+
+
+def _parts(size: int, count: int) -> list[int]:
+    return [size // count + (i < size % count) for i in range(count)]

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .folds import to_matrix
+from .rows import Rows
 
 T = TypeVar("T")
 
@@ -52,6 +53,22 @@ class Shards:
             X = _exchange_back(X, shape, group)
         if shapes:
             M.copy_(X if self.tall else X.mT)
+
+    def singular_values(self, M: Tensor) -> Tensor:
+        """Of the whole, fp64 ``[min(m, n)]``: from the Gram matrix, or for fp64 from QR factorisations."""
+        X = Rows(self.turn(M)[0], max(self.shape), self.groups)
+        if M.dtype == torch.float64:
+            return torch.linalg.svdvals(X.triangle())
+        return torch.linalg.eigvalsh(X.gram(torch.float64)).clamp_min(0).sqrt().flip(0)
+
+    def share_of_rows(self, flags: Tensor) -> float:
+        """The share of the whole's rows that have a flag in some column; ``[m_i]`` of what lies here."""
+        for group in self.columns:
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group)
+        total = flags.sum()
+        for group in self.rows:
+            dist.all_reduce(total, group=group)
+        return float(total) / self.shape[0]
 
     @property
     def _across(self) -> tuple[dist.ProcessGroup, ...]:

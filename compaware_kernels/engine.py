@@ -212,7 +212,10 @@ def in_parallel(work: Callable[[Task], None], tasks: Sequence[Task]) -> None:
     Divided ones come first, in order: all who share in them must do the same at the same time.
     """
     for task in (task for task in tasks if task.shards):
-        work(task)
+        try:
+            work(task)
+        except RuntimeError as error:
+            raise RuntimeError(f"{task.key.rpartition('.')[0]}: {error}") from error
     tasks = [task for task in tasks if not task.shards]
     threads = torch.get_num_threads()
     on_cpu = all(task.W.device.type == "cpu" for task in tasks)
@@ -314,8 +317,7 @@ def _remember(task: Task, state: WarmState | None) -> None:
     """What the last call has left, and the seed of the probes: the same however the matrix is divided."""
     if state:
         V = state.bases.get(task.key)
-        fits = V is not None and V.shape[0] == task.shape[1] and V.device == task.W.device
-        task.basis = V if fits else None
+        task.basis = V.to(task.W.device) if V is not None and V.shape[0] == task.shape[1] else None
     task.seed = seed_of(state.seed, state.calls, task.key) if state else seed_of(0, 0, task.key)
 
 

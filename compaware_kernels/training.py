@@ -10,19 +10,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import parametrized
 from .division import MODES, Division, share
 from .folds import Layer, foldable_layers, require_matches, row_axes
 from .penalties import PENALTIES, Job, check, shrink
 from .shards import agreed, groups_of, replicas_of, shards_of
 from .spectra import ProximalReport, spectrum
-from .state import WarmState
+from .state import WarmState, from_text, to_text
 from .wrappers import data_parallel_group, gather_no_more, unwrapped, unwrapped_optimizer
 
 log = logging.getLogger(__name__)
 Strength = float | Mapping[str, float]
+KEPT = "no weight was changed"
 
 
 class ProximalStep:
@@ -34,15 +36,21 @@ class ProximalStep:
         ``W <- prox(W, t * strength * ramp)``
 
     with t the learning rate that W's parameter group has now (or 1), and ramp the warm-up factor. A neuron's group is
-    its weights and its bias, ``P_l`` their number. With plain SGD this is the proximal gradient method of the source;
-    with momentum or an adaptive optimizer the step is decoupled from its metric, as weight decay is in AdamW.
+    its weights and its bias, if that is trained, ``P_l`` their number. With plain SGD this is the proximal gradient
+    method of the source; with momentum or an adaptive optimizer the step is decoupled from its metric, as weight decay
+    is in AdamW.
+
+    An average of the weights (``AveragedModel``) has full rank: compress it at the ranks of the weights themselves,
+    ``ck.compress(ema, {r.name: ck.ranks.fixed(r.rank) for r in prox.report()}, ...)``; on digits that kept 97.7 % of
+    held-out images right, the average 97.8 % and the weights 97.2 % (means of 6 runs).
 
     Args:
         model: its Linear layers and (transposed) convolutions are treated; the rest is listed in ``skipped``. A weight
             that several layers share is shrunk once; a parametrized one through its parametrization's right inverse.
-            What torch.compile, DistributedDataParallel or AveragedModel wrapped around the model is looked through.
+            What torch.compile, DistributedDataParallel or AveragedModel wrapped around the model is looked through, and
+            names are without what compiled or checkpointed submodules add to them.
         optimizer: any torch optimizer over the model's parameters. Parameters it does not hold, and frozen ones, are
-            left alone. Steps that a GradScaler skips do not count.
+            left alone, now or later. Steps that a GradScaler skips do not count.
         nuclear, group, l1: strengths >= 0 of the three penalties: one number, or numbers by layer name pattern
             (``{"features.*": 0.1, "head": 0.0}``, first match wins, no match is 0).
         every: ``"epoch"``: you call :meth:`step` at the end of each epoch, as in the paper. An int k: a proximal step
@@ -132,6 +140,11 @@ class ProximalStep:
         overflow = getattr(optimizer, "found_inf", None)  # fused optimizers skip a GradScaler's steps by themselves
         if overflow is not None and bool(overflow):
             return
+        if "closure" in kwargs and not any(group["lr"] for group in optimizer.param_groups):
+            return  # so torch.distributed.checkpoint makes an optimizer's state; it moves no weight
+        if self.every != "epoch" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"every={self.every}: a CUDA graph would replay the optimizer's steps without this hook; "
+                               "wanted every='epoch' and calls of step()")  # fmt: skip
         self.steps += 1
         if self.every != "epoch" and self.steps % self.every == 0:
             self.step()
@@ -145,6 +158,7 @@ class ProximalStep:
         """Detach from the optimizer: no proximal step runs by itself any more."""
         self._hook.remove()
 
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self) -> None:
         """Take one proximal step now, on every layer.
@@ -152,11 +166,14 @@ class ProximalStep:
         All or nothing: on an error no weight is changed.
 
         Raises:
-            ValueError: NaN or Inf in a weight, or a parametrization that cannot hold the result, with the layer's name.
+            ValueError: NaN or Inf in a weight, or a parametrization that cannot hold the result, with the layer's name;
+                of sharded or replicated weights on every process, wherever it was found.
+            RuntimeError: another process has failed or left.
         """
         gather_no_more(self.model)
         thresholds, centers = self.thresholds(), self.centers or {}
-        jobs = [Job.of(layer, centers.get(layer.name), thresholds[layer.name]) for layer, _ in self._trained()]
+        jobs = [Job.of(layer, bias, centers.get(layer.name), thresholds[layer.name])
+                for layer, bias, _ in self._trained()]  # fmt: skip
         alike: dict[tuple, list[Job]] = {}
         for job in jobs:
             alike.setdefault(self._replicas(job), []).append(job)
@@ -170,8 +187,10 @@ class ProximalStep:
             for replicas, members in alike.items():
                 self._shrink(members, replicas)
             _write(jobs)
-        except Exception:
+        except Exception as error:
             self.warm.load_state_dict(before)
+            if groups and isinstance(error, RuntimeError):
+                raise RuntimeError(f"proximal step: failed here, or lost another process; {KEPT}: {error}") from error
             raise
         self.applied += 1
 
@@ -208,25 +227,26 @@ class ProximalStep:
     def thresholds(self) -> dict[str, dict[str, float]]:
         """What the next proximal step will subtract, per layer and penalty."""
         ramp = min(1.0, (self.applied + 1) / (self.warmup + 1))
-        return {layer.name: self._thresholds(layer, lr, ramp) for layer, lr in self._trained()}
+        return {each[0].name: self._thresholds(*each, ramp) for each in self._trained()}
 
-    def _thresholds(self, layer: Layer, lr: float, ramp: float) -> dict[str, float]:
+    def _thresholds(self, layer: Layer, bias: Tensor | None, lr: float, ramp: float) -> dict[str, float]:
         """Strength x learning rate x ramp; for the group term also x sqrt(P), P the parameters of one neuron."""
-        per_neuron = layer.rows.shape[1:].numel() + (layer.module.bias is not None)
+        per_neuron = layer.rows.shape[1:].numel() + (bias is not None)
         scale = {"nuclear": 1.0, "group": math.sqrt(per_neuron), "l1": 1.0}
         step = ramp * (lr if self.scale_by_lr else 1.0)
         return {penalty: value * step * scale[penalty] for penalty, value in self.strengths[layer.name].items()}
 
-    def _trained(self) -> list[tuple[Layer, float]]:
-        """The layers whose weights the optimizer holds and trains now, with their learning rates."""
+    def _trained(self) -> list[tuple[Layer, Tensor | None, float]]:
+        """What the optimizer holds and trains now: layers, their biases if these, too, and learning rates."""
         lr = {
             id(p): float(group["lr"])
             for group in self.optimizer.param_groups
             for p in group["params"]
             if p.requires_grad
         }
-        found = ((layer, [lr[id(p)] for p in layer.parameters if id(p) in lr]) for layer in self.layers)
-        return [(layer, rates[0]) for layer, rates in found if rates]
+        layers = [layer for layer in self.layers if all(id(p) in lr for p in layer.parameters)]
+        biases = (layer.module.bias if id(layer.module.bias) in lr else None for layer in layers)
+        return [(layer, bias, lr[id(layer.parameters[0])]) for layer, bias in zip(layers, biases, strict=True)]
 
     @torch.no_grad()
     def report(self) -> ProximalReport:
@@ -245,32 +265,36 @@ class ProximalStep:
         return report
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the model and the optimizer to go on as if nothing had happened."""
-        return {"steps": self.steps, "applied": self.applied, "warm": self.warm.state_dict()}
+        """What a checkpoint needs beside the model and the optimizer to go on as if nothing had happened.
+
+        Two numbers and a text: for ``torch.save`` (loads with ``weights_only=True``) and, where the ProximalStep itself
+        is in the dictionary, for ``torch.distributed.checkpoint``. Later steps do not change it.
+        """
+        return {"steps": self.steps, "applied": self.applied, "warm": to_text(self.warm.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`.  Raises ValueError for anything else, and then changes nothing."""
-        wanted = self.state_dict().keys()
+        wanted = {"steps": int, "applied": int, "warm": str}
         if (
             not isinstance(state, Mapping)
-            or state.keys() != wanted
-            or any(not isinstance(state[key], int) for key in ("steps", "applied"))
+            or state.keys() != wanted.keys()
+            or any(not isinstance(state[key], kind) for key, kind in wanted.items())
         ):
             raise ValueError(f"wanted a ProximalStep state with {', '.join(wanted)}; got {state!r:.200}")
-        self.warm.load_state_dict(state["warm"])
+        self.warm.load_state_dict(from_text(state["warm"]))
         self.steps, self.applied = state["steps"], state["applied"]
 
 
 def _write(jobs: list[Job]) -> None:
     """Put the copies in the weights and biases. Parametrizations may refuse: they come first, and can be undone."""
-    undo = [(p, p.detach().clone()) for job in jobs if job.layer.is_parametrized for p in job.layer.parameters]
+    undo = [(job.layer.chain, parametrized.state(job.layer.chain)) for job in jobs if job.layer.is_parametrized]
     jobs = sorted(jobs, key=lambda job: not job.layer.is_parametrized)
     try:
         for job in jobs:
             job.layer.set_rows(job.weight)
     except ValueError:
-        for p, old in undo:
-            p.copy_(old)
+        for chain, before in undo:
+            chain.load_state_dict(before)
         raise
     for job in jobs:
         if job.bias is not None:

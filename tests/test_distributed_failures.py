@@ -1,0 +1,83 @@
+"""One process dies in the middle of a proximal step: the others end with a clear error, soon, with their weights."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run
+from test_distributed import PENALTIES, fsdp_model, full, network
+from torch.nn.parallel import DistributedDataParallel
+
+import compaware_kernels as ck
+
+MODELS = {"DDP": lambda: DistributedDataParallel(network()), "fully_shard": fsdp_model}
+
+
+def die_at(calls, collective, how):
+    """Have this process die at so many calls of a collective from now on."""
+    whole, left = getattr(dist, collective), [calls]
+
+    def dying(*args, **more):
+        left[0] -= 1
+        if left[0] == 0:
+            how()
+        return whole(*args, **more)
+
+    setattr(dist, collective, dying)
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave():
+    os._exit(3)
+
+
+def survivor(rank, kind, collective, calls, how):
+    model = MODELS[kind]()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    prox = ck.ProximalStep(model, optimizer, **PENALTIES, division="owner")
+    before = [p.detach().clone() for p in model.parameters()]
+    if rank == 1:
+        die_at(calls, collective, how)
+    start = time.monotonic()
+    with pytest.raises(
+        RuntimeError, match=r"^proximal step: failed here, or lost another process; no weight was changed"
+    ):
+        prox.step()
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(
+            p.detach().to_local() if kind == "fully_shard" else p, old.to_local() if kind == "fully_shard" else old
+        )
+    assert prox.applied == 0 and not prox.warm.bases
+    return time.monotonic() - start
+
+
+@pytest.mark.parametrize("how", [kill, leave])
+@pytest.mark.parametrize(
+    ("kind", "collective", "calls"),
+    [("DDP", "all_reduce", 1), ("DDP", "broadcast", 1), ("DDP", "broadcast", 2), ("fully_shard", "all_reduce", 9)],
+)
+def test_a_process_that_dies_ends_the_others_soon(kind, collective, calls, how):
+    first, dead, third = run(survivor, 3, kind, collective, calls, how)
+    assert dead is None and max(first, third) < 30
+
+
+def one_raises(rank):
+    """An error that is no loss of a process: all hear of it."""
+    model = DistributedDataParallel(network())
+    prox = ck.ProximalStep(model, torch.optim.SGD(model.parameters(), lr=0.1), **PENALTIES, division="owner")
+    before = [full(p).clone() for p in model.parameters()]
+    if rank == 1:
+        ck.penalties.prox.svt_ = lambda *args, **more: 1 / 0
+    with pytest.raises(ZeroDivisionError if rank == 1 else ValueError, match="division by zero"):
+        prox.step()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_an_error_of_one_process_is_raised_by_all():
+    run(one_raises, 3)

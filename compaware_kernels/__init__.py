@@ -19,6 +19,7 @@ from .layers import (
     LowRankLinear,
 )
 from .leaving import to_dense, to_plain
+from .lora import LoraReport, export_lora
 from .prox import (
     SvtInfo,
     group_shrink,
@@ -42,10 +43,10 @@ __version__ = "0.1.0"
 triton.register()
 
 __all__ = [
-    "CheckpointError", "CompressReport", "LayerReport", "LowRankConv1d", "LowRankConv2d", "LowRankConv3d",
+    "CheckpointError", "CompressReport", "LayerReport", "LoraReport", "LowRankConv1d", "LowRankConv2d", "LowRankConv3d",
     "LowRankConvTranspose1d", "LowRankConvTranspose2d", "LowRankConvTranspose3d", "LowRankLinear", "ProximalReport",
-    "ProximalStep", "SvtInfo", "WarmState", "compress", "folds", "fuse", "group_shrink", "group_shrink_", "info",
-    "load", "lowrank_conv2d", "lowrank_linear", "ranks", "save", "soft_threshold", "soft_threshold_",
-    "sparse_group_shrink", "sparse_group_shrink_", "spectral_ball_", "svt", "svt_", "to_dense", "to_plain",
-    "truncate_", "weighted_svt_",
+    "ProximalStep", "SvtInfo", "WarmState", "compress", "export_lora", "folds", "fuse", "group_shrink", "group_shrink_",
+    "info", "load", "lowrank_conv2d", "lowrank_linear", "ranks", "save", "soft_threshold", "soft_threshold_",
+    "sparse_group_shrink", "sparse_group_shrink_", "spectral_ball_", "svt", "svt_", "to_dense", "to_plain", "truncate_",
+    "weighted_svt_",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from torch import nn
 from .layers import LOW_RANK, low_rank_type
 from .low_rank import LowRank
 from .surgery import NORMS, resized, sizes
+from .wrappers import bare
 
 FORMAT = "compaware_kernels/1"
 
@@ -23,7 +24,7 @@ class CheckpointError(ValueError):
 
 
 def save(model: nn.Module, path: str | os.PathLike) -> None:
-    """Write a compressed model to one ``.safetensors`` file, atomically.
+    """Write a compressed model, without wrappers as torch.compile's, to one ``.safetensors`` file, atomically.
 
     The header holds, for every Linear, convolution, batch norm and low-rank layer, its class, sizes, rank and fold:
     what :func:`load` needs to give a fresh dense model the same structure.
@@ -31,7 +32,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     Raises:
         OSError: the folder is missing or cannot be written; nothing is left behind.
     """
-    path = Path(path)
+    model, path = bare(model), Path(path)
     metadata = {"format": FORMAT, "layers": json.dumps(_structure(model))}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -57,7 +58,7 @@ def load(path: str | os.PathLike, model: nn.Module) -> nn.Module:
         CheckpointError: the file is missing, damaged, not written by :func:`save`, or of another architecture.
     """
     structure = _read_structure(path)
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(bare(model))
     for name, entry in structure.items():
         _restructure(model, name, entry, path)
     try:

@@ -20,6 +20,7 @@ from .layers import LOW_RANK, low_rank_type
 from .neurons import remove_dead_neurons
 from .surgery import to_channels_last
 from .tables import text_table
+from .wrappers import bare
 
 RankRule = Callable[[Tensor], int]
 
@@ -97,6 +98,8 @@ def compress(
 
     Args:
         model: any module; Linear, Conv1d, Conv2d and Conv3d are compressed, what else has weights is listed as skipped.
+            What training wrapped around it or its submodules (torch.compile, DistributedDataParallel, AveragedModel,
+            activation checkpointing) is left behind.
         ranks: a rule of :mod:`compaware_kernels.ranks` (``ck.ranks.energy(0.99)``), or any function from singular
             values ``[G, k]`` to a rank; or rules by layer name pattern, first match wins, no match stays dense.
         example_inputs: positional inputs of the model, ``(x,)``; multiply-adds are counted on them.
@@ -118,7 +121,7 @@ def compress(
         raise TypeError("example_inputs: wanted a tuple of the model's inputs, (x,); got a tensor")
     if goal not in ("speed", "size") or (measure and goal == "size"):
         raise ValueError(f"goal must be speed or size, and only speed is measured; got {goal!r}, measure={measure}")
-    inputs, folds = tuple(example_inputs), FOLDS if fold == "auto" else (fold,)
+    model, inputs, folds = bare(model), tuple(example_inputs), FOLDS if fold == "auto" else (fold,)
     row_axes(folds[0], 0)
     layers, skipped = foldable_layers(model, skip)
     rules = ranks if isinstance(ranks, Mapping) else {"*": ranks}

@@ -113,13 +113,13 @@ def share(
     for owner in sorted(set(owners)):
         tensors = [t for of, layer in zip(owners, results, strict=True) if of == owner for t in layer]
         tensors += [warm.bases[key] for key, of in owned if of == owner and key in warm.bases]
-        flat = torch.cat([_bytes(t) for t in tensors])
+        flat = torch.cat([as_bytes(t) for t in tensors])
         messages.append((owner, tensors, flat, dist.broadcast(flat, group=group, group_src=owner, async_op=True)))
     for owner, tensors, flat, sending in messages:
         sending.wait()
         if owner != group.rank():
             for t, part in zip(tensors, flat.split([t.numel() * t.element_size() for t in tensors]), strict=True):
-                t.copy_(part.view(t.dtype).view(t.shape))
+                t.copy_(from_bytes(part, t.shape, t.dtype))
 
 
 def _make_room(group: dist.ProcessGroup, owned: Sequence[tuple[str, int]], warm: WarmState, device) -> None:
@@ -137,10 +137,15 @@ def _make_room(group: dist.ProcessGroup, owned: Sequence[tuple[str, int]], warm:
 
 def fingerprint(t: Tensor) -> Tensor:
     """int64 [], of all bits: another one for other bits, as good as surely."""
-    words = _bytes(t)
+    words = as_bytes(t)
     words = torch.nn.functional.pad(words, (0, -len(words) % (4 * WORDS))).view(torch.int32).view(-1, WORDS)
     return (words.sum(0) * torch.arange(1, 2 * WORDS, 2, device=t.device)).sum() >> 1
 
 
-def _bytes(t: Tensor) -> Tensor:
+def as_bytes(t: Tensor) -> Tensor:
     return t.contiguous().view(-1).view(torch.uint8)
+
+
+def from_bytes(message: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A copy, since a part of a message may begin where no number of this dtype can."""
+    return message.clone().view(dtype).view(shape)

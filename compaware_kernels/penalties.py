@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,21 +17,29 @@ from .state import WarmState
 PENALTIES = ("nuclear", "group", "l1")
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """One layer on its way through a proximal step."""
 
     layer: Layer
     weight: Tensor  # a copy of the layer's rows [O, ...]
-    bias: Tensor | None  # [O], and of its bias
+    bias: Tensor | None  # [O], and of its bias, if that is trained
     center: Tensor | None  # as weight
     taus: dict[str, float]
 
     @classmethod
-    def of(cls, layer: Layer, center: Layer | None, taus: dict[str, float]) -> Job:
-        bias = layer.module.bias
+    def of(cls, layer: Layer, bias: Tensor | None, center: Layer | None, taus: dict[str, float]) -> Job:
         copies = layer.rows.detach().clone(), None if bias is None else bias.detach().clone()
         return cls(layer, *copies, None if center is None else center.rows.detach().to(copies[0]), taus)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self.weight, self.bias, self.center) if t is not None]
+
+    def like(self, tensors: Sequence[Tensor]) -> Job:
+        """The same with other :attr:`tensors`."""
+        names = [name for name in ("weight", "bias", "center") if getattr(self, name) is not None]
+        return replace(self, **dict(zip(names, tensors, strict=True)))
 
     @property
     def results(self) -> list[Tensor]:

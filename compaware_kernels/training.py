@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -14,15 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import parametrized
-from .division import MODES, Division, share
+from .division import MODES
 from .folds import Layer, foldable_layers, require_matches, row_axes
-from .penalties import PENALTIES, Job, check, shrink
-from .shards import agreed, groups_of, replicas_of, shards_of
+from .penalties import PENALTIES, Job
 from .spectra import ProximalReport, spectrum
 from .state import WarmState, from_text, to_text
+from .team import Team
 from .wrappers import data_parallel_group, gather_no_more, unwrapped, unwrapped_optimizer
 
-log = logging.getLogger(__name__)
 Strength = float | Mapping[str, float]
 KEPT = "no weight was changed"
 
@@ -129,10 +127,8 @@ class ProximalStep:
         self.centers = None if center is None else _centers(center, self.layers, self.strengths)
         self.steps = self.applied = 0
         self.warm = WarmState()
-        self.division = division
-        self._group = process_group or data_parallel_group(model)
-        self._divisions: dict[tuple, Division] = {}
-        self._warn_if_alone()
+        self._team = Team(process_group or data_parallel_group(model), division)
+        self._team.warn_if_alone([p for layer in self.layers for p in layer.parameters])
         self._hook = self.optimizer.register_step_post_hook(self._after_optimizer_step)
 
     @torch.compiler.disable
@@ -143,16 +139,11 @@ class ProximalStep:
         if "closure" in kwargs and not any(group["lr"] for group in optimizer.param_groups):
             return  # so torch.distributed.checkpoint makes an optimizer's state; it moves no weight
         if self.every != "epoch" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"every={self.every}: a CUDA graph would replay the optimizer's steps without this hook; "
+            raise RuntimeError(f"every={self.every}: a CUDA graph would replay optimizer steps without this hook; "
                                "wanted every='epoch' and calls of step()")  # fmt: skip
         self.steps += 1
         if self.every != "epoch" and self.steps % self.every == 0:
             self.step()
-
-    def _warn_if_alone(self) -> None:
-        running = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if running and not self._group and not groups_of([p for layer in self.layers for p in layer.parameters]):
-            log.warning("no DistributedDataParallel, DTensor or process_group: each process takes steps of its own")
 
     def remove(self) -> None:
         """Detach from the optimizer: no proximal step runs by itself any more."""
@@ -174,55 +165,16 @@ class ProximalStep:
         thresholds, centers = self.thresholds(), self.centers or {}
         jobs = [Job.of(layer, bias, centers.get(layer.name), thresholds[layer.name])
                 for layer, bias, _ in self._trained()]  # fmt: skip
-        alike: dict[tuple, list[Job]] = {}
-        for job in jobs:
-            alike.setdefault(self._replicas(job), []).append(job)
-        groups = list(
-            {group: None for key in alike for group in key} | dict.fromkeys(groups_of([j.weight for j in jobs]))
-        )
         before = self.warm.state_dict()
         try:
-            if groups:
-                agreed(lambda: check(jobs), groups, jobs[0].results[0].device)
-            for replicas, members in alike.items():
-                self._shrink(members, replicas)
+            self._team.shrink(jobs, self.order, self.fold, self.warm)
             _write(jobs)
         except Exception as error:
             self.warm.load_state_dict(before)
-            if groups and isinstance(error, RuntimeError):
+            if isinstance(error, RuntimeError) and dist.is_initialized():
                 raise RuntimeError(f"proximal step: failed here, or lost another process; {KEPT}: {error}") from error
             raise
         self.applied += 1
-
-    def _replicas(self, job: Job) -> tuple[dist.ProcessGroup, ...]:
-        """The groups of processes that hold the same of this layer."""
-        groups = [*replicas_of(job.weight), *([self._group] if self._group else [])]
-        return tuple(group for group in groups if group.size() > 1)
-
-    def _shrink(self, jobs: list[Job], replicas: tuple[dist.ProcessGroup, ...]) -> None:
-        """Shrink the copies; those that other processes hold, too, are shrunk by one of them each, or by all."""
-        if not replicas:
-            shrink(jobs, self.order, self.fold, self.warm)
-            return
-        sharded = any(shards_of(job.weight, self.fold, job.layer.name) for job in jobs)
-        # Sharded layers always have owners: the parts of one replica could decide differently.
-        division = self._divisions.setdefault(replicas, Division(replicas[0], "owner" if sharded else self.division))
-        costs, results, keys = (
-            [job.cost(self.warm) for job in jobs],
-            [job.results for job in jobs],
-            [job.keys for job in jobs],
-        )
-
-        def work(mine: list[int]) -> None:
-            agreed(
-                lambda: shrink([jobs[i] for i in mine], self.order, self.fold, self.warm),
-                replicas,
-                results[0][0].device,
-            )
-
-        division.run(work, costs, results, self.warm, keys)
-        for group in replicas[1:]:
-            share(group, [0] * len(jobs), results, self.warm, keys)
 
     def thresholds(self) -> dict[str, dict[str, float]]:
         """What the next proximal step will subtract, per layer and penalty."""
@@ -268,8 +220,10 @@ class ProximalStep:
         """What a checkpoint needs beside the model and the optimizer to go on as if nothing had happened.
 
         Two numbers and a text: for ``torch.save`` (loads with ``weights_only=True``) and, where the ProximalStep itself
-        is in the dictionary, for ``torch.distributed.checkpoint``. Later steps do not change it.
+        is in the dictionary, for ``torch.distributed.checkpoint``. Later steps do not change it. The same on every
+        process, and of use to any number of them; where sharded weights have owners, all processes must ask.
         """
+        self._team.collect(self.warm)
         return {"steps": self.steps, "applied": self.applied, "warm": to_text(self.warm.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ INSIDE = ("_orig_mod", "_checkpoint_wrapped_module")  # where torch.compile and 
 
 
 def inner(module: nn.Module) -> nn.Module | None:
-    """What torch.compile or activation checkpointing has wrapped; not by attribute: those of the inner one show, too."""
+    """What torch.compile or activation checkpointing has wrapped, if this is their wrapper."""
     return next((module._modules[name] for name in INSIDE if name in module._modules), None)
 
 

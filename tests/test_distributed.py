@@ -191,10 +191,10 @@ def fsdp_model(mesh=None):
     return fully_shard(model, mesh=mesh)
 
 
-def sharded(rank, processes):
+def sharded(rank, processes, mode):
     model = fsdp_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    prox = ck.ProximalStep(model, optimizer, **PENALTIES, every=2)
+    prox = ck.ProximalStep(model, optimizer, **PENALTIES, every=2, division=mode)
     train(model, optimizer, 6, rank, processes)
     wanted, prox_alone = alone()
     assert_same_weights(model, wanted)
@@ -208,33 +208,39 @@ def sharded(rank, processes):
     prox.step()
     prox_alone.step()
     assert_same_weights(model, wanted)
-    return prox.state_dict()["warm"]["calls"]
+    prox.state_dict()
+    assert prox.warm.bases.keys() >= prox_alone.warm.bases.keys() > set()
+    assert_same_bits(list(prox.warm.bases.values()))
 
 
+@pytest.mark.parametrize("mode", ["auto", "owner"])
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
-def test_fully_sharded_is_one_process(processes):
-    run(sharded, processes, processes)
+def test_fully_sharded_is_one_process(processes, mode):
+    run(sharded, processes, processes, mode)
 
 
-def replicas_of_shards(rank):
+def replicas_of_shards(rank, mode):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     model = fsdp_model(mesh)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    prox = ck.ProximalStep(model, optimizer, **PENALTIES, every=2)
+    prox = ck.ProximalStep(model, optimizer, **PENALTIES, every=2, division=mode)
     train(model, optimizer, 6, rank, 4)
     assert_same_weights(model, alone()[0])
     assert_same_bits([full(p) for p in model.parameters()])
     assert prox.applied == 3
+    prox.state_dict()
+    assert_same_bits(list(prox.warm.bases.values()))
 
 
-def test_replicas_of_shards():
-    run(replicas_of_shards, 4)
+@pytest.mark.parametrize("mode", ["auto", "owner"])
+def test_replicas_of_shards(mode):
+    run(replicas_of_shards, 4, mode)
 
 
-def center_of_shards(rank, processes):
+def center_of_shards(rank, processes, mode):
     base, model = fsdp_model(), fsdp_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    prox = ck.ProximalStep(model, optimizer, nuclear=0.5, every=2, center=base)
+    prox = ck.ProximalStep(model, optimizer, nuclear=0.5, every=2, center=base, division=mode)
     train(model, optimizer, 4, rank, processes)
     wanted, reference = network(), network()
     optimizer = torch.optim.SGD(wanted.parameters(), lr=0.1)
@@ -244,8 +250,9 @@ def center_of_shards(rank, processes):
     assert [r.rank for r in prox.report()] == [r.rank for r in expected.report()]
 
 
-def test_around_a_center():
-    run(center_of_shards, 2, 2)
+@pytest.mark.parametrize("mode", ["auto", "owner"])
+def test_around_a_center(mode):
+    run(center_of_shards, 2, 2, mode)
 
 
 # --- tensor parallel ------------------------------------------------------------------------------------------------
@@ -256,11 +263,11 @@ def mlp():
     return nn.Sequential(nn.Flatten(), nn.Linear(36, 24), nn.ReLU(), nn.Linear(24, 3)).double()
 
 
-def tensor_parallel(rank, processes):
+def tensor_parallel(rank, processes, mode):
     mesh = init_device_mesh("cpu", (processes,))
     model = parallelize_module(mlp(), mesh, {"1": ColwiseParallel(), "3": RowwiseParallel()})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    prox = ck.ProximalStep(model, optimizer, **PENALTIES, every=2)
+    prox = ck.ProximalStep(model, optimizer, **PENALTIES, every=2, division=mode)
     train(model, optimizer, 4)
     wanted = mlp()
     optimizer = torch.optim.SGD(wanted.parameters(), lr=0.1)
@@ -270,6 +277,7 @@ def tensor_parallel(rank, processes):
     assert [(r.rank, r.rows_alive) for r in prox.report()] == [(r.rank, r.rows_alive) for r in expected.report()]
 
 
+@pytest.mark.parametrize("mode", ["auto", "owner"])
 @pytest.mark.parametrize("processes", [2, 3])
-def test_tensor_parallel_is_one_process(processes):
-    run(tensor_parallel, processes, processes)
+def test_tensor_parallel_is_one_process(processes, mode):
+    run(tensor_parallel, processes, processes, mode)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import typer
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from workloads import device_name, drifted, low_rank, resnet18, resnet50, shrunk
@@ -37,6 +37,7 @@ SHARE = 1 / 8
 POWERS = 4  # of the probes of what is left out: 2 to 6
 PROCESSES = (8, 64, 1024)
 TAU = 1.0
+PS = (2, 3, 4)
 
 
 class Messages(NamedTuple):
@@ -149,21 +150,33 @@ class Network(torch.nn.Module):
             self.add_module(str(i), layer)
 
 
+WAYS = {  # division, or None: a DTensor's full_tensor; of shards, and of what all processes have
+    "shards, divided": "auto",
+    "shards, owners": "owner",
+    "shards, gathered by all": None,
+    "replicas, owners": "owner",
+    "replicas, all by all": "replicated",
+}
+
+
 class Ways:
-    """One proximal step in three ways: where the layers lie, at owners, after every process has gathered them."""
+    """One proximal step in several ways."""
 
     def __init__(self, weights: Sequence[torch.Tensor], mesh):
         self.mesh = mesh
-        self.models = {way: Network(self.placed(weights)) for way in ("divided", "owners", "gathered")}
+        self.models = {way: Network(self.placed(weights, way)) for way in WAYS}
         self.steps = {way: self.proximal(model, way) for way, model in self.models.items()}
 
-    def placed(self, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def placed(self, weights: Sequence[torch.Tensor], way: str) -> list[torch.Tensor]:
+        if way.startswith("replicas"):
+            return [W.clone() for W in weights]
         return [distribute_tensor(W.clone(), self.mesh, [Shard(0)]) for W in weights]
 
     def proximal(self, model: Network, way: str) -> Callable[[], None]:
-        if way != "gathered":
-            optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-            return ck.ProximalStep(model, optimizer, nuclear=TAU, division="owner" if way == "owners" else "auto").step
+        if WAYS[way]:
+            group = dist.group.WORLD if way.startswith("replicas") else None
+            more = {"nuclear": TAU, "division": WAYS[way], "process_group": group}
+            return ck.ProximalStep(model, torch.optim.SGD(model.parameters(), lr=1.0), **more).step
         state = ck.WarmState()
 
         def step() -> None:
@@ -177,8 +190,8 @@ class Ways:
     @torch.no_grad()
     def take(self, way: str, weights: Sequence[torch.Tensor]) -> tuple[str, int, float, float]:
         """The way, bytes on the wire, bytes that its messages should make, seconds."""
-        for p, W in zip(self.models[way].parameters(), self.placed(weights), strict=True):
-            p.to_local().copy_(W.to_local())
+        for p, W in zip(self.models[way].parameters(), self.placed(weights, way), strict=True):
+            p.copy_(W)
         dist.barrier()
         before, start = carried(), time.perf_counter()
         with Counted() as counted:
@@ -186,11 +199,21 @@ class Ways:
         dist.barrier()
         return way, carried() - before, counted.wire(self.mesh.size()), time.perf_counter() - start
 
-    def check(self, truth: Sequence[torch.Tensor]) -> None:
+    def check(self, weights: Sequence[torch.Tensor]) -> None:
+        """The result of the last step, which began with these; by the first process, in fp64."""
+        first = self.mesh.get_rank() == 0
+        truth = [torch.from_numpy(svt(W.double().numpy(), TAU)) if first else None for W in weights]
         for way, model in self.models.items():
             for p, P in zip(model.parameters(), truth, strict=True):
-                error = torch.linalg.matrix_norm(p.detach().full_tensor().double() - P, 2) / TAU
+                W = whole(p).double()  # of shards, from all processes
+                if P is None:
+                    continue
+                error = torch.linalg.matrix_norm(W - P, 2) / TAU
                 assert error < 2e-3, f"{way}: off by {error:.1e} tau"
+
+
+def whole(p: torch.Tensor) -> torch.Tensor:
+    return p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
 
 
 def measured(rank: int, p: int) -> list[tuple]:
@@ -201,11 +224,10 @@ def measured(rank: int, p: int) -> list[tuple]:
     ways = Ways(weights, init_device_mesh("cpu", (p,)))
     found = []
     for _ in range(7):
-        weights = drifted(weights, bases)
-        found.append([ways.take(way, weights) for way in ways.models])
-        truth = [torch.from_numpy(svt(W.double().numpy(), TAU)) for W in weights] if len(found) == 7 else None
-        weights = [p.detach().full_tensor() for p in ways.models["divided"].parameters()]
-    ways.check(truth)
+        before = drifted(weights, bases)
+        found.append([ways.take(way, before) for way in ways.models])
+        weights = [whole(p).clone() for p in ways.models["replicas, owners"].parameters()]
+    ways.check(before)
     return [
         (way[0][0], *(statistics.median(each[i] for each in way) for i in (1, 2, 3)))
         for way in zip(*found[2:], strict=True)
@@ -218,7 +240,7 @@ Megabytes that one process sends (fp32, on average, rings for all-reduce) in one
 divided among p processes, as FSDP2 does. Arithmetic, from the messages that the code sends; a test holds the warm step
 to it to the byte. Written by `python bench/communication.py`.
 
-* gathered: every process gathers every layer, as a DTensor's `full_tensor` does, and computes all of them.
+* gathered by all: every process gathers every layer, as a DTensor's `full_tensor` does, and computes all of them.
 * owners: each layer goes to one process and back (`division="owner"`). The owner needs room for it.
 * divided: where the layers lie (the default). Rank {share:.1%} of the full rank, warm, one pass; then at full rank, by
   Gram matrices. Layers with more inputs than outputs are turned by one all-to-all each way.
@@ -234,7 +256,8 @@ MEASURED = """
 ## Measured
 
 All processes together, megabytes of the loopback interface against those of the messages, and milliseconds: ResNet-18's
-21 layers at {share:.1%} of the full rank, warm, drifting, medians of 5 steps, each way's result checked against fp64.
+21 layers at {share:.1%} of the full rank, warm, drifting, medians of 5 steps, each way's result checked against fp64;
+shards as FSDP2 has them, replicas as DDP (of which `division="auto"` takes the faster way, as it measures by itself).
 {device}, one thread each on 2 cores, gloo, torch {torch}, Python {python}. `python bench/communication.py --measure`
 
 | processes | way | on the wire, MB | messages, MB | ratio | ms |
@@ -249,9 +272,13 @@ def main(
 ) -> None:
     text = HEAD.format(share=SHARE, table=table())
     if measure:
-        rows = [(p, *row) for p in (2, 3, 4) for row in run(measured, p, p)[0]]
-        cells = [f"| {p} | {way} | {wire / 1e6:.1f} | {model / 1e6:.1f} | {wire / model:.3f} | {1e3 * s:.0f} |"
-                 for p, way, wire, model, s in rows]  # fmt: skip
+        rows = [(p, *row) for p in PS for row in run(measured, p, p)[0]]
+        cells = [
+            f"| {p} | {way} | {wire / 1e6:.1f} | {model / 1e6:.1f} | {wire / model:.3f} | {1e3 * seconds:.0f} |"
+            if model > 1e5
+            else f"| {p} | {way} | {wire / 1e6:.1f} | {model / 1e6:.1f} | | {1e3 * seconds:.0f} |"
+            for p, way, wire, model, seconds in rows
+        ]
         versions = {"torch": torch.__version__, "python": platform.python_version()}
         text += MEASURED.format(share=SHARE, device=device_name(), rows="\n".join(cells), **versions)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,6 @@
 """Several processes, by --how ddp (DistributedDataParallel), fsdp (fully_shard) or tensor (tensor parallel):
-
-    torchrun --nproc-per-node 2 examples/distributed_digits.py --how fsdp
-
-Two nodes of 8 GPUs, on each of them: torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d \
---rdzv-endpoint FIRST_NODE:29400 examples/distributed_digits.py
-"""
+torchrun --nproc-per-node 2 examples/distributed_digits.py --how fsdp. On each of two nodes with 8 GPUs:
+torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint NODE:29400 examples/distributed_digits.py"""
 
 from pathlib import Path
 
@@ -23,27 +19,21 @@ from compaware_kernels.demo.data import digits
 from compaware_kernels.demo.networks import small_convnet
 
 
-def main(
-    how: str = "ddp", epochs: int = 20, off: bool = False, seed: int = 0, out: Path = Path("out/examples")
-) -> None:
+def wrapped(model: torch.nn.Module, how: str, device: torch.device) -> torch.nn.Module:
+    if how == "tensor":
+        mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+        return parallelize_module(model, mesh, {"9": ColwiseParallel(), "11": RowwiseParallel()})
+    return fully_shard(model) if how == "fsdp" else DistributedDataParallel(model)
+
+
+def main(how: str = "ddp", epochs: int = 20, off: bool = False, out: Path = Path("out/examples")) -> None:
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     dist.init_process_group()
-    rank, processes = dist.get_rank(), dist.get_world_size()
-    torch.manual_seed(seed)  # the same weights and order everywhere
-    data, model = digits(), small_convnet().to(device)
-    if how == "ddp":
-        model = DistributedDataParallel(model)
-    elif how == "fsdp":
-        model = fully_shard(model)
-    else:
-        mesh = dist.init_device_mesh(device.type, (processes,))
-        parallelize_module(model, mesh, {"9": ColwiseParallel(), "11": RowwiseParallel()})
-    part = slice(None) if how == "tensor" else slice(rank, None, processes)  # of each batch
+    torch.manual_seed(0)  # the same weights and order everywhere
+    data, model = digits(), wrapped(small_convnet().to(device), how, device)
+    part = slice(None) if how == "tensor" else slice(dist.get_rank(), None, dist.get_world_size())  # of each batch
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, foreach=False)
-    strengths = {} if off else {"nuclear": 10.0, "group": 0.2}
-    prox = ck.ProximalStep(
-        model, optimizer, **strengths, every=10, skip=["11"]
-    )  # no more is needed than in one process
+    prox = ck.ProximalStep(model, optimizer, nuclear=0 if off else 10, group=0 if off else 0.2, every=10, skip=["11"])
 
     for _ in range(epochs):
         for batch in torch.randperm(len(data.train_y)).split(32):
@@ -52,19 +42,16 @@ def main(
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
 
-    weights, moments = get_state_dict(model, optimizer)
-    path = out / f"distributed_digits_{how}"  # of use to any number of processes
-    dcp.save({"model": weights, "optimizer": moments, "prox": prox}, checkpoint_id=path)
+    path, (weights, moments) = out / f"distributed_digits_{how}", get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments, "prox": prox}, checkpoint_id=path)  # for any number of processes
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    report = prox.report()
-    if rank == 0:
-        model = small_convnet()
-        model.load_state_dict(whole)
-        small, compressed = ck.compress(model, ck.ranks.energy(0.99), (data.test_x[:1],), skip=["11"], goal="size")
+    report = prox.report()  # all processes must ask
+    if dist.get_rank() == 0:
+        (model := small_convnet()).load_state_dict(whole)
+        small, _ = ck.compress(model, ck.ranks.energy(0.99), (data.test_x[:1],), skip=["11"], goal="size")
         ck.save(small, path.with_suffix(".safetensors"))
         accuracy = [float((m.eval()(data.test_x).argmax(1) == data.test_y).double().mean()) for m in (model, small)]
         print(f"{report}\nheld-out accuracy {accuracy[0]:.1%}, compressed {accuracy[1]:.1%}")
-        print(f"multiply-adds {compressed.macs_before:,} -> {compressed.macs:,}; saved to {path}.safetensors")
     dist.destroy_process_group()
 
 

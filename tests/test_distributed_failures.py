@@ -12,8 +12,13 @@ from test_distributed import PENALTIES, fsdp_model, full, network
 from torch.nn.parallel import DistributedDataParallel
 
 import compaware_kernels as ck
+from compaware_kernels.shards import local
 
-MODELS = {"DDP": lambda: DistributedDataParallel(network()), "fully_shard": fsdp_model}
+MODELS = {
+    "DDP": (lambda: DistributedDataParallel(network()), "owner"),
+    "fully_shard": (fsdp_model, "auto"),
+    "owners": (fsdp_model, "owner"),
+}
 
 
 def die_at(calls, collective, how):
@@ -38,10 +43,11 @@ def leave():
 
 
 def survivor(rank, kind, collective, calls, how):
-    model = MODELS[kind]()
+    build, division = MODELS[kind]
+    model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    prox = ck.ProximalStep(model, optimizer, **PENALTIES, division="owner")
-    before = [p.detach().clone() for p in model.parameters()]
+    prox = ck.ProximalStep(model, optimizer, **PENALTIES, division=division)
+    before = [local(p.detach()).clone() for p in model.parameters()]
     if rank == 1:
         die_at(calls, collective, how)
     start = time.monotonic()
@@ -49,10 +55,7 @@ def survivor(rank, kind, collective, calls, how):
         RuntimeError, match=r"^proximal step: failed here, or lost another process; no weight was changed"
     ):
         prox.step()
-    for p, old in zip(model.parameters(), before, strict=True):
-        assert torch.equal(
-            p.detach().to_local() if kind == "fully_shard" else p, old.to_local() if kind == "fully_shard" else old
-        )
+    assert all(torch.equal(local(p.detach()), old) for p, old in zip(model.parameters(), before, strict=True))
     assert prox.applied == 0 and not prox.warm.bases
     return time.monotonic() - start
 
@@ -60,7 +63,14 @@ def survivor(rank, kind, collective, calls, how):
 @pytest.mark.parametrize("how", [kill, leave])
 @pytest.mark.parametrize(
     ("kind", "collective", "calls"),
-    [("DDP", "all_reduce", 1), ("DDP", "broadcast", 1), ("DDP", "broadcast", 2), ("fully_shard", "all_reduce", 9)],
+    [
+        ("DDP", "all_reduce", 1),
+        ("DDP", "broadcast", 1),
+        ("DDP", "broadcast", 2),
+        ("fully_shard", "all_reduce", 9),
+        ("owners", "all_to_all_single", 1),
+        ("owners", "all_to_all_single", 2),
+    ],
 )
 def test_a_process_that_dies_ends_the_others_soon(kind, collective, calls, how):
     first, dead, third = run(survivor, 3, kind, collective, calls, how)

@@ -44,7 +44,7 @@ class Division:
     def run(
         self,
         work: Callable[[list[int]], None],
-        costs: Sequence[float],
+        owners: Sequence[int],
         results: Sequence[list[Tensor]],
         warm: WarmState,
         keys: Sequence[list[str]],
@@ -53,14 +53,13 @@ class Division:
 
         Args:
             work: computes the layers of these numbers, in place in their ``results``.
-            costs: about what each layer costs; the same on every process.
+            owners: of each layer, see :func:`assign`.
             results: of each layer, tensors of the same shapes on every process.
             keys: under which ``warm`` remembers each layer.
         """
         if self.mode == "auto" and self.step % REVIEW == 0:
             self.replicated = False
         self.step += 1
-        owners = assign(costs, self.group.size())
         start = time.perf_counter()
         work([i for i, owner in enumerate(owners) if self.replicated or owner == self.group.rank()])
         computing = time.perf_counter() - start

@@ -26,21 +26,22 @@ def gathering_group(job: Job, fold: str) -> dist.ProcessGroup | None:
     return shards.groups[0] if shards and len(shards.groups) == 1 else None
 
 
+def owners_of(jobs: Sequence[Job], group: dist.ProcessGroup) -> list[int]:
+    """The same at every step and on every process, though only the owners remember anything."""
+    return assign([job.cost(WarmState()) for job in jobs], group.size())
+
+
 def shrink_at_owners(
     jobs: Sequence[Job], group: dist.ProcessGroup, order: Sequence[str], fold: str, warm: WarmState
-) -> list[int]:
-    """As :func:`penalties.shrink`, of jobs that are all divided among ``group``; returns their owners.
-
-    They are the same at every step, since only they have what ``warm`` remembers.
-    """
-    owners = assign([job.cost(WarmState()) for job in jobs], group.size())
+) -> None:
+    """As :func:`penalties.shrink`, of jobs that are all divided among ``group``."""
+    owners = owners_of(jobs, group)
     parts = [[_Part(t) for t in job.tensors] for job in jobs]
     _to_owners(parts, owners, group)
     mine = [i for i, owner in enumerate(owners) if owner == group.rank()]
     whole = [jobs[i].like([part.whole for part in parts[i]]) for i in mine]
     agreed(lambda: shrink(whole, order, fold, warm), [group], local(jobs[0].weight).device)
     _from_owners([each[: len(job.results)] for each, job in zip(parts, jobs, strict=True)], owners, group)
-    return owners
 
 
 class _Part:

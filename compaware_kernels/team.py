@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-from .division import Division, share
-from .owners import gathering_group, shrink_at_owners
+from .division import Division, assign, share
+from .owners import gathering_group, owners_of, shrink_at_owners
 from .penalties import Job, check, shrink
 from .shards import agreed, groups_of, replicas_of
 from .state import WarmState
@@ -63,31 +63,42 @@ class Team:
     def _shrink(self, jobs: list[Job], replicas: tuple[dist.ProcessGroup, ...], order, fold, warm) -> None:
         """What other processes hold, too, one of them shrinks, or all do."""
         if not replicas:
+            self._owned += self._owners(jobs, fold)
             self._shrink_here(jobs, order, fold, warm)
             return
-        # Sharded layers always have owners: the parts of one replica could decide differently.
-        mode = "owner" if groups_of([job.weight for job in jobs]) else self.mode
-        division = self._divisions.setdefault(replicas, Division(replicas[0], mode))
+        # The parts of one replica must decide alike, who need not remember the same, nor take the same time.
+        sharded = bool(groups_of([job.weight for job in jobs]))
+        division = self._divisions.setdefault(replicas, Division(replicas[0], "owner" if sharded else self.mode))
+        owners = assign([job.cost(WarmState() if sharded else warm) for job in jobs], replicas[0].size())
         results, keys = [job.results for job in jobs], [job.keys for job in jobs]
 
         def work(mine: list[int]) -> None:
             here = [jobs[i] for i in mine]
             agreed(lambda: self._shrink_here(here, order, fold, warm), replicas, results[0][0].device)
 
-        division.run(work, [job.cost(warm) for job in jobs], results, warm, keys)
+        division.run(work, owners, results, warm, keys)
         for group in replicas[1:]:
             share(group, [0] * len(jobs), results, warm, keys)
+        for replica in range(replicas[0].size()):
+            members = [job for job, owner in zip(jobs, owners, strict=True) if owner == replica]
+            self._owned += self._owners(members, fold)
 
     def _shrink_here(self, jobs: list[Job], order, fold, warm) -> None:
         """On this process, or where they are divided with those that have the other parts."""
-        gathered: dict[dist.ProcessGroup, list[Job]] = {}
-        if self.mode == "owner":
-            for job in jobs:
-                if group := gathering_group(job, fold):
-                    gathered.setdefault(group, []).append(job)
-        rest = [job for job in jobs if not any(job in members for members in gathered.values())]
-        shrink(rest, order, fold, warm)
+        gathered = self._gathered(jobs, fold)
+        shrink([job for job in jobs if not any(job in each for each in gathered.values())], order, fold, warm)
         for group, members in gathered.items():
-            owners = shrink_at_owners(members, group, order, fold, warm)
-            nothing = members[0].results[0].new_empty(0)
-            self._owned.append((group, owners, [job.keys for job in members], nothing))
+            shrink_at_owners(members, group, order, fold, warm)
+
+    def _gathered(self, jobs: list[Job], fold: str) -> dict[dist.ProcessGroup, list[Job]]:
+        """The sharded layers that have owners, by the processes that have their parts."""
+        found: dict[dist.ProcessGroup, list[Job]] = {}
+        for job in jobs if self.mode == "owner" else ():
+            if group := gathering_group(job, fold):
+                found.setdefault(group, []).append(job)
+        return found
+
+    def _owners(self, jobs: list[Job], fold: str) -> list[tuple]:
+        """What :meth:`collect` wants to know of them."""
+        return [(group, owners_of(members, group), [job.keys for job in members], members[0].results[0].new_empty(0))
+                for group, members in self._gathered(jobs, fold).items()]  # fmt: skip

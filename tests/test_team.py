@@ -78,7 +78,8 @@ def test_two_axes_of_replicas():
 def odd_bytes(rank):
     """Two bytes of bf16 before eight of fp64."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(1, 1, bias=False).bfloat16(), nn.Linear(5, 3).double(), nn.Linear(3, 3).half())
+    halves = [nn.Linear(1, 1, bias=False).bfloat16() for _ in range(2)]  # one for each owner, and before the others
+    model = nn.Sequential(*halves, nn.Linear(5, 3).double(), nn.Linear(5, 3).double())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     prox = ck.ProximalStep(model, optimizer, nuclear=0.1, group=0.1, process_group=dist.group.WORLD, division="owner")
     wanted = ck.group_shrink(ck.svt(model[0].weight.detach(), 0.01), 0.01)

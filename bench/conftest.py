@@ -17,6 +17,7 @@ LOAD = os.getloadavg()[0]  # before anything ran
 
 shrink_rows: list[tuple[str, str, float, float]] = []  # op, name, median ms, ratio to the floor
 svt_rows: list[tuple] = []  # case, name, median ms, ratio to the SVD loop, to the floor, error, bound, correct
+training_rows: list[tuple] = []  # regime, ms of a training step, of a proximal step, its shares, error, correct
 
 
 def timed(function, *args) -> tuple[float, object]:
@@ -83,6 +84,29 @@ def svt_race(benchmark):
             benchmark.extra_info[name] = dict(
                 zip(("ms", "x svd", "x floor", "error", "bound", "ok"), svt_rows[-1][2:], strict=True)
             )
+
+    return run
+
+
+@pytest.fixture
+def training_race(benchmark):
+    """training_race(regime, results, truths, step, reset, prox, steps, every): every round takes a training step, then,
+    after ``reset``, a proximal step: its share of an epoch of so many steps, and of one step when it comes after every
+    ``every``-th."""
+
+    def run(regime, results, truths, step, reset, prox, steps, every, rounds=9):
+        error, _, correct = check(results, truths, None)
+        times = {step: [], prox: []}
+
+        def setup():
+            times[step].append(timed(step)[0])
+            reset()
+
+        benchmark.pedantic(lambda: times[prox].append(timed(prox)[0]), setup=setup, rounds=rounds)
+        plain, extra = median(times[step]), median(times[prox])
+        training_rows.append((regime, plain, extra, extra / plain / steps, extra / plain / every, error, correct))
+        names = ("step (ms)", "proximal step (ms)", "per epoch", f"every {every} steps", "error", "ok")
+        benchmark.extra_info |= dict(zip(names, training_rows[-1][1:], strict=True))
 
     return run
 
@@ -162,6 +186,11 @@ def pytest_terminal_summary(terminalreporter):
         text = f"{ratio:9.1f}x" if ratio else " " * 10 if correct else "     wrong"
         shown = [f"{of_floor:9.1f}" if of_floor else " " * 9, f"{error:11.1e}", f"{bound:11.1e}" if bound else ""]
         write(f"{case:28}{name:20}{value:11.2f}{text}{''.join(shown)}")
+    if training_rows:
+        write(f"{'training':16}{'step, ms':>10}{'prox, ms':>10}{'per epoch':>11}{'every 10':>10}{'error/tau':>11}")
+    for regime, plain, extra, epoch, often, error, correct in training_rows:
+        shares = f"{epoch:11.2%}{often:10.1%}" if correct else f"{'wrong':>21}"
+        write(f"{regime:16}{plain:10.1f}{extra:10.1f}{shares}{error:11.1e}")
     inference_tables.write_all(write)
 
 

@@ -33,9 +33,9 @@ def assign(chain: ParametrizationList, weight: Tensor, near: float = NEAR) -> No
     """Give the originals, in place, values from which ``weight`` comes out.
 
     Raises:
-        ValueError: the parametrization has no such values, or cannot find them; the originals are as they were.
+        ValueError: the parametrization has no such values, or cannot find them; :func:`state` undoes what it has done.
     """
-    before, targets = state(chain), originals(chain)
+    targets = originals(chain)
     try:
         old, values = chain(), weight
         for parametrization in reversed(chain):
@@ -48,8 +48,7 @@ def assign(chain: ParametrizationList, weight: Tensor, near: float = NEAR) -> No
         lost, size, change = map(torch.linalg.vector_norm, (chain() - weight, weight, weight - old))
         if not lost <= LOSS * torch.finfo(weight.dtype).eps * size + near * change:
             raise ValueError("another weight comes out of it")
-    except Exception as error:  # the user's code: whatever it raises, nothing may stay half-changed
-        chain.load_state_dict(before)
+    except Exception as error:  # the user's code may raise anything
         kinds = ", ".join(type(p).__name__ for p in chain)
         raise ValueError(f"its parametrization ({kinds}) cannot hold a shrunk weight: {error}") from error
 

@@ -136,7 +136,7 @@ class ProximalStep:
         overflow = getattr(optimizer, "found_inf", None)  # fused optimizers skip a GradScaler's steps by themselves
         if overflow is not None and bool(overflow):
             return
-        if "closure" in kwargs and not any(group["lr"] for group in optimizer.param_groups):
+        if kwargs == {"closure": None} and not any(group["lr"] for group in optimizer.param_groups):
             return  # so torch.distributed.checkpoint makes an optimizer's state; it moves no weight
         if self.every != "epoch" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"every={self.every}: a CUDA graph would replay optimizer steps without this hook; "

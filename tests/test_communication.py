@@ -46,4 +46,6 @@ def test_a_warm_step_sends_what_the_model_says(processes, m, n, r):
         assert sent["reduced"] - REFUSALS == model.reduced
         assert sent["spread"] == model.spread
     turned = communication.turning(m, n, m >= n, processes)
-    assert sum(sent["turned"] for *_, sent in found) * (processes - 1) / processes == pytest.approx(processes * turned.turned)
+    assert sum(sent["turned"] for *_, sent in found) * (processes - 1) / processes == pytest.approx(
+        processes * turned.turned
+    )

@@ -171,7 +171,7 @@ class ProximalStep:
             _write(jobs)
         except Exception as error:
             self.warm.load_state_dict(before)
-            if isinstance(error, RuntimeError) and dist.is_initialized():
+            if isinstance(error, RuntimeError) and dist.is_available() and dist.is_initialized():
                 raise RuntimeError(f"proximal step: failed here, or lost another process; {KEPT}: {error}") from error
             raise
         self.applied += 1

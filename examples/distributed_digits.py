@@ -49,9 +49,9 @@ def main(how: str = "ddp", epochs: int = 20, off: bool = False, out: Path = Path
     if dist.get_rank() == 0:
         (model := small_convnet()).load_state_dict(whole)
         small, _ = ck.compress(model, ck.ranks.energy(0.99), (data.test_x[:1],), skip=["11"], goal="size")
-        ck.save(small, path.with_suffix(".safetensors"))
-        accuracy = [float((m.eval()(data.test_x).argmax(1) == data.test_y).double().mean()) for m in (model, small)]
-        print(f"{report}\nheld-out accuracy {accuracy[0]:.1%}, compressed {accuracy[1]:.1%}")
+        ck.save(small, file := path.with_suffix(".safetensors"))
+        right = [(m.eval()(data.test_x).argmax(1) == data.test_y).double().mean().item() for m in (model, small)]
+        print(f"{report}\nheld-out accuracy {right[0]:.1%}, compressed {right[1]:.1%}; saved to {file}")
     dist.destroy_process_group()
 
 

@@ -24,7 +24,7 @@ from workloads import device_name, drifted, low_rank, resnet18, resnet50, shrunk
 
 import compaware_kernels as ck
 from compaware_kernels.certificate import PROBES as CHECKS
-from compaware_kernels.shards import scattered
+from compaware_kernels.shards import placed
 from compaware_kernels.subspace import FRESH, PART, PROBES, columns_for, even
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -183,7 +183,7 @@ class Ways:
             whole = [p.full_tensor() for p in model.parameters()]
             ck.svt_(whole, TAU, state=state)
             for p, W in zip(model.parameters(), whole, strict=True):
-                p.to_local().copy_(scattered(W, p))
+                p.copy_(placed(W, p))
 
         return torch.no_grad()(step)
 

@@ -21,7 +21,7 @@ from .state import WarmState
 log = logging.getLogger(__name__)
 MODES = ("auto", "owner", "replicated")
 REVIEW = 16  # proximal steps after which "auto" measures again
-DTYPES = (torch.float32, torch.float64)  # of bases
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of bases
 WORDS = 256
 
 

@@ -288,7 +288,8 @@ def shrink_all(
             lie.turn_back(entry[0].W, W[0], entry[0].turned)
     if state:
         state.calls += 1
-        state.bases |= {task.key: task.basis for task in tasks if task.basis is not None}
+        dense = {"memory_format": torch.contiguous_format}  # as it comes back from a checkpoint
+        state.bases |= {task.key: task.basis.clone(**dense) for task in tasks if task.basis is not None}
     return [_report(*each) for each in zip(weights, work, names or [None] * len(work), strict=True)]
 
 

@@ -74,6 +74,10 @@ def oriented(weight: Tensor, kind: type[nn.Module], groups: int = 1) -> Tensor:
         return weight
     if groups == 1:
         return weight.transpose(0, 1)
+    if hasattr(weight, "placements"):  # a DTensor, whose parts may end within a group
+        from torch.distributed.tensor import Replicate
+
+        weight = weight.redistribute(placements=[Replicate()] * weight.device_mesh.ndim)
     return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 

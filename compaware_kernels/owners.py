@@ -27,8 +27,7 @@ def gathering_group(job: Job, fold: str) -> dist.ProcessGroup | None:
 
 
 def owners_of(jobs: Sequence[Job], group: dist.ProcessGroup) -> list[int]:
-    """The same at every step and on every process, though only the owners remember anything."""
-    return assign([job.cost(WarmState()) for job in jobs], group.size())
+    return assign([job.cost for job in jobs], group.size())
 
 
 def shrink_at_owners(

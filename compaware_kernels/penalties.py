@@ -11,7 +11,7 @@ from torch import Tensor
 from . import prox
 from .checks import check_finite
 from .folds import Layer
-from .shards import column_groups, local, shrink_rows_
+from .shards import by_rows, column_groups, is_dtensor, local, placed, shrink_rows_
 from .state import WarmState
 
 PENALTIES = ("nuclear", "group", "l1")
@@ -29,8 +29,8 @@ class Job:
 
     @classmethod
     def of(cls, layer: Layer, bias: Tensor | None, center: Layer | None, taus: dict[str, float]) -> Job:
-        copies = layer.rows.detach().clone(), None if bias is None else bias.detach().clone()
-        return cls(layer, *copies, None if center is None else center.rows.detach().to(copies[0]), taus)
+        weight, C = layer.rows.detach().clone(), None if center is None else center_of(layer, center)
+        return cls(layer, weight, None if bias is None else by_rows(bias.detach().clone(), weight), C, taus)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -51,15 +51,17 @@ class Job:
         """Of what a WarmState remembers."""
         return [f"{self.layer.name}.{g}" for g in range(self.layer.groups)]
 
-    def cost(self, warm: WarmState) -> float:
-        """About how many multiplications the proximal step takes."""
+    @property
+    def cost(self) -> int:
+        """About how many multiplications its proximal steps take; the same at every step and on every process."""
         size = self.weight.numel()
-        if not self.taus["nuclear"]:
-            return size
-        m = len(self.weight) // self.layer.groups
-        n, V = size // len(self.weight), warm.bases.get(self.keys[0])
-        short = min(m, n)
-        return size * (min(short, 3 * V.shape[1] + 60) if V is not None and V.shape[1] else short)
+        return size * min(len(self.weight) // self.layer.groups, size // len(self.weight))
+
+
+def center_of(layer: Layer, center: Layer) -> Tensor:
+    """The center's rows, in the dtype, on the device and over the processes as the layer's."""
+    rows, C = layer.rows.detach(), center.rows.detach()
+    return (placed(C, rows) if is_dtensor(rows) else C).to(rows.dtype).to(rows.device)
 
 
 def shrink(jobs: Sequence[Job], order: Sequence[str], fold: str, warm: WarmState) -> None:
@@ -68,7 +70,9 @@ def shrink(jobs: Sequence[Job], order: Sequence[str], fold: str, warm: WarmState
     def nuclear(jobs: list[Job], taus: list[float], names: list[str]) -> None:
         centers = [job.center for job in jobs] if jobs and jobs[0].center is not None else None
         groups, weights = [job.layer.groups for job in jobs], [job.weight for job in jobs]
+        calls = warm.calls
         prox.svt_(weights, taus, state=warm, center=centers, fold=fold, groups=groups, names=names)
+        warm.calls = calls  # which counts steps: how often a process calls depends on what it owns
 
     steps: dict[str, Callable] = {"nuclear": nuclear, "group": _group, "l1": _l1}
     for penalty in order:

@@ -26,7 +26,7 @@ from torch import Tensor
 from . import certificate, engine, folds, ops
 from .checks import check_center, checked, checked_list, checked_tau
 from .report import SvtInfo
-from .shards import agreed, column_groups, device_of, groups_of, local, scattered, shards_of, shrink_rows_
+from .shards import agreed, column_groups, device_of, groups_of, local, placed, shards_of, shrink_rows_
 from .spectral import SoftThreshold, Truncate, WeightedThreshold
 from .state import WarmState
 
@@ -240,7 +240,7 @@ def _checked(weights, tau, names, what: str = "tau", axes: int = 2) -> Tensor:
 
 
 def _agreed(check, weights: Sequence[Tensor]):
-    return agreed(check, groups_of(weights), device_of(weights))
+    return agreed(check, groups_of(weights, replicas=False), device_of(weights))
 
 
 def _here(weights: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -273,7 +273,7 @@ def _shrink(weights, functions, state, tol, fold, groups, names, center=None, ba
             W.copy_(T.reshape(W.shape) if fold is None else folds.from_matrix(T, W.shape, fold))
     for W, P, all_of_it in zip(weights, here, gathered, strict=True):
         if all_of_it:
-            local(W).copy_(scattered(P, W))
+            local(W).copy_(placed(P, W).to_local())
     return infos
 
 

@@ -7,6 +7,7 @@ before and after: of an m x n matrix over p processes each sends ``m n (p - 1) /
 
 from __future__ import annotations
 
+import builtins
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .folds import to_matrix
+from .ops import compute_dtype
 from .rows import Rows
 
 T = TypeVar("T")
@@ -56,19 +58,19 @@ class Shards:
 
     def singular_values(self, M: Tensor) -> Tensor:
         """Of the whole, fp64 ``[min(m, n)]``: from the Gram matrix, or for fp64 from QR factorisations."""
-        X = Rows(self.turn(M)[0], max(self.shape), self.groups)
+        X = Rows(self.turn(M)[0].to(compute_dtype(M.dtype)), max(self.shape), self.groups)
         if M.dtype == torch.float64:
             return torch.linalg.svdvals(X.triangle())
         return torch.linalg.eigvalsh(X.gram(torch.float64)).clamp_min(0).sqrt().flip(0)
 
-    def share_of_rows(self, flags: Tensor) -> float:
-        """The share of the whole's rows that have a flag in some column; ``[m_i]`` of what lies here."""
+    def count_rows(self, flags: Tensor) -> float:
+        """How many neurons have a flag in some column; flags are of those that lie here."""
         for group in self.columns:
             dist.all_reduce(flags, dist.ReduceOp.MAX, group)
         total = flags.sum()
         for group in self.rows:
             dist.all_reduce(total, group=group)
-        return float(total) / self.shape[0]
+        return float(total)
 
     @property
     def _across(self) -> tuple[dist.ProcessGroup, ...]:
@@ -116,9 +118,12 @@ def replicas_of(W: Tensor) -> list[dist.ProcessGroup]:
     return [group for placement, group in _dims(W) if placement.is_replicate()]
 
 
-def groups_of(weights: Sequence[Tensor]) -> list[dist.ProcessGroup]:
-    """All groups that the weights are distributed over, each once, in the same order on every process."""
-    return list({id(group): group for W in weights for _, group in _dims(W)}.values())
+def groups_of(weights: Sequence[Tensor], replicas: bool = True) -> list[dist.ProcessGroup]:
+    """All groups that the weights are distributed over, each once, in the same order on every process.
+
+    replicas: also those that hold the same of a weight, who may be doing something else.
+    """
+    return list(dict.fromkeys(g for W in weights for p, g in _dims(W) if replicas or not p.is_replicate()))
 
 
 def _dims(W: Tensor) -> list[tuple]:
@@ -129,13 +134,30 @@ def _dims(W: Tensor) -> list[tuple]:
     return [(p, mesh.get_group(i)) for i, p in enumerate(W.placements) if mesh.size(i) > 1]
 
 
-def scattered(whole: Tensor, like: Tensor) -> Tensor:
-    """The part of ``whole``, which every process holds, that lies here of a DTensor ``like``."""
+def placed(t: Tensor, like: Tensor, placements: Sequence | None = None) -> Tensor:
+    """A tensor, if need be one that every process holds, over the mesh of the DTensor ``like``, placed as that is."""
     from torch.distributed.tensor import DTensor, Replicate
 
-    mesh = like.device_mesh
-    same = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return same.redistribute(mesh, like.placements).to_local()
+    mesh, placements = like.device_mesh, like.placements if placements is None else tuple(placements)
+    if not is_dtensor(t):
+        t = DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return t if t.placements == placements else t.redistribute(mesh, placements)
+
+
+def by_rows(bias: Tensor, W: Tensor) -> Tensor:
+    """A bias as its neurons lie in W: divided as the rows are, whole where the columns are divided."""
+    from torch.distributed.tensor import Replicate
+
+    if not is_dtensor(W):
+        return bias
+    return placed(bias, W, [p if getattr(p, "dim", None) == 0 else Replicate() for p in W.placements])
+
+
+def as_before(t: Tensor, like: Tensor) -> Tensor:
+    """The values of t, placed as ``like`` is, which may be a plain tensor."""
+    if is_dtensor(like):
+        return placed(t, like)
+    return t.full_tensor() if is_dtensor(t) else t
 
 
 def column_groups(W: Tensor) -> tuple[dist.ProcessGroup, ...]:
@@ -157,11 +179,7 @@ def shrink_rows_(W: Tensor, bias: Tensor | None = None, *, tau: float, groups: S
 
 
 def agreed(check: Callable[[], T], groups: Sequence[dist.ProcessGroup], device: torch.device | None = None) -> T:
-    """Run ``check`` on every process; where it raises on one, all raise, with the same words.
-
-    Raises:
-        whatever ``check`` raised here; ValueError with its words where it raised elsewhere.
-    """
+    """Run ``check`` on every process; what it raises on one, the first of them, all raise."""
     if not groups:
         return check()
     result = error = None
@@ -172,15 +190,14 @@ def agreed(check: Callable[[], T], groups: Sequence[dist.ProcessGroup], device: 
     failed = torch.tensor(int(error is not None), device=device)
     for group in groups:
         dist.all_reduce(failed, dist.ReduceOp.MAX, group)
-    words = [] if error is None else [str(error)]
+    words = [] if error is None else [(type(error).__name__, str(error))]
     for group in groups if failed else ():
         parts = [None] * group.size()
         dist.all_gather_object(parts, words, group=group)
         words = [each for part in parts for each in part]
-    if error is not None:
-        raise error
     if failed:
-        raise ValueError(words[0])
+        kind, text = words[0]
+        raise getattr(builtins, kind, RuntimeError)(text) from error
     return result
 
 

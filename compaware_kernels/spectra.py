@@ -55,5 +55,5 @@ def spectrum(name: str, rows: Tensor, fold: str, groups: int, thresholds: dict[s
     s = shards.singular_values(M[0])[None] if shards else singular_values(M)
     shape = (groups, *(shards.shape if shards else M.shape[1:]))
     rank, sums = int(numerical_rank(s, M.dtype).max()), (float(s.sum()), float(s.max()))
-    alive = shards.share_of_rows(flags) if shards else float(flags.mean())
+    alive = shards.count_rows(flags) / len(rows) if shards else float(flags.mean())
     return LayerSpectrum(name, shape, rank, s.shape[-1], *sums, len(rows), alive, thresholds)

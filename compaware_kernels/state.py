@@ -32,7 +32,7 @@ class WarmState:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers only: loads with ``torch.load(weights_only=True)``."""
-        return {"seed": self.seed, "calls": self.calls, "bases": dict(self.bases)}
+        return {"seed": self.seed, "calls": self.calls, "bases": dict(sorted(self.bases.items()))}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`.  Raises ValueError for anything else, and then changes nothing."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .division import Division, assign, share
+from .folds import Layer
 from .owners import gathering_group, owners_of, shrink_at_owners
 from .penalties import Job, check, shrink
-from .shards import agreed, groups_of, replicas_of
+from .shards import agreed, groups_of, is_dtensor, replicas_of
 from .state import WarmState
 
 log = logging.getLogger(__name__)
@@ -29,7 +31,7 @@ class Team:
     def __init__(self, group: dist.ProcessGroup | None, mode: str):
         self.group, self.mode = group, mode
         self._divisions: dict[tuple, Division] = {}
-        self._owned: list[tuple] = []  # of the last step: group, owners and keys of what was gathered
+        self._owned: dict[str, tuple] = {}  # what only one process of a group remembers: the group, which process
 
     def shrink(self, jobs: Sequence[Job], order: Sequence[str], fold: str, warm: WarmState) -> None:
         """Apply the penalties to the jobs' copies, in place. What one process refuses, all do."""
@@ -40,36 +42,42 @@ class Team:
         groups = list(dict.fromkeys([*(group for key in alike for group in key), *groups_of(weights)]))
         if groups:
             agreed(lambda: check(jobs), groups, jobs[0].results[0].device)
-        self._owned = []
+            _same_steps(warm, groups, jobs[0].results[0].device)
         for replicas, members in alike.items():
             self._shrink(members, replicas, order, fold, warm)
+        warm.calls += 1
 
     def collect(self, warm: WarmState) -> None:
         """Have on every process what the owners of sharded layers remember."""
-        for group, owners, keys, nothing in self._owned:
-            share(group, owners, [[nothing] for _ in owners], warm, keys)
-        self._owned = []
+        for group in dict.fromkeys(group for group, *_ in self._owned.values()):
+            owned = [(key, owner, nothing) for key, (of, owner, nothing) in self._owned.items() if of is group]
+            keys, owners, nothing = zip(*owned, strict=True)
+            share(group, owners, [[t] for t in nothing], warm, [[key] for key in keys])
+        self._owned = {}
 
-    def warn_if_alone(self, parameters: Sequence[Tensor]) -> None:
+    def warn_if_alone(self, layers: Sequence[Layer]) -> None:
         running = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if running and not self.group and not groups_of(parameters):
-            log.warning("no DistributedDataParallel, DTensor or process_group: each process takes steps of its own")
+        alone = [layer.name for layer in layers if not any(map(is_dtensor, layer.parameters))]
+        if running and not self.group and alone:
+            log.warning("%s: no DistributedDataParallel, DTensor or process_group: each process takes steps of its own",
+                        ", ".join(alone))  # fmt: skip
 
     def _replicas(self, weight: Tensor) -> tuple[dist.ProcessGroup, ...]:
         """The groups of processes that hold the same of this weight."""
-        groups = [*replicas_of(weight), *([self.group] if self.group else [])]
-        return tuple(group for group in groups if group.size() > 1)
+        own = {rank for group in groups_of([weight]) for rank in dist.get_process_group_ranks(group)}
+        apart = self.group and len(own & {*dist.get_process_group_ranks(self.group)}) <= 1
+        return tuple(group for group in [*replicas_of(weight), *([self.group] if apart else [])] if group.size() > 1)
 
     def _shrink(self, jobs: list[Job], replicas: tuple[dist.ProcessGroup, ...], order, fold, warm) -> None:
         """What other processes hold, too, one of them shrinks, or all do."""
         if not replicas:
-            self._owned += self._owners(jobs, fold)
             self._shrink_here(jobs, order, fold, warm)
+            self._owned |= self._owners(jobs, fold)
             return
-        # The parts of one replica must decide alike, who need not remember the same, nor take the same time.
-        sharded = bool(groups_of([job.weight for job in jobs]))
-        division = self._divisions.setdefault(replicas, Division(replicas[0], "owner" if sharded else self.mode))
-        owners = assign([job.cost(WarmState() if sharded else warm) for job in jobs], replicas[0].size())
+        # The parts of one replica must decide alike, who need not take the same time.
+        mode = "owner" if groups_of([job.weight for job in jobs]) else self.mode
+        division = self._divisions.setdefault(replicas, Division(replicas[0], mode))
+        owners = assign([job.cost for job in jobs], replicas[0].size())
         results, keys = [job.results for job in jobs], [job.keys for job in jobs]
 
         def work(mine: list[int]) -> None:
@@ -81,7 +89,7 @@ class Team:
             share(group, [0] * len(jobs), results, warm, keys)
         for replica in range(replicas[0].size()):
             members = [job for job, owner in zip(jobs, owners, strict=True) if owner == replica]
-            self._owned += self._owners(members, fold)
+            self._owned |= self._owners(members, fold)
 
     def _shrink_here(self, jobs: list[Job], order, fold, warm) -> None:
         """On this process, or where they are divided with those that have the other parts."""
@@ -98,7 +106,21 @@ class Team:
                 found.setdefault(group, []).append(job)
         return found
 
-    def _owners(self, jobs: list[Job], fold: str) -> list[tuple]:
+    def _owners(self, jobs: list[Job], fold: str) -> dict[str, tuple]:
         """What :meth:`collect` wants to know of them."""
-        return [(group, owners_of(members, group), [job.keys for job in members], members[0].results[0].new_empty(0))
-                for group, members in self._gathered(jobs, fold).items()]  # fmt: skip
+        return {
+            key: (group, owner, job.results[0].new_empty(0))
+            for group, members in self._gathered(jobs, fold).items()
+            for job, owner in zip(members, owners_of(members, group), strict=True)
+            for key in job.keys
+        }
+
+
+def _same_steps(warm: WarmState, groups: Sequence[dist.ProcessGroup], device: torch.device) -> None:
+    """Raise ValueError where some processes have taken more steps: a state was loaded on one of them only, perhaps."""
+    calls = torch.tensor([warm.calls, -warm.calls], device=device)
+    for group in groups:
+        dist.all_reduce(calls, dist.ReduceOp.MAX, group)
+    most, least = calls[0].item(), -calls[1].item()
+    if most != least:
+        raise ValueError(f"wanted the same state on every process; some have taken {least} steps, others {most}")

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from . import parametrized
 from .division import MODES
 from .folds import Layer, foldable_layers, require_matches, row_axes
-from .penalties import PENALTIES, Job
+from .penalties import PENALTIES, Job, center_of
+from .shards import as_before
 from .spectra import ProximalReport, spectrum
 from .state import WarmState, from_text, to_text
 from .team import Team
@@ -108,7 +109,8 @@ class ProximalStep:
         row_axes(fold, 2)
         self.optimizer, self.every, self.scale_by_lr = unwrapped_optimizer(optimizer), every, scale_by_lr
         self.order, self.fold, self.warmup = tuple(order), fold, warmup
-        self.model = unwrapped(model)
+        self.model, self.center = unwrapped(model), center
+        self._put_back()
         self.layers, self.skipped = foldable_layers(self.model, skip, training=True)
         names = [layer.name for layer in self.layers]
         self.strengths = {
@@ -124,11 +126,11 @@ class ProximalStep:
             raise ValueError(
                 "the optimizer holds no weight of a Linear or convolution of this model: nothing to shrink"
             )
-        self.centers = None if center is None else _centers(center, self.layers, self.strengths)
+        self.centers = None if center is None else _centers(unwrapped(center), self.layers, self.strengths)
         self.steps = self.applied = 0
         self.warm = WarmState()
         self._team = Team(process_group or data_parallel_group(model), division)
-        self._team.warn_if_alone([p for layer in self.layers for p in layer.parameters])
+        self._team.warn_if_alone(self.layers)
         self._hook = self.optimizer.register_step_post_hook(self._after_optimizer_step)
 
     @torch.compiler.disable
@@ -144,6 +146,11 @@ class ProximalStep:
         self.steps += 1
         if self.every != "epoch" and self.steps % self.every == 0:
             self.step()
+
+    def _put_back(self) -> None:
+        for model in (self.model, self.center):
+            if model is not None:
+                gather_no_more(model)
 
     def remove(self) -> None:
         """Detach from the optimizer: no proximal step runs by itself any more."""
@@ -161,7 +168,7 @@ class ProximalStep:
                 of sharded or replicated weights on every process, wherever it was found.
             RuntimeError: another process has failed or left.
         """
-        gather_no_more(self.model)
+        self._put_back()
         thresholds, centers = self.thresholds(), self.centers or {}
         jobs = [Job.of(layer, bias, centers.get(layer.name), thresholds[layer.name])
                 for layer, bias, _ in self._trained()]  # fmt: skip
@@ -178,6 +185,7 @@ class ProximalStep:
 
     def thresholds(self) -> dict[str, dict[str, float]]:
         """What the next proximal step will subtract, per layer and penalty."""
+        self._put_back()
         ramp = min(1.0, (self.applied + 1) / (self.warmup + 1))
         return {each[0].name: self._thresholds(*each, ramp) for each in self._trained()}
 
@@ -208,11 +216,11 @@ class ProximalStep:
         (:func:`compaware_kernels.ranks.numerical_rank`). Costs one set of singular values per layer. Where weights are
         sharded, all processes must ask.
         """
-        gather_no_more(self.model)
+        self._put_back()
         thresholds = self.thresholds()
         report = ProximalReport()
         for layer in self.layers:
-            rows = layer.rows if self.centers is None else layer.rows - self.centers[layer.name].rows.to(layer.weight)
+            rows = layer.rows if self.centers is None else layer.rows - center_of(layer, self.centers[layer.name])
             report.append(spectrum(layer.name, rows, self.fold, layer.groups, thresholds.get(layer.name, {})))
         return report
 
@@ -243,6 +251,7 @@ def _write(jobs: list[Job]) -> None:
     """Put the copies in the weights and biases. Parametrizations may refuse: they come first, and can be undone."""
     undo = [(job.layer.chain, parametrized.state(job.layer.chain)) for job in jobs if job.layer.is_parametrized]
     jobs = sorted(jobs, key=lambda job: not job.layer.is_parametrized)
+    biases = [None if job.bias is None else as_before(job.bias, job.layer.module.bias) for job in jobs]
     try:
         for job in jobs:
             job.layer.set_rows(job.weight)
@@ -250,16 +259,16 @@ def _write(jobs: list[Job]) -> None:
         for chain, before in undo:
             chain.load_state_dict(before)
         raise
-    for job in jobs:
-        if job.bias is not None:
-            job.layer.module.bias.copy_(job.bias)
+    for job, bias in zip(jobs, biases, strict=True):
+        if bias is not None:
+            job.layer.module.bias.copy_(bias)
 
 
 def _centers(center: nn.Module, layers: list[Layer], strengths: Mapping[str, Mapping[str, float]]) -> dict[str, Layer]:
     """The layers of ``center`` by the names of the model's."""
     if any(by["group"] or by["l1"] for by in strengths.values()):
         raise ValueError("center: only the nuclear penalty can be centered; wanted group = l1 = 0")
-    found = {layer.name: layer for layer in foldable_layers(unwrapped(center), training=True)[0]}
+    found = {layer.name: layer for layer in foldable_layers(center, training=True)[0]}
     for layer in layers:
         other = found.get(layer.name)
         if other is None or other.weight.shape != layer.weight.shape:

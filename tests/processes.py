@@ -1,4 +1,4 @@
-"""Several processes for a test: one gloo group on this machine, started from a server that has imported torch already."""
+"""Several processes for a test: one gloo group on this machine, from a server that has imported torch already."""
 
 import os
 import pickle

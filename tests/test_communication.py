@@ -16,7 +16,7 @@ from compaware_kernels.subspace import FRESH, NEAR, PART, PROBES, even
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
-import communication  # noqa: E402
+import communication
 
 REFUSALS = 8  # whether any process refuses its arguments
 

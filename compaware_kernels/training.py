@@ -166,8 +166,8 @@ class ProximalStep:
         Raises:
             ValueError: NaN or Inf in a weight, or a parametrization that cannot hold the result, with the layer's name;
                 of sharded or replicated weights on every process, wherever it was found.
-            RuntimeError: another process has left. One that fails in the middle of a layer that is shrunk where it lies,
-                and goes on all the same, keeps the others waiting until the process group's timeout.
+            RuntimeError: another process has left. One that fails in the middle of a layer that is shrunk where it
+                lies, and goes on all the same, keeps the others waiting until the process group's timeout.
         """
         self._put_back()
         thresholds, centers = self.thresholds(), self.centers or {}

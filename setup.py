@@ -19,7 +19,7 @@ from setuptools.command.build_py import build_py
 ARCHS = "80;90a;100;120"  # A100, H100, B200, RTX 50; what nvcc does not know is left out
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11; unstable torch headers become errors
 CXX_FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wno-unknown-pragmas"
-NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
+NVCC_FLAGS = "-std=c++17 -O3 -t0 -Xcompiler -fPIC,-fvisibility=hidden"
 HINT = "COMPAWARE_BUILD=none installs without compiled kernels: every op then runs on its plain PyTorch body."
 
 
@@ -75,11 +75,12 @@ class BuildLibrary(build_ext):
 class RecordPlan(build_py):
     def run(self):
         super().run()
+        csrc = Path(self.build_lib, "compaware_kernels", "csrc")  # for NVRTC, where no library fits the GPU
+        shutil.copytree("csrc", csrc, ignore=shutil.ignore_patterns("*.cpp", "*.cu"), dirs_exist_ok=True)
         print(f"compaware-kernels: mode {mode} ({plan['reason']})", flush=True)
         package = Path("" if self.editable_mode else self.build_lib, "compaware_kernels")
         (package / "_build.json").write_text(json.dumps(plan, indent=2) + "\n")
-        if mode == "none":  # the library of an earlier build must not be taken for this one's
-            (package / "_C.abi3.so").unlink(missing_ok=True)
+        (package / "_C.abi3.so").unlink(missing_ok=True)  # that of an earlier build must not be taken for this one's
 
 
 if __name__ == "__main__":

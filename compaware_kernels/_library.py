@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -23,6 +24,14 @@ def load(path: Path) -> str | None:
         logging.getLogger("compaware_kernels").warning("%s; every op runs on its reference body", reason)
         return reason
     return None
+
+
+def build() -> dict:
+    """What setup.py decided, and why."""
+    try:
+        return json.loads(PATH.with_name("_build.json").read_text())
+    except FileNotFoundError:
+        return {"mode": "none", "reason": "imported from a source tree that was never installed"}
 
 
 missing = load(PATH)  # None, or why there is no library

@@ -91,8 +91,9 @@ def checked_list(
     names: Sequence[str] | None,
     what: str = "tau",
     axes: int = 2,
+    finite: bool = True,
 ) -> Tensor:
-    """Check every weight, and return the thresholds as an fp64 tensor [L] on the CPU."""
+    """Check every weight (``finite``: its values, too), and return the thresholds as an fp64 tensor [L] on the CPU."""
     if isinstance(weights, Tensor):
         raise TypeError("weights: wanted a list of tensors, one per layer; got one tensor (put it in a list)")
     if names is not None and len(names) != len(weights):
@@ -100,7 +101,7 @@ def checked_list(
     names = names or [f"weights[{i}]" for i in range(len(weights))]
     for W, name in zip(weights, names, strict=True):
         check_kind(W, name, axes)
-    if not _clearly_finite(weights):
+    if finite and not _clearly_finite(weights):
         for W, name in zip(weights, names, strict=True):
             check_finite(W, name)
     t = torch.as_tensor(tau, dtype=torch.float64, device="cpu")

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from . import dense, small
 from .certificate import in_range, norms, storage, unit_roundoff
+from .checks import check_finite
+from .gpu import engine as gpu
 from .ops import compute_dtype
 from .products import ROWS, product
 from .report import SvtInfo
@@ -265,6 +267,12 @@ def shrink_all(
     shards: Sequence[Shards | None] | None = None,  # of weights [1, m_i, n_j] of which only a part lies here
 ) -> list[SvtInfo]:
     """Apply to every weight, in place, the function of its singular values.  Nothing is written before all is known."""
+    plain = centers is None and not ball and not any(shards or ())
+    if gpu.takes(weights, functions, plain):
+        return gpu.shrink_all(weights, [function.tau for function in functions], names, tol, state)
+    if gpu.on_gpu(weights):  # not checked yet, as that would wait for it
+        for i, W in enumerate(weights):
+            check_finite(W, names[i] if names else f"weights[{i}]")
     shards = [None] * len(weights) if shards is None else shards
     centers = [None] * len(weights) if centers is None else centers
     work: list[small.Group | list[Task]] = []

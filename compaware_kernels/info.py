@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import platform
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from . import _library, lowrank_ops, ops, triton
+from .gpu import kernels
 
 KERNEL, TRITON, REFERENCE = "C++ kernel", "Triton kernel", "reference (plain PyTorch)"
 
@@ -23,8 +24,10 @@ def info() -> dict:
         "python": platform.python_version(),
         "devices": _devices(),
         "threads": torch.get_num_threads(),
-        "build": _build(),
+        "build": _library.build(),
         "library": _library.missing or str(_library.PATH),
+        "CUDA C++ kernels": kernels.about(),
+        "Triton kernels": triton.missing() or f"Triton {version('triton')}",
         "ops": {name: {key: _body(name, key) for key in ("CPU", "CUDA")} for name in ops.schemas | lowrank_ops.schemas},
     }
 
@@ -49,11 +52,3 @@ def _cpu() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _build() -> dict:
-    """What setup.py decided, and why."""
-    try:
-        return json.loads(Path(__file__).with_name("_build.json").read_text())
-    except FileNotFoundError:
-        return {"mode": "none", "reason": "imported from a source tree that was never installed"}

@@ -198,19 +198,21 @@ for _op, _backward in (
 
 @torch.library.custom_op("compaware::svt_", mutates_args={"weights"})
 def svt_(weights: Sequence[Tensor], tau: Tensor, tol: float) -> tuple[Tensor, Tensor]:
-    """Returns the shrunk singular values and the error bounds of all matrices, flattened and concatenated, in fp64."""
+    """Returns the shrunk singular values and the error bounds of all matrices, concatenated, fp64, on their device."""
     from .prox import svt_  # the engine, which is built on these ops
 
-    infos = svt_(weights, tau, tol=tol, fold=None)
-    empty = torch.empty(0, dtype=torch.float64)
-    return tuple(torch.cat([empty, *(getattr(i, what).flatten() for i in infos)]) for what in ("s", "error_bound"))
+    infos, like = svt_(weights, tau, tol=tol, fold=None), weights[0] if weights else tau
+    empty = like.new_empty(0, dtype=torch.float64)
+    found = ([getattr(info, what).flatten().to(like.device) for info in infos] for what in ("s", "error_bound"))
+    return tuple(torch.cat([empty, *parts]) for parts in found)
 
 
 @svt_.register_fake
 def _(weights, tau, tol):
     batches = [W.shape[:-2].numel() for W in weights]
     spectra = sum(count * min(W.shape[-2:]) for W, count in zip(weights, batches, strict=True))
-    return tau.new_empty(spectra, dtype=torch.float64), tau.new_empty(sum(batches), dtype=torch.float64)
+    like = weights[0] if weights else tau
+    return like.new_empty(spectra, dtype=torch.float64), like.new_empty(sum(batches), dtype=torch.float64)
 
 
 @torch.library.custom_op("compaware::soft_threshold_", mutates_args={"weights"})

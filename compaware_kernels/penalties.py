@@ -11,6 +11,7 @@ from torch import Tensor
 from . import prox
 from .checks import check_finite
 from .folds import Layer
+from .gpu import engine as gpu
 from .shards import by_rows, column_groups, is_dtensor, local, placed, shrink_rows_
 from .state import WarmState
 
@@ -22,15 +23,24 @@ class Job:
     """One layer on its way through a proximal step."""
 
     layer: Layer
-    weight: Tensor  # a copy of the layer's rows [O, ...]
+    weight: Tensor  # a copy of the layer's rows [O, ...]; on a GPU themselves: no step there is taken by halves
     bias: Tensor | None  # [O], and of its bias, if that is trained
     center: Tensor | None  # as weight
     taus: dict[str, float]
 
     @classmethod
     def of(cls, layer: Layer, bias: Tensor | None, center: Layer | None, taus: dict[str, float]) -> Job:
-        weight, C = layer.rows.detach().clone(), None if center is None else center_of(layer, center)
+        rows = layer.rows.detach()
+        if center is None and gpu.on_gpu([rows]) and not layer.is_parametrized and not is_dtensor(rows):
+            bias = bias.detach().clone() if bias is not None and taus["group"] else None
+            return cls(layer, rows, bias, None, taus)
+        weight, C = rows.clone(), None if center is None else center_of(layer, center)
         return cls(layer, weight, None if bias is None else by_rows(bias.detach().clone(), weight), C, taus)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the layer's weight is what was worked on."""
+        return not self.layer.is_parametrized and local(self.weight).data_ptr() == local(self.layer.rows).data_ptr()
 
     @property
     def tensors(self) -> list[Tensor]:

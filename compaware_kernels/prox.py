@@ -25,6 +25,7 @@ from torch import Tensor
 
 from . import certificate, engine, folds, ops
 from .checks import check_center, checked, checked_list, checked_tau
+from .gpu import engine as gpu
 from .report import SvtInfo
 from .shards import agreed, column_groups, device_of, groups_of, local, placed, shards_of, shrink_rows_
 from .spectral import SoftThreshold, Truncate, WeightedThreshold
@@ -135,7 +136,7 @@ def svt_(
 
     Sources: as :func:`svt`; around a centre: Alvarez & Salzmann, NIPS 2017, and Moreau's translation rule.
     """
-    tau = _checked(weights, tau, names)
+    tau = _checked(weights, tau, names, finite=not gpu.on_gpu(weights))
     if torch.compiler.is_compiling():
         return _svt_traced(weights, tau, state, tol, center, fold, groups, names)
     functions = [SoftThreshold(t) for t in tau.tolist()]
@@ -234,9 +235,9 @@ def spectral_ball_(
     return _shrink(weights, functions, state, tol, fold, groups, names, ball=True)
 
 
-def _checked(weights, tau, names, what: str = "tau", axes: int = 2) -> Tensor:
+def _checked(weights, tau, names, what: str = "tau", axes: int = 2, finite: bool = True) -> Tensor:
     """Check what lies here; where a process refuses its part of a weight, all do."""
-    return _agreed(lambda: checked_list(_here(weights), tau, names, what, axes), weights)
+    return _agreed(lambda: checked_list(_here(weights), tau, names, what, axes, finite), weights)
 
 
 def _agreed(check, weights: Sequence[Tensor]):

@@ -29,6 +29,7 @@ class WarmState:
     def __init__(self, seed: int = 0):
         self.seed, self.calls = seed, 0
         self.bases: dict[str, Tensor] = {}  # matrix -> [min(m, n), k]; no column: full rank at the last call
+        self.engines: dict[torch.device, Any] = {}  # what a GPU keeps: remade where it is missing
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers only: loads with ``torch.load(weights_only=True)``."""

@@ -255,7 +255,8 @@ def _write(jobs: list[Job]) -> None:
     biases = [None if job.bias is None else as_before(job.bias, job.layer.module.bias) for job in jobs]
     try:
         for job in jobs:
-            job.layer.set_rows(job.weight)
+            if not job.in_place:
+                job.layer.set_rows(job.weight)
     except ValueError:
         for chain, before in undo:
             chain.load_state_dict(before)

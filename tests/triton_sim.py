@@ -5,16 +5,20 @@ to bf16, takes tf32 for fp32, ignores device_assert, and reads and writes anywhe
 
 * bf16 values are computed in fp32 and rounded to nearest even (reductions and atomics in bf16 are refused);
 * of the operands of a tf32 product the last 13 bits are dropped, those of tf32x3 are rounded to two tf32 parts;
-* every load, store and atomic must lie inside a tensor of the launch;
-* programs run in an order shuffled by ``seed`` (0: as numbered); device_assert and integer overflow raise.
+* every load, store and atomic must lie inside a tensor of the launch, or one that :func:`register` names;
+* programs start in an order shuffled by ``seed`` (0: as numbered), some or all at a time, and after every atomic
+  operation another one may go on; that all of them wait raises, as device_assert and integer overflow do.
 """
 
+import inspect
 import itertools
 import random
+from contextlib import contextmanager
 
 import numpy as np
 import triton
 import triton.language as tl
+from greenlet import getcurrent, greenlet
 from triton.runtime import interpreter
 
 assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton is imported"
@@ -26,7 +30,8 @@ FLOAT += [f"create_{name}" for name in ("exp", "exp2", "log", "log2", "sqrt", "p
 FLOAT += ["create_erf", "create_ceil"]
 
 seed = 0
-launched: list[tuple[int, int]] = []  # first byte, and the one after the last, of every tensor of the launch
+registered: list[tuple[int, int]] = []  # first byte, and the one after the last, of tensors that tables point to
+launched = np.empty((2, 0), np.int64)  # those of every tensor of the launch, in order, the touching ones as one
 
 
 def patch(owner, *names):
@@ -69,6 +74,11 @@ def _(operation, self, *args):
     return narrow(result) if any(map(is_bf16, args)) and result.data.dtype != np.bool_ else result
 
 
+@patch(Builder, *(name for name in vars(Builder) if name.startswith(("create_fcmp", "create_icmp"))))
+def _(compare, self, *args):
+    return Handle(compare(self, *args).data, tl.int1)  # as the type of what was compared, it would be splat as that
+
+
 @patch(Builder, "cast_impl", "create_fp_to_fp")
 def _(convert, self, x, to, *rest):
     if tl.bfloat16 not in (x.dtype.scalar, to.scalar) or x.dtype.scalar == to.scalar:
@@ -104,13 +114,16 @@ def _(dot, self, a, b, total, precision, *rest):
     return Handle(total.data + A @ B + rest, tl.float32)
 
 
-def checked(method: str, pointers: int, mask: int) -> None:
+def checked(method: str, pointers: int, mask: int | None) -> None:
     @patch(Builder, method)
     def _(access, self, *args, **kwargs):
-        live = np.broadcast_to(np.asarray(args[mask].data).astype(bool), args[pointers].data.shape)
+        shape = args[pointers].data.shape
+        live = np.ones(shape, bool) if mask is None else np.broadcast_to(args[mask].data, shape).astype(bool)
         first = args[pointers].data[live].astype(np.int64)
         last = first + max(1, args[pointers].get_element_ty().primitive_bitwidth // 8)
-        wrong = ~np.any([(first >= start) & (last <= stop) for start, stop in launched], axis=0)
+        starts, stops = launched
+        of = np.searchsorted(starts, first, "right") - 1
+        wrong = (of < 0) | (last > stops[of])
         if wrong.any():
             where = f"{wrong.sum()} of {wrong.size} lanes of program {self.grid_idx}"
             raise IndexError(f"{method.removeprefix('create_')} out of bounds in {where}")
@@ -120,6 +133,7 @@ def checked(method: str, pointers: int, mask: int) -> None:
 checked("create_masked_load", 0, 1)
 checked("create_masked_store", 0, 2)
 checked("create_atomic_rmw", 1, 3)
+checked("create_atomic_cas", 0, None)
 
 
 def bytes_of(tensor) -> tuple[int, int]:
@@ -128,10 +142,82 @@ def bytes_of(tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (1 + steps) * tensor.itemsize * (tensor.numel() > 0)
 
 
+@contextmanager
+def register(*tensors):
+    """Launches may reach these, too: they have their addresses from memory."""
+    before = registered.copy()
+    registered.extend(map(bytes_of, tensors))
+    try:
+        yield
+    finally:
+        registered[:] = before
+
+
 @patch(interpreter.GridExecutor, "__call__")
 def _(call, self, *args, **kwargs):
-    launched[:] = [bytes_of(arg) for arg in (*args, *kwargs.values()) if hasattr(arg, "data_ptr")]
+    global launched
+    given = [bytes_of(arg) for arg in (*args, *kwargs.values()) if hasattr(arg, "data_ptr")]
+    merged = [[-1, -1]]
+    for start, stop in sorted(given + registered):
+        if start <= merged[-1][1]:
+            merged[-1][1] = max(stop, merged[-1][1])
+        else:
+            merged.append([start, stop])
+    launched = np.array(merged, np.int64).T
+    self.fn = Programs(self.fn)
     return call(self, *args, **kwargs)
+
+
+class Programs:
+    """Stands for the kernel: collects the programs of a launch, and runs them when the last one is there."""
+
+    def __init__(self, kernel):
+        self.kernel, self.started = kernel, []
+        self.__name__, self.__globals__, self.__signature__ = kernel.__name__, kernel.__globals__, inspect.signature(kernel)
+
+    def __call__(self, **arguments):
+        builder = interpreter.interpreter_builder
+        self.started.append(Program(self.kernel, arguments, builder.grid_idx))
+        if len(self.started) == np.prod(builder.grid_dim):
+            self.run(builder)
+
+    def run(self, builder):
+        order = random.Random(seed)
+        resident = order.choice([1, 2, 5, len(self.started)]) if seed else len(self.started)
+        running, self.started, at, polls = self.started[:resident], self.started[resident:], 0, 0
+        while running:
+            program = running[at]
+            builder.grid_idx = program.index
+            polls = 0 if program.step() else polls + 1
+            if polls > 100 * len(running):
+                raise RuntimeError(f"{len(running)} programs wait for each other")
+            if program.dead:
+                running[at : at + 1] = self.started[:1]
+                del self.started[:1]
+            if running:
+                at = order.randrange(len(running)) if seed else (at + bool(polls)) % len(running)
+
+
+class Program(greenlet):
+    """One of a launch; hands control back after every atomic operation."""
+
+    def __init__(self, kernel, arguments, index):
+        super().__init__(lambda: kernel(**arguments))
+        self.index, self.seen = index, None
+
+    def step(self) -> bool:
+        """Goes on to its next atomic operation; whether that found something else than the last one did."""
+        before, self.seen = self.seen, self.switch()
+        return self.dead or self.seen != before
+
+
+@patch(Builder, "create_atomic_rmw", "create_atomic_cas")
+def _(operation, self, *args):
+    found = operation(self, *args)
+    if isinstance(getcurrent(), Program):
+        places = next(arg for arg in args if isinstance(arg, Handle))
+        getcurrent().parent.switch((places.data.tobytes(), found.data.tobytes()))
+    return found
 
 
 @patch(Builder, "set_grid_dim")

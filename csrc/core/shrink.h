@@ -1,7 +1,9 @@
 // Shrinkage, free of torch: the arithmetic and the job description that the CPU and the CUDA kernels share.
 #pragma once
 
+#ifndef __CUDACC_RTC__  // NVRTC has no standard headers; csrc/cuda/portable.h names the integers
 #include <cstdint>
+#endif
 
 #ifdef __CUDACC__
 #define CK_HOST_DEVICE __host__ __device__
@@ -28,7 +30,7 @@ struct Shrink {
   Tau l1, tau;
 
   CK_HOST_DEVICE int64_t spans_per_matrix() const { return (size + span - 1) / span; }
-  int64_t spans() const { return matrices * spans_per_matrix(); }
+  CK_HOST_DEVICE int64_t spans() const { return matrices * spans_per_matrix(); }
 };
 
 // sign(x) max(|x| - t, 0). The comparisons are those of the min and max instructions; NaN in x or t gives NaN.

@@ -1,10 +1,8 @@
-// What the CUDA kernels offer to the op files, without a CUDA header: each launcher returns null, or what went wrong.
+// Every CUDA kernel of the library by its name, without a CUDA header.
 #pragma once
 
-#include "../core/shrink.h"
+#include <cstdint>
 
-namespace compaware::cuda {
-
-const char* shrink(const Shrink& w, int device, void* stream);
-
-}  // namespace compaware::cuda
+// args: pointers to the kernel's arguments. Null, or what went wrong; the text lives until the thread's next launch.
+extern "C" __attribute__((visibility("default"))) const char* ck_launch(
+    const char* kernel, int64_t grid, int64_t block, int64_t shared_bytes, int64_t device, void* stream, void** args);

@@ -1,52 +1,65 @@
-// The shrinkage kernel: one block per span, which is read twice (the second time from cache) and written once.
+// ck_shrink: the shrinkage of a ragged list in one launch. A span is read twice, the second time from cache.
 #pragma once
 
-#include "../core/shrink.h"
+#include "portable.h"
+#include "shrink.h"
+#include "sums.cuh"
 
 namespace compaware {
 
-constexpr int kWarp = 32, kMaxWarps = 8;
-
-template <class C>
-__device__ inline C warp_sum(C v) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
-  return v;
+// The entry whose blocks include this one.
+CK_DEVICE int job_of(const ShrinkJobs& list, int64_t block) {
+  int low = 0, high = static_cast<int>(list.count);
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (list.jobs[middle].first <= block ? low : high) = middle;
+  }
+  return low;
 }
 
-// The sum over the block, in every thread. Called once per kernel: the shared memory is not reused.
-template <class C>
-__device__ inline C block_sum(C v) {
-  __shared__ C sums[kMaxWarps];
-  v = warp_sum(v);
-  if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = v;
-  __syncthreads();
-  C total = 0;
-  for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) total += sums[warp];
-  return total;
-}
+CK_DEVICE float load_as(const Shrink& w, int64_t i, float) { return load(w.in, w.dtype, i); }
+CK_DEVICE double load_as(const Shrink& w, int64_t i, double) { return load_wide(w.in, w.dtype, i); }
+CK_DEVICE void store_as(const Shrink& w, int64_t i, float v) { store(w.out, w.dtype, i, v); }
+CK_DEVICE void store_as(const Shrink& w, int64_t i, double v) { store_wide(w.out, w.dtype, i, v); }
 
-// T: as stored, C: as computed. Thresholds are rounded to C, once, as in the reference.
-template <class T, class C>
-__global__ void __launch_bounds__(kWarp* kMaxWarps) shrink_kernel(Shrink w) {
-  const int64_t per_matrix = w.spans_per_matrix();
-  const int64_t k = blockIdx.x / per_matrix, start = blockIdx.x % per_matrix * w.span;
-  const int64_t left = w.size - start, n = left < w.span ? left : w.span;
-  const T* x = static_cast<const T*>(w.in) + k * w.size + start;
-  T* y = static_cast<T*>(w.out) + k * w.size + start;
+// One span, by `width` threads. Computed in C; thresholds are rounded to C, once, as in the reference.
+template <class C>
+CK_DEVICE void shrink_span(const Shrink& w, int64_t span, int lane, int width) {
+  const int64_t per_matrix = w.spans_per_matrix(), k = span / per_matrix, offset = span % per_matrix * w.span;
+  const int64_t left = w.size - offset, n = left < w.span ? left : w.span, start = k * w.size + offset;
   const C l1 = w.l1.data ? static_cast<C>(w.l1.data[k * w.l1.step]) : C(0);
-
   C scale = 1;
   if (w.tau.data) {
     C sum = 0;
-    for (int64_t j = threadIdx.x; j < n; j += blockDim.x) {
-      const C v = soft(static_cast<C>(x[j]), l1);
+    for (int64_t j = lane; j < n; j += width) {
+      const C v = soft(load_as(w, start + j, C()), l1);
       sum += v * v;
     }
-    const C norm = sqrt(block_sum(sum));
-    scale = group_scale(norm, static_cast<C>(w.tau.data[k * w.tau.step]));
+    sum = width == kWarp ? warp_sum(sum) : block_sum(sum);
+    scale = group_scale(static_cast<C>(sqrt(sum)), static_cast<C>(w.tau.data[k * w.tau.step]));
   }
-  for (int64_t j = threadIdx.x; j < n; j += blockDim.x) y[j] = static_cast<T>(soft(static_cast<C>(x[j]), l1) * scale);
+  for (int64_t j = lane; j < n; j += width) store_as(w, start + j, soft(load_as(w, start + j, C()), l1) * scale);
+}
+
+// The type of the elements, known when compiling: no branch per element.
+template <DType dtype, class C>
+CK_DEVICE void shrink_typed(Shrink w, int64_t block) {
+  w.dtype = dtype;
+  const int width = ShrinkJob::narrow(w) ? kWarp : kShrinkThreads;
+  const int64_t span = block * (kShrinkThreads / width) + threadIdx.x / width;
+  if (span < w.spans()) shrink_span<C>(w, span, threadIdx.x % width, width);
 }
 
 }  // namespace compaware
+
+CK_KERNEL(compaware::kShrinkThreads) ck_shrink(const __grid_constant__ compaware::ShrinkJobs list) {
+  using namespace compaware;
+  const ShrinkJob& job = list.jobs[job_of(list, blockIdx.x)];
+  const int64_t block = blockIdx.x - job.first;
+  switch (job.weight.dtype) {
+    case DType::f64: return shrink_typed<DType::f64, double>(job.weight, block);
+    case DType::f32: return shrink_typed<DType::f32, float>(job.weight, block);
+    case DType::f16: return shrink_typed<DType::f16, float>(job.weight, block);
+    case DType::bf16: return shrink_typed<DType::bf16, float>(job.weight, block);
+  }
+}

@@ -1,6 +1,6 @@
-// soft_threshold, group_shrink, sparse_group_shrink and their in-place forms on CUDA: shrink.cu, registered.
+// soft_threshold, group_shrink, sparse_group_shrink and their in-place forms on CUDA: ck_shrink, registered.
 #include "../shrink_ops.h"
-#include "launch.h"
+#include "shrink_launch.h"
 
 #include <torch/csrc/stable/accelerator.h>
 
@@ -10,18 +10,13 @@ extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int3
 namespace compaware {
 namespace {
 
-// One launch per weight, on the current stream of its device.
+// On the current stream of the weights' device.
 void run(const std::vector<Shrink>& work, int32_t device) {
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream && aoti_torch_get_current_cuda_stream(device, &stream) == 0,
                   "wanted the current CUDA stream of device ", device, "; this torch has none");
-  for (const Shrink& w : work)
-    STD_TORCH_CHECK(w.spans() <= INT32_MAX, "wanted at most 2^31 - 1 rows in a weight; got ", w.spans());
-  for (const Shrink& w : work) {
-    const char* error = cuda::shrink(w, device, stream);
-    STD_TORCH_CHECK(!error, "the shrink kernel was not launched: ", error);
-  }
+  launch_shrink(work, device, stream);
 }
 
 }  // namespace

@@ -1,0 +1,1 @@
+"""The steps of the proximal operators on a GPU: all layers in a fixed number of launches."""

@@ -1,0 +1,172 @@
+"""W - prox(W) by matrix products only, whatever the rank: the other route of the GPU.
+
+With ``X = W^T W / tau^2`` and ``M = max(X, I)``
+
+    ``W - prox(W) = W M^(-1/2)``,  ``M = (X + I + (X - I) S) / 2``,  ``S = sign(X - I)``.
+
+S comes from ``(X - I) / beta`` and ``M^(-1/2)`` from ``M / (beta + 1)`` by the polynomials of :mod:`.schedule`:
+``S <- a S + b S^3 + c S^5``; ``Z <- Z q``, ``R <- R q^2`` with ``q = a I + b R + c R^2``, where Z tends to the inverse
+root of the first R. beta is ``||W||_F^2 / tau^2 + 1``; steps that only serve larger ones are left out, two by two.
+
+All in fp64. Rounding in X is some ``2^-53 beta``, and W M^(-1/2) moves by no more than tau times that: the products
+meet a tolerance of 1e-3 for ``||W||_F`` up to 1e6 tau. M is at least I, so its inverse root is stable. An eigenvalue x of X
+at which S is s, not +-1, gives ``m = max(x, 1) - |x - 1| (1 - |s|) / 2``; and one of Y where ``y^2 m = 1 - e`` is wrong
+by at most ``e m^(-1/2)``. Together the result moves, in the Frobenius norm, by at most
+
+    ``tau (||(X - I)(I - S^2)|| / 4 + ||I - Y M Y||)``,
+
+as ``sqrt(x) |d m^(-1/2)| <= |dm| / 2`` for m >= max(x, 1) - and ``1 - |s| <= 1 - s^2``. Both norms are measured by the
+Gaussian vectors omega. Near x = 1, S need not have converged: there ``x - 1`` is small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from .program import Program
+from .tables import PAIRS, PROBES, ROOT_PAIRS
+
+SQUARES = 9  # of n^2 numbers each
+
+
+def slot_bytes(layer: SimpleNamespace) -> int:
+    """What one layer needs while it is its turn."""
+    return 8 * SQUARES * layer.n**2 + layer.m * layer.n * layer.W.element_size()
+
+
+def allocate(layer: SimpleNamespace, new) -> None:
+    """What of a layer outlives its turn; ``new(*shape, dtype)`` makes a tensor."""
+    for name in ("sign_check", "root_check", "middle", "other"):
+        setattr(layer, name, new(PROBES, layer.n, dtype=torch.float64))
+    layer.diagonal = new(layer.n, dtype=torch.float64)
+
+
+def assign(layers: Sequence[SimpleNamespace], limit: int) -> list[list[SimpleNamespace]]:
+    """Who takes turns in which slot: as many slots as fit in ``limit`` bytes, at least one."""
+    slots: list[list[SimpleNamespace]] = []
+    used = 0
+    for layer in sorted(layers, key=slot_bytes, reverse=True):
+        used += slot_bytes(layer)
+        if not slots or used <= limit:
+            slots.append([layer])
+        else:
+            min(slots, key=lambda slot: sum(other.n**3 for other in slot)).append(layer)
+    return slots
+
+
+def list_products(program: Program, slots: Sequence[Sequence[SimpleNamespace]], new, one: dict[str, Tensor]) -> None:
+    """The slots side by side, in each one layer after the other; its counter is that of its first layer."""
+    space = [new(max(map(slot_bytes, slot)) // 8 + 1, dtype=torch.float64) for slot in slots]
+    for turn in range(max(map(len, slots), default=0)):
+        turns = [_Turn(program, slot[0].number, slot[turn], flat, one)
+                 for slot, flat in zip(slots, space, strict=True) if turn < len(slot)]  # fmt: skip
+        for step in _steps(one):
+            for each in turns:
+                step(each)
+            program.stage()
+
+
+class _Turn:
+    """The products of one layer in its slot."""
+
+    def __init__(self, program: Program, counter: int, layer: SimpleNamespace, flat: Tensor, one: dict[str, Tensor]):
+        n, self.program, self.counter, self.layer, self.one = layer.n, program, counter, layer, one
+        self.X, self.S, self.S2, self.A, self.T, self.R2, self.Z, self.Z2, self.q = (
+            flat[i * n * n : (i + 1) * n * n].view(n, n) for i in range(SQUARES)
+        )
+        rest = flat[SQUARES * n * n :].view(layer.W.dtype)[: layer.W.numel()]
+        self.copy = rest.as_strided(layer.W.shape, layer.W.stride())
+        self.XS, self.M, self.R = self.S2, self.A, self.T  # once the sign is known
+        self.none = self.X[:, :0]
+
+    def multiply(self, A: Tensor, B: Tensor, C: Tensor, gate: Tensor | None = None, **options) -> None:
+        gate = self.layer.gate["dense"] if gate is None else gate
+        self.program.multiply(self.counter, A, B, C, gate=gate, wide=True, **options)
+
+    def set(self, C: Tensor, plus: Tensor | None, coef: Tensor) -> None:
+        """C = beta plus + gamma I: a product of no columns."""
+        flat = C.new_empty(0, dtype=torch.float64)
+        self.multiply(flat.view(C.shape[0], 0), flat.view(0, C.shape[1]), C, plus=plus, coef=coef)
+
+
+def _steps(one: dict[str, Tensor]):
+    yield _begin
+    yield lambda x: x.set(x.S, x.X, x.layer.coefficient["scale_sign"])
+    for t in range(2 * PAIRS):
+        yield from _sign_step(t, one)
+    yield _after_sign
+    yield _begin_root
+    for t in range(2 * ROOT_PAIRS):
+        yield from _root_step(t, one)
+    yield from (_end, _check_root, _last)
+
+
+def _begin(x: _Turn) -> None:
+    x.multiply(x.layer.W.mT, x.layer.W, x.X, coef=x.layer.coefficient["gram"])
+    x.set(x.copy, x.layer.W, x.one["same"])
+
+
+def _sign_step(t: int, one: dict[str, Tensor]):
+    def options(x):
+        return {"gate": x.layer.sign_pairs[t // 2]}
+
+    def ends(x):
+        return (x.S, x.S2) if t % 2 == 0 else (x.S2, x.S)
+
+    yield lambda x: x.multiply(ends(x)[0], ends(x)[0], x.A, **options(x))
+    yield lambda x: x.multiply(x.A, x.A, x.T, plus=x.A, coef=one["sign"][t, 0], **options(x))
+    yield lambda x: x.multiply(ends(x)[0], x.T, ends(x)[1], plus=ends(x)[0], coef=one["sign"][t, 1], **options(x))
+
+
+def _after_sign(x: _Turn) -> None:
+    layer = x.layer
+    x.multiply(x.X, x.S, x.M, plus=x.X, coef=x.one["middle"])
+    x.multiply(x.X, x.S, x.XS)
+    x.multiply(layer.omega.mT, x.S, layer.middle)
+    x.multiply(layer.omega.mT, x.X, layer.other)
+    x.set(layer.diagonal[:, None], x.S.diagonal()[:, None], x.one["same"])
+    if layer.k:
+        restart = {"gate": layer.gate["restart"], "plus": layer.restart.mT, "coef": x.one["restart"]}
+        x.multiply(layer.restart.mT, x.S, layer.V.mT, **restart)
+
+
+def _begin_root(x: _Turn) -> None:
+    x.set(x.R, x.M, x.layer.coefficient["scale_root"])
+    x.set(x.Z, None, x.one["identity"])
+    check = {"plus": x.layer.other, "coef": x.one["sign_check"]}
+    x.multiply(x.layer.middle, x.XS, x.layer.sign_check, **check)
+
+
+def _root_step(t: int, one: dict[str, Tensor]):
+    def ends(x):
+        return (x.R, x.Z, x.R2, x.Z2) if t % 2 == 0 else (x.R2, x.Z2, x.R, x.Z)
+
+    def options(x):
+        return {"gate": x.layer.root_pairs[t // 2]}
+
+    def both(x):
+        R, Z, _, Z2 = ends(x)
+        x.multiply(R, x.q, x.S2, **options(x))
+        x.multiply(Z, x.q, Z2, **options(x))
+
+    yield lambda x: x.multiply(ends(x)[0], ends(x)[0], x.q, plus=ends(x)[0], coef=one["root"][t], **options(x))
+    yield both
+    yield lambda x: x.multiply(x.S2, x.q, ends(x)[2], **options(x))
+
+
+def _end(x: _Turn) -> None:
+    x.multiply(x.copy, x.Z, x.layer.W, plus=x.copy, coef=x.layer.coefficient["correction"])
+    x.multiply(x.layer.omega.mT, x.Z, x.layer.middle)
+
+
+def _check_root(x: _Turn) -> None:
+    x.multiply(x.layer.middle, x.M, x.layer.other)
+
+
+def _last(x: _Turn) -> None:
+    check = {"plus": x.layer.omega.mT, "coef": x.layer.coefficient["root_check"]}
+    x.multiply(x.layer.other, x.Z, x.layer.root_check, **check)

@@ -1,0 +1,194 @@
+"""The engine's GPU route: which weights it takes, the plan it keeps in a WarmState, and what it reports.
+
+Nothing here waits for the GPU: ranks and bounds are tensors on the device, and widths of the subspaces follow the ranks
+of an earlier call, once those have arrived. A call in which a weight holds NaN or Inf changes nothing; its report says
+so, and the next call raises.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .. import triton
+from ..report import SvtInfo
+from ..spectral import SoftThreshold, Spectral
+from ..state import WarmState
+from . import kernels, tables
+from .sizes import SPARE, is_small, width
+
+REPORT = {name: i for i, name in enumerate(tables.REPORT)}
+REFUSED = len(tables.METHODS) - 1
+SOON, LATER = (1, 2, 4, 8), 16  # calls after which widths are looked at: a new plan takes as long as many steps
+SLACK = 32  # columns that a basis may be too wide
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def on_gpu(weights: Sequence[Tensor]) -> bool:
+    """Whether they are where this route is, if anything launches its kernels."""
+    instead = kernels.instead.get() is not None
+    return len(weights) > 0 and all(isinstance(W, Tensor) and (W.is_cuda or instead) for W in weights)
+
+
+def takes(weights: Sequence[Tensor], functions: Sequence[Spectral], plain: bool) -> bool:
+    """Whether this route does all of them; ``plain``: no center, no ball, nothing sharded."""
+    if not weights or not plain or any(not isinstance(function, SoftThreshold) for function in functions):
+        return False
+    if len({W.device for W in weights}) > 1 or len({W.dtype for W in weights}) > 1 or weights[0].dtype not in DTYPES:
+        return False
+    device = weights[0].device
+    if not on_gpu(weights) or any(not W.numel() for W in weights):
+        return False
+    reason = triton.missing() or kernels.missing(device)
+    if reason:
+        _log_once(reason)
+    return not reason
+
+
+@cache
+def _log_once(reason: str) -> None:
+    logging.getLogger("compaware_kernels").warning(
+        "svt_: layer by layer in plain PyTorch, not in one launch: %s", reason
+    )
+
+
+class DeviceInfo(SvtInfo):
+    """As :class:`SvtInfo`, from what a call has left on the GPU: tensors are made when they are asked for."""
+
+    def __init__(self, reports: Sequence[Tensor], spectra: Sequence[Tensor], batch: torch.Size, name: str | None):
+        super().__init__(None, None, None, name=name)
+        self.__dict__.update(_reports=reports, _spectra=spectra, _batch=batch)
+
+    def _number(self, what: str) -> Tensor:
+        return torch.stack([report[REPORT[what]] for report in self._reports]).reshape(self._batch)
+
+    def _methods(self) -> str:
+        return " + ".join(dict.fromkeys(tables.METHODS[int(code)] for code in self._number("method").flatten()))
+
+    def __getattribute__(self, name: str):
+        if name == "rank":
+            return self._number("rank").long()
+        if name == "error_bound":
+            return self._number("error")
+        if name == "s":
+            return torch.stack(self._spectra).reshape(*self._batch, -1)
+        return self._methods() if name == "method" else super().__getattribute__(name)
+
+
+class Engine:
+    """A plan, and what one call leaves for the next; lives in a :class:`WarmState`."""
+
+    def __init__(self, weights: Sequence[Tensor], keys: Sequence[str], state: WarmState, widths: dict[str, int]):
+        from .plan import Plan  # which needs Triton
+
+        self.like = _like(weights)
+        batches = [W.view(-1, *W.shape[-2:]) for W in weights]
+        self.counts = [len(W) for W in batches]
+        matrices = [M for W in batches for M in W]
+        self.keys = [f"{key}.{j}" for key, count in zip(keys, self.counts, strict=True) for j in range(count)]
+        bases = [state.bases.get(key) for key in self.keys]
+        columns = [widths.get(key, _width_of(V, M)) for key, V, M in zip(self.keys, bases, matrices, strict=True)]
+        self.plan = Plan(matrices, columns)
+        for x, V in zip(self.plan.matrices, bases, strict=True):
+            if x.k and V is not None and V.shape[0] == x.n:
+                x.V[:, : V.shape[1]].copy_(V[:, : x.k])
+                x.report[REPORT["known"]] = V.any()
+        self.age, self.arriving = 0, None
+
+    @property
+    def bases(self) -> dict[str, Tensor]:
+        return {key: x.V if x.k else x.W.new_empty(x.n, 0, dtype=torch.float32)
+                for key, x in zip(self.keys, self.plan.matrices, strict=True)}  # fmt: skip
+
+    def serves(self, weights: Sequence[Tensor], state: WarmState) -> bool:
+        """Whether the weights are where they were, and the state is as this has left it."""
+        kept = all(state.bases.get(key) is x.V for key, x in zip(self.keys, self.plan.matrices, strict=True) if x.k)
+        return kept and self.like == _like(weights)
+
+    def wanted(self) -> dict[str, int]:
+        """Other widths of the subspaces, by what has arrived of an earlier call; none, if the present ones will do."""
+        if self.arriving is None or not self.arriving[1]():
+            return {}
+        (found, _), self.arriving = self.arriving, None
+        reports = found.split([size for x in self.plan.matrices for size in (len(REPORT), x.n)])[::2]
+        refused = [key for key, report in zip(self.keys, reports, strict=True) if report[REPORT["method"]] == REFUSED]
+        if refused:
+            raise ValueError(f"{refused[0].rpartition('.')[0]}: contained NaN or Inf; nothing was changed then, or now")
+        self.age += 1
+        if self.age not in SOON and self.age % LATER:
+            return {}
+        widths = {}
+        for key, x, report in zip(self.keys, self.plan.matrices, reports, strict=True):
+            if not is_small(x.W) and report[REPORT["rank"]] >= 0:
+                widths[key] = _follow(x.k, width(int(report[REPORT["rank"]]), x.n))
+        return (
+            widths
+            if any(x.k != widths.get(key, x.k) for key, x in zip(self.keys, self.plan.matrices, strict=True))
+            else {}
+        )
+
+    def run(self, taus: Sequence[float], state: WarmState, tol: float) -> None:
+        """Queue one call."""
+        from . import step
+
+        plan, on_gpu = self.plan, self.plan.device.type == "cuda"
+        values = [tau for tau, count in zip(taus, self.counts, strict=True) for _ in range(count)]
+        inputs = torch.tensor([*values, state.seed, state.calls], dtype=torch.float64, pin_memory=on_gpu)
+        plan.inputs.copy_(inputs, non_blocking=True)
+        step.run(plan, tol)
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            plan.captured = inputs  # which a replay reads again
+            return
+        found, event = torch.empty_like(plan.out, device="cpu", pin_memory=on_gpu), None
+        found.copy_(plan.out, non_blocking=True)
+        if on_gpu:
+            event = torch.cuda.Event()
+            event.record()
+        self.arriving = found, event.query if event else lambda: True
+
+    def reports(self, weights: Sequence[Tensor], names: Sequence[str] | None) -> list[SvtInfo]:
+        parts = self.plan.out.clone().split([size for x in self.plan.matrices for size in (len(REPORT), x.n)])
+        infos, at = [], 0
+        for W, count, name in zip(weights, self.counts, names or [None] * len(weights), strict=True):
+            rows = parts[2 * at : 2 * (at + count)]
+            infos.append(DeviceInfo(rows[::2], rows[1::2], W.shape[:-2], name))
+            at += count
+        return infos
+
+
+def shrink_all(
+    weights: Sequence[Tensor], taus: Sequence[float], names: Sequence[str] | None, tol: float, state: WarmState | None
+) -> list[SvtInfo]:
+    """:func:`compaware_kernels.engine.shrink_all` for what :func:`takes` has taken."""
+    state = WarmState() if state is None else state
+    keys = list(names or map(str, range(len(weights))))
+    device = weights[0].device
+    engine = state.engines.get(device)
+    widths = engine.wanted() if engine else {}
+    if engine is None or widths or not engine.serves(weights, state):
+        engine = state.engines[device] = Engine(weights, keys, state, widths)
+    engine.run(taus, state, tol)
+    state.calls += 1
+    state.bases |= engine.bases
+    return engine.reports(weights, names)
+
+
+def _like(weights: Sequence[Tensor]) -> list[tuple]:
+    return [(W.data_ptr(), W.shape, W.dtype) for W in weights]
+
+
+def _width_of(V: Tensor | None, M: Tensor) -> int:
+    """That of a basis which comes from a checkpoint, or from the CPU."""
+    if V is None or is_small(M) or V.shape[0] != min(M.shape) or not V.shape[1]:
+        return 0
+    return width(V.shape[1] - SPARE, V.shape[0])
+
+
+def _follow(k: int, wanted: int) -> int:
+    """A width that is only a little too large stays."""
+    return k if wanted and wanted <= k <= wanted + SLACK else wanted

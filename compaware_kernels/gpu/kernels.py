@@ -1,0 +1,257 @@
+"""The CUDA C++ kernels (``csrc/cuda/kernels.cuh``): found, loaded, launched, in one of two ways.
+
+built: by nvcc, into the library, when it was installed.  nvrtc: compiled by CuPy's NVRTC at first use, for the GPU at
+hand, and kept in CuPy's cache directory.  ``COMPAWARE_CUDA`` = auto (default: the first that works) | built | nvrtc.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import struct
+import tempfile
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import _library
+
+Numbers = Sequence[int | float]
+Launcher = Callable[[str, int, int, int, int, int, Numbers], None]  # as launch(), with device, stream before arguments
+
+SOURCES = tuple(path / "csrc" for path in (_library.PATH.parent, _library.PATH.parents[1]))  # installed, source tree
+OPTIONS = ("-std=c++17",)  # not those of cupy.RawModule(code=...), which flushes subnormal numbers to zero
+
+instead: ContextVar[Launcher | None] = ContextVar("instead", default=None)  # launches, in place of both ways
+
+
+def launch(
+    kernel: str, grid: int, block: int, shared: int, arguments: Sequence[int | float | Tensor],
+    device: torch.device | None = None,
+) -> None:  # fmt: skip
+    """Queue a kernel on the current stream of ``device``: by default that of the first tensor among the arguments.
+
+    A tensor is passed as its pointer, and must outlive the kernel.  ``shared``: bytes of dynamic shared memory.  An
+    empty grid is nothing to do.
+    """
+    if not grid:
+        return
+    device = device or next(x.device for x in arguments if isinstance(x, Tensor))
+    numbers = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+    if launcher := instead.get():
+        return launcher(kernel, grid, block, shared, device.index or 0, 0, numbers)
+    stream = torch.cuda.current_stream(device)
+    launcher, reason = _ready(stream.device_index, _wanted())
+    if not launcher:
+        raise RuntimeError(f"{kernel}: {reason}")
+    launcher(kernel, grid, block, shared, stream.device_index, stream.cuda_stream, numbers)
+
+
+def missing(device: torch.device | None = None) -> str:
+    """Why no kernel can run on ``device``, by default the current one; "" if they can: they are compiled by then."""
+    if instead.get():
+        return ""
+    if reason := _no_gpu():
+        return reason
+    index = torch.cuda.current_device() if device is None or device.index is None else device.index
+    return _ready(index, _wanted())[1]
+
+
+def about() -> dict[str, str]:
+    """What each way has, and which one each GPU takes, and why.  Compiles nothing."""
+    wanted, facts = _wanted(), {name: way.why_not() or way.what() for name, way in WAYS.items()}
+    if reason := _no_gpu():
+        return facts | {"taken": f"neither: {reason}"}
+    for device in range(torch.cuda.device_count()):
+        reasons = {name: WAYS[name].why_not(_sm(device)) for name in wanted}
+        taken = next((name for name, reason in reasons.items() if not reason), "neither")
+        refused = [f"not {name}: {reason}" for name, reason in reasons.items() if reason]
+        facts[f"cuda:{device}"] = "; ".join([taken, *refused])
+    return facts
+
+
+def _no_gpu() -> str:
+    if not torch.version.cuda:
+        return "this torch was built without CUDA"
+    return "" if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def _wanted() -> tuple[str, ...]:
+    wanted = os.environ.get("COMPAWARE_CUDA", "auto")
+    if wanted not in ("auto", *WAYS):
+        raise ValueError(f"COMPAWARE_CUDA: wanted auto, {' or '.join(WAYS)}; got {wanted!r}")
+    return tuple(WAYS) if wanted == "auto" else (wanted,)
+
+
+@cache
+def _ready(device: int, wanted: tuple[str, ...]) -> tuple[Launcher | None, str]:
+    """The first of the ways that works, or why none does."""
+    reasons = []
+    for name in wanted:
+        if not (reason := WAYS[name].why_not(_sm(device))):
+            try:
+                return WAYS[name](device), ""
+            except Exception as error:  # whatever is wrong, plain PyTorch is there
+                reason = str(error)
+                logging.getLogger("compaware_kernels").warning("CUDA kernels, %s: %s", name, reason)
+        reasons.append(f"{name}: {reason}")
+    return None, "; ".join(reasons)
+
+
+def _sm(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+# --- built ------------------------------------------------------------------------------------------------------------
+
+
+class Built:
+    """Launches through ``ck_launch`` of the library."""
+
+    def __init__(self, device: int) -> None:
+        self.ck_launch = self._library().ck_launch
+        self.ck_launch.restype = ctypes.c_char_p
+        self.ck_launch.argtypes = [ctypes.c_char_p, *[ctypes.c_int64] * 4, *[ctypes.c_void_p] * 2]
+
+    def __call__(self, kernel, grid, block, shared, device, stream, numbers) -> None:
+        error = self.ck_launch(kernel.encode(), grid, block, shared, device, stream, _cells(numbers))
+        if error:
+            raise RuntimeError(f"not launched: {error.decode()}")
+
+    @staticmethod
+    def _library() -> ctypes.CDLL:
+        return ctypes.CDLL(str(_library.PATH))  # loaded already: this is one more handle
+
+    @classmethod
+    def why_not(cls, sm: int | None = None) -> str:
+        """Why this way does not work on a GPU of compute capability ``sm``, or on any; "" if it does."""
+        if _library.missing:
+            return _library.missing
+        if not hasattr(cls._library(), "ck_launch"):
+            return "the library was built without nvcc"
+        return "" if sm is None or any(map(_runs(sm), _archs())) else f"{cls.what()}; this GPU is sm_{sm}"
+
+    @staticmethod
+    def what() -> str:
+        """What there is."""
+        return "for " + ", ".join(f"sm_{arch}" for arch in _archs())
+
+
+def _archs() -> list[str]:
+    return _library.build().get("archs", [])
+
+
+def _runs(sm: int) -> Callable[[str], bool]:
+    """Whether what was built for an arch runs: its PTX on all later GPUs too, but for 90a and the like."""
+    return lambda arch: int(arch) <= sm if arch.isdigit() else int(arch[:-1]) == sm
+
+
+def _cells(numbers: Numbers) -> ctypes.Array:
+    """Pointers to the numbers, as 8 bytes each."""
+    packed = struct.pack("".join("d" if isinstance(x, float) else "q" for x in numbers), *numbers)
+    cells = ctypes.create_string_buffer(packed, len(packed))
+    first = ctypes.addressof(cells)
+    pointers = (ctypes.c_void_p * len(numbers))(*range(first, first + len(packed), 8))
+    pointers.cells = cells  # lives as long
+    return pointers
+
+
+# --- nvrtc ------------------------------------------------------------------------------------------------------------
+
+
+class Nvrtc:
+    """Compiles with CuPy's NVRTC, launches through CuPy."""
+
+    def __init__(self, device: int) -> None:
+        import cupy
+
+        self.cupy = cupy
+        self.module = cupy.RawModule(path=str(compiled(_sm(device))))
+        self.kernels: dict = {}
+
+    def __call__(self, kernel, grid, block, shared, device, stream, numbers) -> None:
+        arguments = tuple(np.float64(x) if isinstance(x, float) else np.int64(x) for x in numbers)
+        cuda = self.cupy.cuda
+        with cuda.Device(device), cuda.ExternalStream(stream, device):
+            if kernel not in self.kernels:
+                self.kernels[kernel] = self._kernel(kernel, cuda.Device(device))
+            self.kernels[kernel]((grid,), (block,), arguments, shared_mem=shared)
+
+    def _kernel(self, name: str, device):
+        """May have all the shared memory there is: how much it takes is up to each launch."""
+        kernel = self.module.get_function(name)
+        kernel.max_dynamic_shared_size_bytes = (
+            device.attributes["MaxSharedMemoryPerBlockOptin"] - kernel.shared_size_bytes
+        )
+        return kernel
+
+    @staticmethod
+    def why_not(sm: int | None = None) -> str:
+        """Why this way does not work on any GPU; "" if it may."""
+        try:
+            from cupy.cuda import nvrtc
+
+            nvrtc.getVersion()
+        except Exception as error:  # CuPy or one of its libraries: each has errors of its own
+            return f"CuPy's NVRTC cannot be loaded ({' '.join(str(error).split())})"
+        return "" if sources() else "the package has no sources of the kernels"
+
+    @staticmethod
+    def what() -> str:
+        """What there is."""
+        import cupy
+
+        version = ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
+        return f"NVRTC {version}, CuPy {cupy.__version__}, cache {cache_folder()}"
+
+
+WAYS = {"built": Built, "nvrtc": Nvrtc}
+
+
+def sources() -> Path | None:
+    """The folder ``csrc``."""
+    return next((path for path in SOURCES if (path / "cuda" / "kernels.cuh").exists()), None)
+
+
+def cache_folder() -> Path:
+    """CuPy's."""
+    return Path(os.environ.get("CUPY_CACHE_DIR") or "~/.cupy/kernel_cache").expanduser()
+
+
+def compiled(sm: int) -> Path:
+    """The file with the machine code of all kernels, compiled unless it is there."""
+    from cupy.cuda import nvrtc
+
+    csrc = sources()
+    key = hashlib.sha256(repr((nvrtc.getVersion(), OPTIONS, sm)).encode())
+    for path in sorted([*csrc.glob("core/*.h"), *csrc.glob("cuda/*.h"), *csrc.glob("cuda/*.cuh")]):
+        key.update(path.name.encode() + path.read_bytes())
+    file = cache_folder() / f"compaware-{key.hexdigest()[:40]}.cubin"
+    if not file.exists():
+        code = _compile((*OPTIONS, f"-arch=sm_{sm}", f"-I{csrc / 'cuda'}"))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as part:
+            part.write(code)
+        os.replace(part.name, file)  # other processes see all of it or nothing
+    return file
+
+
+def _compile(options: tuple[str, ...]) -> bytes:
+    from cupy.cuda import nvrtc
+
+    program = nvrtc.createProgram('#include "kernels.cuh"', "kernels.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, options)
+        return nvrtc.getCUBIN(program)
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(f"NVRTC {' '.join(options)}: {error}\n{nvrtc.getProgramLog(program)}") from error
+    finally:
+        nvrtc.destroyProgram(program)

@@ -1,0 +1,120 @@
+"""What the proximal step of a whole network needs on a GPU: workspace, tables and programs, made once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from . import dense, subspace, tables
+from .program import Program
+from .schedule import schedule
+from .sizes import MAX_COLUMNS, is_small, width
+
+CHUNK = 2**16  # elements whose squares one block sums
+SLOT_BYTES = 2**30  # of all that take turns in the dense route, if a single one does not need more
+CONSTANTS = {
+    "newton_schulz": (-0.5, 1.5, 0), "minus_plus": (-1, 1, 0), "plus_minus": (1, -1, 0), "same": (0, 1, 0),
+    "middle": (0.5, 0.5, 1), "identity": (0, 0, 1), "restart": (0.5, 0.55, 0), "sign_check": (-0.25, 0.25, 0),
+}  # fmt: skip
+
+
+class Plan:
+    """All matrices of one device, ``[m, n]`` contiguous and of one dtype, with the width of the basis of each.
+
+    Attributes:
+        inputs: fp64: the thresholds of the matrices, the seed, and the number of the call, which a call raises.
+        out: fp64, of every matrix what :data:`.tables.REPORT` names, and its singular values.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], widths: Sequence[int]):
+        self.device, self.dtype = weights[0].device, weights[0].dtype
+        self.new = partial(torch.empty, device=self.device)
+        self.inputs = self._zeros(len(weights) + 2)
+        self.call = self.inputs[-2:]
+        self.refused = self._zeros(1, dtype=torch.int32)
+        self.matrices = [_matrix(W, self.inputs[i]) for i, W in enumerate(weights)]
+        self.small = [x for x, W in zip(self.matrices, weights, strict=True) if is_small(W)]
+        self.layers = [x for x, W in zip(self.matrices, weights, strict=True) if not is_small(W)]
+        self.out = self._zeros(sum(x.n + len(tables.REPORT) for x in self.matrices))
+        self._share_out()
+        for number, x in enumerate(self.layers):
+            x.number = number
+        for x, k in zip(self.matrices, widths, strict=True):
+            x.k = 0 if is_small(x.W) else k
+        self.chunks = self._cut()
+        for x in self.layers:
+            self._allocate(x)
+        self._fill_tables()
+        self._list_programs()
+
+    def _zeros(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype, device=self.device)
+
+    def _constants(self, rows) -> Tensor:
+        return torch.tensor(rows, dtype=torch.float64, device=self.device)
+
+    def _share_out(self) -> None:
+        """Everything that is reported of a matrix lies together: its numbers, then its singular values."""
+        parts = self.out.split([size for x in self.matrices for size in (len(tables.REPORT), x.n)])
+        for x, report, s in zip(self.matrices, parts[::2], parts[1::2], strict=True):
+            x.report, x.s = report, s
+        for x in self.small:
+            x.row, x.col = x.W.stride()
+
+    def _cut(self) -> Tensor:
+        rows = []
+        for x in self.matrices:
+            x.first_chunk, size = len(rows), x.m * x.n
+            starts = range(0, size, CHUNK)
+            rows += [SimpleNamespace(W=x.W, dtype=x.dtype, first=i, count=min(CHUNK, size - i)) for i in starts]
+            x.partials = len(starts)
+        self.partials = self.new(len(rows), dtype=torch.float64)
+        return tables.table(tables.CHUNK, rows, self.device)
+
+    def _allocate(self, x: SimpleNamespace) -> None:
+        x.partial = self.partials[x.first_chunk :]
+        x.gates = self._zeros(tables.ALL_GATES, dtype=torch.int32)
+        x.coefficients = self.new(len(tables.COEFFICIENTS), 3, dtype=torch.float64)
+        x.omega = self.new(x.n, tables.PROBES, dtype=torch.float64)
+        x.gate = {name: x.gates[i : i + 1] for i, name in enumerate(tables.GATES)}
+        x.sign_pairs = x.gates[tables.SIGN_PAIR :].split(1)[: tables.PAIRS]
+        x.root_pairs = x.gates[tables.ROOT_PAIR :].split(1)
+        x.coefficient = dict(zip(tables.COEFFICIENTS, x.coefficients, strict=True))
+        if x.k:
+            subspace.allocate(x, self.new)
+            x.V.zero_()
+        dense.allocate(x, self.new)
+
+    def _fill_tables(self) -> None:
+        self.table = tables.table(tables.LAYER, self.layers, self.device)
+        self.small_table = tables.table(tables.SMALL, self.small, self.device)
+        steps = schedule()
+        sign = [[(c, b, 0), (1, a, 0)] for _, a, b, c in steps]
+        root = [(c, b, a) for _, a, b, c in steps[2 * (tables.PAIRS - tables.ROOT_PAIRS) :]]
+        self.lows = self._constants([low for low, *_ in steps])
+        self.one = {name: self._constants(row) for name, row in CONSTANTS.items()}
+        self.one |= {"sign": self._constants(sign), "root": self._constants(root)}
+
+    def _list_programs(self) -> None:
+        count = len(self.layers)
+        self.warm = subspace.programs([x for x in self.layers if x.k], count, self.one)
+        last = Program(layers=count)
+        for x in self.layers:
+            empty = self.new(0)
+            last.multiply(x.number, empty.view(x.m, 0), empty.view(0, x.n), x.W, gate=x.gate["clear"])
+            if x.k:
+                last.multiply(x.number, x.Us, x.right.mT, x.W, gate=x.gate["apply"])
+        last.stage()
+        slots = dense.assign(self.layers, SLOT_BYTES)
+        dense.list_products(last, slots, self.new, self.one)
+        self.programs = [program.build(self.device) for program in (*self.warm, last)]
+        self.counters = self._zeros(len(self.programs), 1 + count, dtype=torch.int32)
+
+
+def _matrix(W: Tensor, tau: Tensor) -> SimpleNamespace:
+    tall = W if W.shape[0] >= W.shape[1] else W.mT
+    return SimpleNamespace(W=tall, m=tall.shape[0], n=tall.shape[1], dtype=tables.DTYPES[W.dtype], tau=tau)

@@ -1,0 +1,363 @@
+"""The self-test of the kernels, on the GPU at hand: each against fp64, in small cases. ``compaware info --selftest``.
+
+Kernels are called as such, and not through what would fall back to plain PyTorch. Each family runs in a process of its
+own: a kernel that ends in an illegal address, or that never ends, takes no other with it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops, triton
+from . import kernels, verdicts
+
+TIMEOUT = 300  # seconds that a family may take, its compilation included
+TAU, TOL = 1.0, 1e-3
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Row(NamedTuple):
+    """What came of one case; ``error``: the worst one over its bound."""
+
+    family: str
+    name: str
+    error: float | None = None
+    milliseconds: float | None = None
+    failed: str = ""
+    skipped: str = ""
+
+
+class Case(NamedTuple):
+    """``judge(work())`` is the worst error over its bound; raises AssertionError if anything else is wrong."""
+
+    work: Callable
+    judge: Callable
+
+
+def run(device: int) -> list[Row]:
+    """All families on one GPU, each in its own process; keeps what was found."""
+    rows = [row for family in CASES for row in _in_process(family, device)]
+    failed = {family: next((f"{row.name}: {row.failed}" for row in rows if row.family == family and row.failed), "")
+              for family in CASES}  # fmt: skip
+    verdicts.record(torch.cuda.get_device_name(device), failed)
+    return rows
+
+
+def _in_process(family: str, device: int) -> list[Row]:
+    command = [sys.executable, "-m", __name__, family, str(device)]
+    env = os.environ | {"COMPAWARE_VERDICTS": "ignore"}
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT)
+    except subprocess.TimeoutExpired as late:
+        return parse(family, (late.stdout or b"").decode(), f"no answer within {TIMEOUT} s")
+    lines = done.stderr.strip().splitlines()
+    end = f"its process ended with {done.returncode}" + (f": {lines[-1][:200]}" if lines else "")
+    return parse(family, done.stdout, end if done.returncode else "")
+
+
+def parse(family: str, output: str, end: str) -> list[Row]:
+    """The rows that a process has written, and that of the case in which it came to a bad end."""
+    rows, running = [], "start"
+    for line in output.splitlines():
+        if line.startswith("begin "):
+            running = line.removeprefix("begin ")
+        elif line.startswith("row "):
+            rows.append(Row(*json.loads(line.removeprefix("row "))))
+    return [*rows, Row(family, running, failed=end)] if end else rows
+
+
+def check(family: str, device: torch.device) -> Iterator[Row]:
+    """The cases of a family, here and now."""
+    if reason := MISSING[family](device):
+        yield Row(family, "all", skipped=reason)
+        return
+    for name, make in CASES[family].items():
+        print(f"begin {name}", flush=True)
+        error = elapsed = None
+        try:
+            case = make(device)
+            error = float(case.judge(case.work()))  # compiles
+            elapsed = _milliseconds(case.work, device)
+            failed = "" if error <= 1 else f"error {error:.3g} times its bound"
+        except Exception as wrong:  # whatever is wrong with the kernel, this reports it
+            failed = " ".join(f"{type(wrong).__name__}: {wrong}".split())[:300]
+        yield Row(family, name, error, elapsed, failed)
+
+
+def _milliseconds(work: Callable, device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def table(rows: list[Row]) -> list[tuple[str, ...]]:
+    """Family, case, verdict, error over bound and milliseconds, as text."""
+
+    def number(x: float | None, form: str) -> str:
+        return "" if x is None else format(x, form)
+
+    return [(row.family, row.name, f"FAILED: {row.failed}" if row.failed else row.skipped or "passed",
+             number(row.error, ".2g"), number(row.milliseconds, ".3f")) for row in rows]  # fmt: skip
+
+
+def _normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# --- shrink -----------------------------------------------------------------------------------------------------------
+
+
+def _shrink(name: str, dtype: torch.dtype, device: torch.device) -> Case:
+    """Rows of a warp's length and of a block's, some that die and some that live."""
+    weights = [(torch.logspace(-2, 1, m)[:, None] * _normal(m, n)).to(device, dtype) for m, n in ((65, 33), (9, 1500))]
+    op, in_place = (getattr(torch.ops.compaware, name + end) for end in ("", "_"))
+    taus = [torch.tensor(tau, device=device) for tau in ((0.1, 0.5) if name == "sparse_group_shrink" else (0.5,))]
+
+    def work() -> list[tuple[Tensor, Tensor]]:
+        copies = [W.clone() for W in weights]
+        in_place(copies, *(tau.double().cpu().expand(len(weights)) for tau in taus))
+        return [(op(W, *taus), copy) for W, copy in zip(weights, copies, strict=True)]
+
+    def judge(results) -> float:
+        body = getattr(ops, name)._init_fn
+        return max(_as_good(got, body(W.double(), *(tau.double() for tau in taus)), body(W, *taus))
+                   for W, both in zip(weights, results, strict=True) for got in both)  # fmt: skip
+
+    return Case(work, judge)
+
+
+def _as_good(got: Tensor, truth: Tensor, plain: Tensor) -> float:
+    """The largest error, over twice that of plain PyTorch and 8 ulps of the largest number, in the compute dtype."""
+    error, lost = ((y.double() - truth).abs().max() for y in (got, plain))
+    return float(error / (2 * lost + 8 * torch.finfo(ops.compute_dtype(got.dtype)).eps * truth.abs().max()))
+
+
+# --- step -------------------------------------------------------------------------------------------------------------
+
+
+def _products(precision: str, wide: bool, dtype: torch.dtype, device: torch.device) -> Case:
+    """Two layers of two stages, ragged, with views and an epilogue; each product against fp64."""
+    from .program import Program
+
+    program, inner = Program(2, precision), torch.float64 if wide else torch.float32
+    coef = torch.tensor([-0.5, 1.5, 0.25], dtype=torch.float64, device=device)
+    counters = torch.zeros(program.counters, dtype=torch.int32, device=device)
+    listed = []
+    for stage in range(2):
+        for layer, (m, n, k) in enumerate([(70, 33, 100), (40, 96, 65)]):
+            if stage:
+                A, B = listed[layer][2].mT, _normal(m, k, seed=layer).to(device, inner)
+                D = _normal(n, k, seed=7).to(device, inner)
+                C = torch.empty_like(D)
+                program.multiply(layer, A, B, C, plus=D, coef=coef, wide=wide)
+            else:
+                A, B = _normal(m, k, seed=layer).to(device, dtype), _normal(n, k, seed=3).to(device, inner).mT
+                C, D = torch.empty(m, n, dtype=inner, device=device), None
+                program.multiply(layer, A, B, C, wide=wide)
+            listed.append((A, B, C, D))
+        program.stage()
+    program.build(device)
+
+    def work() -> None:
+        counters.zero_()
+        program.run(counters)
+
+    def judge(_) -> float:
+        unit = 2.0**-53 if wide else 2.0**-24
+        return max(
+            _product_error(*each, unit, 2.0**-19 if precision == "tf32x3" and not wide else 0) for each in listed
+        )
+
+    return Case(work, judge)
+
+
+def _product_error(A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, unit: float, parts: float) -> float:
+    """Over what rounding may do to sums of so many products; ``parts``: and splitting their factors."""
+    A, B, C = A.double(), B.double(), C.double()
+    truth, size = A @ B, A.abs() @ B.abs()
+    if D is not None:
+        truth = 1.5 * D.double() - 0.5 * truth + 0.25 * torch.eye(*C.shape, dtype=C.dtype, device=C.device)
+        size = 1.5 * D.double().abs() + 0.5 * size + 0.25
+    return float(((C - truth).abs() / (((A.shape[1] + 8) * 2 * unit + parts) * size)).max())
+
+
+def _low_rank(m: int, n: int, rank: int, seed: int) -> Tensor:
+    """Singular values 1.5 to 20, and noise below tau."""
+    U, V = (torch.linalg.qr(_normal(k, rank, seed=seed)).Q for k in (m, n))
+    noise = _normal(m, n, seed=seed + 1)
+    return (U * torch.logspace(math.log10(1.5), math.log10(20), rank)) @ V.mT + 0.4 * noise / torch.linalg.matrix_norm(
+        noise, 2
+    )
+
+
+LARGE = ((160, 120, 6), (96, 260, 4))
+SMALL = ((20, 12, 3), (40, 48, 9))
+
+
+def _step(shapes, calls: int, method: str, dtype: torch.dtype, device: torch.device) -> Case:
+    """The last of so many calls with one state: the report must be right, the method the one that is meant."""
+    from ..state import WarmState
+    from .engine import shrink_all
+
+    before = [_low_rank(*shape, seed=10 * i).to(device, dtype) for i, shape in enumerate(shapes)]
+    weights, state = [W.clone() for W in before], WarmState()
+
+    def call():
+        for W, X in zip(weights, before, strict=True):
+            W.copy_(X)
+        infos = shrink_all(weights, [TAU] * len(weights), None, TOL, state)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # ranks arrive, by which the next call chooses
+        return infos
+
+    def work():
+        return [call() for _ in range(calls if state.calls == 0 or calls == 1 else 1)][-1]
+
+    def judge(infos) -> float:
+        taken = {info.method for info in infos}
+        assert not method or taken == {method}, f"wanted {method}, took {', '.join(sorted(taken))}"
+        return max(_svt_error(*each) for each in zip(weights, before, infos, strict=True))
+
+    return Case(work, judge)
+
+
+def _svt_error(W: Tensor, X: Tensor, info) -> float:
+    U, s, Vh = torch.linalg.svd(X.double().cpu(), full_matrices=False)
+    error = W.double().cpu() - (U * (s - TAU).clamp_min(0)) @ Vh
+    rank, bound = int((s > TAU).sum()), float(info.error_bound)
+    assert int(info.rank) == rank, f"wanted rank {rank}, got {int(info.rank)}"
+    assert math.isfinite(bound), f"wanted a finite bound, got {bound}"
+    allowed = TOL * TAU + 2 * torch.finfo(W.dtype).eps * float(s.norm())
+    return max(float(error.norm()) / bound, float(torch.linalg.matrix_norm(error, 2)) / allowed)
+
+
+def _nothing_changes(dtype: torch.dtype, device: torch.device) -> Case:
+    """NaN in one weight of a network."""
+    from ..state import WarmState
+    from .engine import shrink_all
+
+    before = [_low_rank(*shape, seed=0).to(device, dtype) for shape in (LARGE[0], SMALL[0])]
+    before[1][3, 4] = torch.nan
+    weights = [W.clone() for W in before]
+
+    def judge(infos) -> float:
+        assert all(torch.equal(W.isnan(), X.isnan()) for W, X in zip(weights, before, strict=True)), "NaN has spread"
+        assert all(torch.equal(W.nan_to_num(), X.nan_to_num()) for W, X in zip(weights, before, strict=True)), "changed"
+        assert infos[0].method.startswith("refused"), f"wanted refused, got {infos[0].method}"
+        return 0.0
+
+    return Case(lambda: shrink_all(weights, [TAU] * 2, None, TOL, WarmState()), judge)
+
+
+# --- low rank ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _precision(wanted: str):
+    """How torch, and so our kernel, is to multiply fp32."""
+    places = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = wanted
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.fp32_precision = value
+
+
+def _conv2d(precision: str, dtype: torch.dtype, device: torch.device) -> Case:
+    geometry = ((2, 1), (1, 1), (1, 1))
+    x, V, U = _normal(2, 24, 9, 8), _normal(9, 24, 3, 3) / 216**0.5, _normal(40, 9, 1, 1) / 3
+    args = [t.to(device, dtype) for t in (x, V, U, _normal(40), _normal(2, 40, 5, 8))]
+    return _fused("lowrank_conv2d", args, precision, lambda x, V: F.conv2d(x, V, None, *geometry), F.conv2d, geometry)
+
+
+def _linear(precision: str, dtype: torch.dtype, device: torch.device) -> Case:
+    x, V, U = _normal(5, 7, 72), _normal(17, 72) / 72**0.5, _normal(40, 17) / 17**0.5
+    args = [t.to(device, dtype) for t in (x, V, U, _normal(40), _normal(5, 7, 40))]
+    return _fused("lowrank_linear", args, precision, F.linear, F.linear, ())
+
+
+def _fused(name: str, args: list[Tensor], precision: str, first, second, geometry) -> Case:
+    from ..triton import lowrank
+
+    def two_steps(x, V, U, bias, residual, rounded=lambda t: t):
+        y = second(rounded(first(rounded(x), rounded(V))), rounded(U), bias)
+        return F.gelu(y + residual)
+
+    def work() -> Tensor:
+        with _precision(precision):
+            return getattr(lowrank, name)(*args, *geometry, activation="gelu")
+
+    def judge(got: Tensor) -> float:
+        with _precision("ieee"):
+            plain = two_steps(*args, rounded=_tf32 if precision == "tf32" else lambda t: t)
+            return _as_good(got, two_steps(*(t.double() for t in args)), plain)
+
+    return Case(work, judge)
+
+
+def _tf32(t: Tensor) -> Tensor:
+    return ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+# --- all --------------------------------------------------------------------------------------------------------------
+
+
+def _no_shrink(device: torch.device) -> str:
+    here = torch._C._dispatch_has_kernel_for_dispatch_key("compaware::soft_threshold", device.type.upper())
+    return "" if here else "not in the library: plain PyTorch"
+
+
+MISSING: dict[str, Callable[[torch.device], str]] = {
+    verdicts.SHRINK: _no_shrink,
+    verdicts.STEP: lambda device: triton.missing() or kernels.missing(device),
+    verdicts.LOW_RANK: lambda device: triton.missing(),
+}
+_ROUTES = {
+    "small": partial(_step, SMALL, 1, ""),
+    "cold": partial(_step, LARGE, 1, "products"),
+    "warm": partial(_step, LARGE, 3, "subspace"),
+    "NaN": _nothing_changes,
+}
+CASES: dict[str, dict[str, Callable[[torch.device], Case]]] = {
+    verdicts.SHRINK: {f"{op}, {name}": partial(_shrink, op, dtype)
+                      for op in verdicts.SHRINK_OPS for name, dtype in (*DTYPES.items(), ("fp64", torch.float64))},
+    verdicts.STEP: {f"matrix program, {how}, {name}": partial(_products, precision, how == "fp64", dtype)
+                    for how, precision in (("ieee", "ieee"), ("tf32x3", "tf32x3"), ("fp64", "tf32x3"))
+                    for name, dtype in DTYPES.items()}
+                   | {f"step, {route}, {name}": partial(make, dtype)
+                      for route, make in _ROUTES.items() for name, dtype in DTYPES.items()},
+    verdicts.LOW_RANK: {f"{op}, {name}": partial(make, "tf32" if name == "tf32" else "ieee", dtype)
+                        for op, make in (("lowrank_conv2d", _conv2d), ("lowrank_linear", _linear))
+                        for name, dtype in (*DTYPES.items(), ("tf32", torch.float32))},
+}  # fmt: skip
+
+
+def main(family: str, index: str) -> None:
+    """One family on one GPU, as the parent process reads it."""
+    torch.cuda.set_device(int(index))
+    for row in check(family, torch.device("cuda", int(index))):
+        print("row", json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,110 @@
+"""What the self-test has found of the kernels on this machine's GPUs: those that failed it are not used.
+
+``compaware info --selftest`` writes it (:mod:`.selftest`), for the very code and versions that it has tested.
+``COMPAWARE_VERDICTS=ignore`` uses the kernels all the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from .. import _library, ops
+
+SHRINK, STEP, LOW_RANK = "shrink", "step", "low rank"  # the families: one falls out as a whole
+SHRINK_OPS = ("soft_threshold", "group_shrink", "sparse_group_shrink")
+SUFFIXES = (".py", ".so", ".cuh", ".h")
+
+Verdicts = dict[str, dict[str, str]]  # device -> family -> what was wrong, or ""
+
+
+def refused(family: str, device: torch.device) -> str:
+    """Why kernels of this family are not used on ``device``: they failed the self-test there; "" if they may be."""
+    reason = found() and found().get(device_name(device), {}).get(family, "")
+    return f"the {family} kernels failed the self-test here ({reason})" if reason else ""
+
+
+@cache
+def found() -> Verdicts:
+    """What the self-test has found of this code, if it has run."""
+    if os.environ.get("COMPAWARE_VERDICTS") == "ignore" or not any(folder().glob("*.json")):
+        return {}
+    try:
+        return json.loads(_file().read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def record(device: str, verdicts: Mapping[str, str]) -> Path:
+    """Keep what was found on ``device``, for this process and later ones."""
+    found.cache_clear()
+    every = found() | {device: dict(verdicts)}
+    _file().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=_file().parent, delete=False) as part:
+        json.dump(every, part, indent=1)
+    os.replace(part.name, _file())  # other processes see all of it or nothing
+    found.cache_clear()
+    replace_shrink()
+    return _file()
+
+
+def about() -> dict[str, str]:
+    """Device -> what the self-test has found there."""
+    said = {}
+    for device, verdicts in found().items():
+        failed = [f"{family} kernels failed, not used: {reason}" for family, reason in verdicts.items() if reason]
+        said[device] = "; ".join(failed) or "all passed"
+    return said or {"not run": "compaware info --selftest"}
+
+
+def replace_shrink(key: str = "CUDA") -> None:
+    """Put the reference bodies in the place of ck_shrink if it has failed: its ops go to the library without Python."""
+    reason = next((by[SHRINK] for by in found().values() if by.get(SHRINK)), "")
+    if not reason or _put:
+        return
+    logging.getLogger("compaware_kernels").warning("shrink kernels: plain PyTorch instead: they failed: %s", reason)
+    _put.append(torch.library.Library("compaware", "IMPL"))
+    for name in [name + end for name in SHRINK_OPS for end in ("", "_")]:
+        _put[0].impl(name, getattr(ops, name)._init_fn, key, allow_override=True)
+
+
+_put: list[torch.library.Library] = []  # what it registers is gone with it
+
+
+def device_name(device: torch.device) -> str:
+    """By which verdicts are told apart."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else device.type
+
+
+def folder() -> Path:
+    """Where verdicts are kept."""
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "compaware")
+
+
+@cache
+def _code() -> str:
+    """Names the package's kernels, with the versions of what compiles and runs them."""
+    key, package = hashlib.sha256(), _library.PATH.parent
+    for name in ("torch", "triton", "cupy-cuda13x", "compaware-kernels"):
+        try:
+            key.update(f"{name} {version(name)}".encode())
+        except PackageNotFoundError:
+            key.update(name.encode())
+    sources = [*package.glob("*.so"), *package.glob("gpu/*"), *package.glob("triton/*")]
+    sources += [path for root in (package, package.parent) for path in root.glob("csrc/*/*")]
+    for path in sorted(path for path in sources if path.suffix in SUFFIXES):
+        key.update(path.name.encode() + path.read_bytes())
+    return key.hexdigest()[:16]
+
+
+def _file() -> Path:
+    return folder() / f"selftest-{_code()}.json"

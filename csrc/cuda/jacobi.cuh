@@ -1,0 +1,313 @@
+// Orthogonal rows by one-sided Jacobi rotations (Hestenes 1958), in one block. See block.cuh.
+//
+// Rows go in groups of kGroup, and a warp does all pairs of two groups while it has their rows in registers: each lane
+// every 32nd element of each row. Pairs that have no row in common are turned together, so that the latencies of a
+// step (products, sum over the lanes, angle, turn) are paid once for kGroup pairs, and a lane finds the angle of one.
+#pragma once
+
+#include "sums.cuh"
+
+namespace compaware {
+
+template <class C>
+struct Rows {
+  C* at;
+  int count, length, stride;
+};
+
+// From here on, the compiler computes anew what depends on x. It would keep it in registers that are needed.
+CK_DEVICE void forget([[maybe_unused]] int& x) {
+#ifndef CK_EMULATED
+  asm volatile("" : "+r"(x));
+#endif
+}
+
+// Sums over the warp, of `kCount` numbers in each lane: lane l gets that of number l % kCount.
+template <int kCount, class C>
+CK_DEVICE C spread_sum(C (&v)[kCount]) {
+  const int lane = lane_index();
+#pragma unroll
+  for (int half = kCount / 2; half > 0; half /= 2)
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const bool upper = lane & half;
+      const C given = upper ? v[i] : v[i + half];
+      v[i] = (upper ? v[i + half] : v[i]) + __shfl_xor_sync(kAllLanes, given, half);
+    }
+  C sum = v[0];
+#pragma unroll
+  for (int offset = kCount; offset < kLanes; offset *= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
+  return sum;
+}
+
+// Which rows meet: in every step, row i of x and row i of y, i < kPairs. Here all rows of one group those of another,
+template <int kPairs>
+struct Across {
+  int x, y;  // the first rows
+  static constexpr int kSteps = kPairs;
+
+  CK_DEVICE int row_x(int i, int) const { return x + i; }
+  CK_DEVICE int row_y(int i, int step) const { return y + (2 * kPairs - 1 - i + step) % kPairs; }
+};
+
+// and here those of one group each other: rows whose numbers differ in the same bits.
+template <int kPairs>
+struct Within {
+  int first;
+  static constexpr int kSteps = 2 * kPairs - 1;
+
+  CK_DEVICE int row_x(int i, int step) const {
+    const int bits = kSteps - step, top = bits >= 4 ? 4 : bits >= 2 ? 2 : 1;
+    return first + (i / top * 2 * top + i % top);
+  }
+  CK_DEVICE int row_y(int i, int step) const { return first + ((row_x(i, step) - first) ^ (kSteps - step)); }
+};
+
+// A rotation by at most 45 degrees as three shears, tan(angle / 2), sin(angle), tan(angle / 2), after which the two
+// rows may change places. Each pair has its lane.
+template <class C>
+struct Turn {
+  C half, sine;
+  bool swap;
+};
+
+// Elements `start` + lane, + 32, ... of rows that meet.
+template <int kPairs, int kDeep, class C>
+struct Tile {
+  C x[kPairs][kDeep], y[kPairs][kDeep];
+
+  template <class Meeting>
+  CK_DEVICE void load(const Rows<C>& M, const Meeting& meeting, int step, int start) {
+#pragma unroll
+    for (int i = 0; i < 2 * kPairs; ++i) {
+      const int row = i < kPairs ? meeting.row_x(i, step) : meeting.row_y(i - kPairs, step);
+#pragma unroll
+      for (int e = 0; e < kDeep; ++e) {
+        const int at = start + kLanes * e + lane_index();
+        const C element = row < M.count && at < M.length ? M.at[row * M.stride + at] : C(0);
+        (i < kPairs ? x : y)[i % kPairs][e] = element;
+      }
+    }
+  }
+  template <class Meeting>
+  CK_DEVICE void store(Rows<C> M, const Meeting& meeting, int step, int start) const {
+    forget(M.count), forget(M.length), forget(M.stride), forget(start);
+#pragma unroll
+    for (int i = 0; i < 2 * kPairs; ++i) {
+      const int row = i < kPairs ? meeting.row_x(i, step) : meeting.row_y(i - kPairs, step);
+#pragma unroll
+      for (int e = 0; e < kDeep; ++e) {
+        const int at = start + kLanes * e + lane_index();
+        if (row < M.count && at < M.length) M.at[row * M.stride + at] = (i < kPairs ? x : y)[i % kPairs][e];
+      }
+    }
+  }
+
+  CK_DEVICE void add_squares(C (&a)[kPairs], C (&b)[kPairs]) const {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i)
+#pragma unroll
+      for (int e = 0; e < kDeep; ++e) a[i] += x[i][e] * x[i][e], b[i] += y[i][e] * y[i][e];
+  }
+
+  CK_DEVICE void add_products(C (&d)[kPairs]) const {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i)
+#pragma unroll
+      for (int e = 0; e < kDeep; ++e) d[i] += x[i][e] * y[i][e];
+  }
+
+  CK_DEVICE void turn(const Turn<C>& own, unsigned swaps) {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const C half = __shfl_sync(kAllLanes, own.half, i), sine = __shfl_sync(kAllLanes, own.sine, i);
+#pragma unroll
+      for (int e = 0; e < kDeep; ++e) {
+        x[i][e] -= half * y[i][e];
+        y[i][e] += sine * x[i][e];
+        x[i][e] -= half * y[i][e];
+      }
+    }
+    if (!swaps) return;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i)
+      if (swaps >> i & 1)
+#pragma unroll
+        for (int e = 0; e < kDeep; ++e) {
+          const C kept = x[i][e];
+          x[i][e] = y[i][e];
+          y[i][e] = kept;
+        }
+  }
+
+  // To the next step of Across.
+  CK_DEVICE void move_on() {
+#pragma unroll
+    for (int e = 0; e < kDeep; ++e) {
+      const C last = y[kPairs - 1][e];
+#pragma unroll
+      for (int i = kPairs - 1; i > 0; --i) y[i][e] = y[i - 1][e];
+      y[0][e] = last;
+    }
+  }
+};
+
+constexpr int kTopExponent = 48;       // rows are scaled to entries below 2^48:
+constexpr float kNullRow = 0x1p-104f;  // squares of norms from here on, and ratios of norms, are in the range of fp32
+
+template <class C>
+struct Goal {
+  C cosine;  // two rows are orthogonal up to here,
+  C floor;   // and need not be, if both have squared norms up to here
+};
+
+// What makes rows with squared norms a, b and product d orthogonal, the longer of which comes first then (de Rijk
+// 1989: saves sweeps), and its effect on a and b. fp32 will do for the angle, as sin(angle) is found from
+// tan(angle / 2) in C: an error leaves some of d to the next sweep.
+template <class C>
+CK_DEVICE Turn<C> find_turn(C& a, C& b, C d, const Goal<C>& goal) {
+  const C scale = rsqrt(a) * rsqrt(b), cosine = d * scale;
+  if (!(min(a, b) > kNullRow && max(a, b) > goal.floor && fabs(cosine) > goal.cosine)) return {0, 0, false};
+  const float g = 2 * static_cast<float>(cosine), w = static_cast<float>((b - a) * scale), size = fabs(w);
+  const float root = size < 1e9f ? sqrt(w * w + g * g) : size;
+  const float slope = copysign(2 / (size + root), w), tangent = static_cast<float>(cosine) * slope;
+  const C half = cosine * C(slope / (1 + sqrt(1 + tangent * tangent))), shift = cosine * C(slope) * d;
+  const C u = a - shift, v = b + shift;
+  const bool swap = u < v;
+  a = swap ? v : u;
+  b = swap ? u : v;
+  return {half, 2 * half / (1 + half * half), swap};
+}
+
+// The turns of a step, on rows that are not in registers.
+template <int kPairs, class C, class Meeting>
+CK_DEVICE void turn_in_place(const Rows<C>& M, const Meeting& meeting, int step, const Turn<C>& own, unsigned swaps) {
+  for (int start = 0; start < M.length; start += kLanes) {
+    Tile<kPairs, 1, C> tile;
+    tile.load(M, meeting, step, start);
+    tile.turn(own, swaps);
+    tile.store(M, meeting, step, start);
+  }
+}
+
+// All pairs of two groups, by a warp. Returns whether any was turned. V: rows that take the same turns.
+template <int kPairs, int kDeep, class C>
+CK_DEVICE bool meet(const Rows<C>& A, const Rows<C>& V, const Across<kPairs>& meeting, const Goal<C>& goal) {
+  Tile<kPairs, kDeep, C> tile;
+  tile.load(A, meeting, 0, 0);
+  C x[kPairs] = {}, y[kPairs] = {};
+  tile.add_squares(x, y);
+  C a = spread_sum(x), b = spread_sum(y);
+  bool turned = false;
+#pragma unroll 1
+  for (int step = 0; step < meeting.kSteps; ++step) {
+    C products[kPairs] = {};
+    tile.add_products(products);
+    const Turn<C> own = find_turn(a, b, spread_sum(products), goal);
+    if (__any_sync(kAllLanes, own.half != 0)) {
+      const unsigned swaps = __ballot_sync(kAllLanes, own.swap);
+      tile.turn(own, swaps);
+      turn_in_place<kPairs>(V, meeting, step, own, swaps);
+      turned = true;
+    }
+    tile.move_on();
+    b = __shfl_sync(kAllLanes, b, (lane_index() + kPairs - 1) % kPairs);
+  }
+  if (turned) tile.store(A, meeting, 0, 0);
+  return turned;
+}
+// The same with rows left where they are.
+template <int kPairs, class C, class Meeting>
+CK_DEVICE bool meet_in_place(const Rows<C>& A, const Rows<C>& V, const Meeting& meeting, const Goal<C>& goal) {
+  bool turned = false;
+  for (int step = 0; step < meeting.kSteps; ++step) {
+    C x[kPairs] = {}, y[kPairs] = {}, products[kPairs] = {};
+    for (int start = 0; start < A.length; start += kLanes) {
+      Tile<kPairs, 1, C> tile;
+      tile.load(A, meeting, step, start);
+      tile.add_squares(x, y);
+      tile.add_products(products);
+    }
+    C a = spread_sum(x), b = spread_sum(y);
+    const Turn<C> own = find_turn(a, b, spread_sum(products), goal);
+    if (!__any_sync(kAllLanes, own.half != 0)) continue;
+    const unsigned swaps = __ballot_sync(kAllLanes, own.swap);
+    turn_in_place<kPairs>(A, meeting, step, own, swaps);
+    turn_in_place<kPairs>(V, meeting, step, own, swaps);
+    turned = true;
+  }
+  return turned;
+}
+
+// All pairs of rows. Groups p and q meet in round p + q, modulo their number, and p itself in round 2 p: sweep after
+// sweep, this does what a loop over p < q would (and rounds in which all meet once, in another order, need more).
+// Returns whether any pair was turned.
+template <int kGroup, int kDeep, class C>
+CK_DEVICE bool sweep(const Rows<C>& A, const Rows<C>& V, const Goal<C>& goal) {
+  const int groups = (A.count + kGroup - 1) / kGroup;
+  bool turned = false;
+  for (int round = 0; round < groups; ++round) {
+    const int meetings = round % 2 ? (groups + 1) / 2 : groups / 2 + 1;
+    for (int i = warp_index(); i < meetings; i += warp_count()) {
+      const int p = (round / 2 + groups - i) % groups, q = (round - round / 2 + i) % groups;
+      const int x = min(p, q) * kGroup, y = max(p, q) * kGroup;
+      if constexpr (kDeep == 0) turned |= x < y && meet_in_place<1>(A, V, Across<1>{x, y}, goal);
+      else if (x < y) turned |= meet<kGroup, kDeep>(A, V, Across<kGroup>{x, y}, goal);
+      else turned |= meet_in_place<kGroup / 2>(A, V, Within<kGroup / 2>{x}, goal);
+    }
+    __syncthreads();
+  }
+  return __syncthreads_or(turned);
+}
+
+// As many rows as fit in 128 registers (256, in fp64).
+template <class C>
+CK_DEVICE bool sweep(const Rows<C>& A, const Rows<C>& V, const Goal<C>& goal) {
+  if (A.length <= 2 * kLanes) return sweep<8, 2>(A, V, goal);
+  if (A.length <= 4 * kLanes) return sweep<8, 4>(A, V, goal);
+  if (A.length <= 8 * kLanes) return sweep<4, 8>(A, V, goal);
+  return sweep<1, 0>(A, V, goal);
+}
+
+template <class C>
+CK_DEVICE void scale_rows(const Rows<C>& A, int exponent) {
+  for (int row = warp_index(); row < A.count; row += warp_count())
+    for (int i = lane_index(); i < A.length; i += kLanes) {
+      C& x = A.at[row * A.stride + i];
+      x = ldexp(x, exponent);
+    }
+  __syncthreads();
+}
+
+template <class C>
+CK_DEVICE C largest_entry(const Rows<C>& A) {
+  C largest = 0;
+  for (int row = warp_index(); row < A.count; row += warp_count())
+    for (int i = lane_index(); i < A.length; i += kLanes) {
+      const C x = fabs(A.at[row * A.stride + i]);
+      largest = x > largest ? x : largest;
+    }
+  return block_max(largest);
+}
+
+// Turns pairs of rows of A [count, length] until all are orthogonal to rounding, |a_i a_j| <= c |a_i| |a_j| with
+// c = eps sqrt(length), down to 2^-100 of the longest; the rows of V [count, v_length] (null: none) turn with them.
+// Two rows that are both no longer than `floor` are left alone. Strides: from row to row. Returns how many of at most
+// `sweeps` turned anything; the last must find that nothing is left.
+template <class C>
+CK_DEVICE int jacobi(C* A, int count, int length, int stride, C* V, int v_length, int v_stride, int sweeps,
+                     double floor = 0) {
+  const Rows<C> rows{A, count, length, stride}, others{V, count, V ? v_length : 0, v_stride};
+  const C largest = largest_entry(rows);
+  if (!(largest > 0 && is_finite(largest))) return 0;
+  int exponent = 0, used = 0;
+  frexp(largest, &exponent);
+  scale_rows(rows, kTopExponent - exponent);
+  const C scaled = C(ldexp(floor, kTopExponent - exponent)), eps = sizeof(C) == 4 ? C(0x1p-23) : C(0x1p-52);
+  const Goal<C> goal{eps * sqrt(C(max(length, 16))), scaled * scaled};
+  while (used < sweeps && sweep(rows, others, goal)) ++used;
+  scale_rows(rows, exponent - kTopExponent);
+  return used;
+}
+
+}  // namespace compaware

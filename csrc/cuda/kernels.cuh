@@ -1,0 +1,15 @@
+// All kernels, as one translation unit: of nvcc (launch.cu), of NVRTC (compaware_kernels/gpu/kernels.py) and of a C++
+// compiler with CUDA on the CPU (tests/emulator).
+#pragma once
+
+#include "shrink.cuh"
+
+#if __has_include("small.cuh")
+#include "small.cuh"
+#include "step.cuh"
+#define CK_STEP_KERNELS(X) X(ck_begin) X(ck_orth) X(ck_ritz) X(ck_judge) X(ck_finish)
+#else
+#define CK_STEP_KERNELS(X)
+#endif
+
+#define CK_KERNELS(X) X(ck_shrink) CK_STEP_KERNELS(X)

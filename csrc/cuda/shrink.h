@@ -1,0 +1,29 @@
+// What ck_shrink gets: a list of weights as one kernel argument. Nothing is copied to the device, so nothing has to
+// outlive the launch, and a CUDA graph keeps its own copy.
+#pragma once
+
+#include "../core/shrink.h"
+
+namespace compaware {
+
+constexpr int kWarp = 32, kShrinkThreads = 256, kShrinkWarps = kShrinkThreads / kWarp;
+constexpr int64_t kNarrow = 1024;  // a span up to this size is one warp's, a longer one a block's
+
+struct ShrinkJob {
+  Shrink weight;
+  int64_t first;  // its first block in the grid
+
+  CK_HOST_DEVICE static bool narrow(const Shrink& w) { return w.span <= kNarrow; }
+  CK_HOST_DEVICE static int64_t blocks(const Shrink& w) {
+    return narrow(w) ? (w.spans() + kShrinkWarps - 1) / kShrinkWarps : w.spans();
+  }
+};
+
+constexpr int kShrinkJobs = (32764 - 8) / sizeof(ShrinkJob);  // 32764: bytes of arguments, since CUDA 12.1
+
+struct ShrinkJobs {
+  int64_t count;
+  ShrinkJob jobs[kShrinkJobs];
+};
+
+}  // namespace compaware

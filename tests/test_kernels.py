@@ -1,0 +1,164 @@
+"""How the CUDA C++ kernels are found and launched: gpu/kernels.py, on a machine without a GPU."""
+
+import ctypes
+import shutil
+from types import SimpleNamespace
+
+import emulator
+import numpy as np
+import nvrtc_aot
+import pytest
+import torch
+from fake_cupy import FakeCupy
+
+from compaware_kernels import _library
+from compaware_kernels.gpu import kernels
+
+FIRST, SECOND = (torch.device("cuda", i) for i in range(2))
+no_gpu = not torch.cuda.is_available()
+needs_nvrtc = pytest.mark.skipif(nvrtc_aot.nvrtc() is None, reason="nvidia-cuda-nvrtc is not installed")
+needs_built = pytest.mark.skipif(bool(kernels.Built.why_not()), reason=kernels.Built.why_not())
+
+
+@pytest.fixture(autouse=True)
+def nothing_chosen_yet(monkeypatch):
+    monkeypatch.delenv("COMPAWARE_CUDA", raising=False)
+    kernels._ready.cache_clear()
+    yield
+    kernels._ready.cache_clear()
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Two GPUs, sm_75 and sm_90, and a library built for the second."""
+    capabilities = {0: (7, 5), 1: (9, 0)}
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    streams = {i: SimpleNamespace(device_index=i, cuda_stream=0x1000 + i) for i in capabilities}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[device.index])
+    monkeypatch.setattr(_library, "build", lambda: {"archs": ["80", "90a"]})
+
+
+@pytest.fixture
+def cupy(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
+    return FakeCupy(monkeypatch)
+
+
+@pytest.fixture
+def without_library(monkeypatch):
+    monkeypatch.setattr(_library, "missing", "not built")
+
+
+@needs_nvrtc
+def test_launch_by_cupy(gpus, cupy, without_library):
+    x = torch.zeros(4, dtype=torch.float64)
+    assert kernels.missing(SECOND) == ""
+    kernels.launch("ck_shrink", 3, 256, 100_000, [x, 7, 0.5], SECOND)
+    kernels.launch("ck_shrink", 0, 256, 0, [x], SECOND)
+    ((name, grid, block, arguments, shared, device, stream),) = cupy.log
+    assert (name, grid, block, shared, device, stream) == ("ck_shrink", (3,), (256,), 100_000, 1, 0x1001)
+    assert arguments == (x.data_ptr(), 7, 0.5)
+    assert [type(argument) for argument in arguments] == [np.int64, np.int64, np.float64]
+
+
+@needs_nvrtc
+def test_what_is_compiled_is_kept(gpus, cupy, without_library, tmp_path, monkeypatch):
+    for _ in range(2):  # as another process would find it
+        kernels._ready.cache_clear()
+        assert kernels.missing(SECOND) == ""
+    assert len(cupy.compiled) == 1 and "-arch=sm_90" in cupy.compiled[0]
+    assert not any("fast" in option or "ftz" in option for option in cupy.compiled[0])
+    csrc = tmp_path / "csrc"
+    for folder in ("core", "cuda"):
+        shutil.copytree(kernels.sources() / folder, csrc / folder)
+    monkeypatch.setattr(kernels, "SOURCES", (csrc,))
+    assert kernels.compiled(90) == kernels.compiled(90) and len(cupy.compiled) == 1, "the same sources elsewhere"
+    with open(csrc / "core" / "shrink.h", "a") as header:
+        header.write("// changed\n")
+    assert kernels.compiled(90) and len(cupy.compiled) == 2
+    assert kernels.compiled(120) and len(cupy.compiled) == 3
+    cupy.version = (13, 1)
+    assert kernels.compiled(90) and len(cupy.compiled) == 4
+    files = list((tmp_path / "cache").iterdir())
+    assert len(files) == 4 and {file.suffix for file in files} == {".cubin"}, "nothing half written is left"
+
+
+@needs_nvrtc
+def test_why_nothing_can_be_launched(gpus, cupy, without_library, tmp_path, monkeypatch):
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda" / "kernels.cuh").write_text("undeclared x;")
+    monkeypatch.setattr(kernels, "SOURCES", (tmp_path,))
+    assert kernels.missing(SECOND).startswith("built: not built; nvrtc: NVRTC -std=c++17 -arch=sm_90")
+    with pytest.raises(RuntimeError, match=r'ck_shrink: built: not built; nvrtc: .*\n.*identifier "undeclared"'):
+        kernels.launch("ck_shrink", 1, 32, 0, [], SECOND)
+    assert len(cupy.compiled) == 1, "tried once"
+    monkeypatch.setattr(kernels, "SOURCES", (tmp_path / "none",))
+    assert kernels.about()["nvrtc"] == "the package has no sources of the kernels"
+
+
+def test_which_way_is_taken(gpus, cupy, monkeypatch):
+    monkeypatch.setattr(_library, "missing", None)
+    monkeypatch.setattr(kernels.Built, "_library", lambda: SimpleNamespace(ck_launch=None))
+    folder = kernels.cache_folder()
+    assert kernels.about() == {
+        "built": "for sm_80, sm_90a",
+        "nvrtc": f"NVRTC 13.0, CuPy 14.2.0, cache {folder}",
+        "cuda:0": "nvrtc; not built: for sm_80, sm_90a; this GPU is sm_75",
+        "cuda:1": "built",
+    }
+    monkeypatch.setenv("COMPAWARE_CUDA", "built")
+    assert kernels.missing() == kernels.missing(FIRST) == "built: for sm_80, sm_90a; this GPU is sm_75"
+    assert kernels.about()["cuda:0"].startswith("neither; not built")
+    monkeypatch.setenv("COMPAWARE_CUDA", "nvrtc")
+    assert kernels.about()["cuda:1"] == "nvrtc"
+    monkeypatch.setenv("COMPAWARE_CUDA", "fast")
+    with pytest.raises(ValueError, match="COMPAWARE_CUDA: wanted auto, built or nvrtc; got 'fast'"):
+        kernels.missing()
+
+
+def test_what_runs_what_was_built():
+    runs = {"80": (80, 86, 90, 100, 120), "90a": (90,), "100": (100, 103, 120), "120": (120, 121)}
+    for sm in (75, 80, 86, 90, 100, 103, 120, 121):
+        for arch, those in runs.items():
+            assert kernels._runs(sm)(arch) == (sm in those or (arch.isdigit() and sm >= int(arch)))
+    assert not kernels._runs(75)("80") and not kernels._runs(100)("90a")
+
+
+def test_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert kernels.missing() == "torch sees no CUDA device"
+    assert kernels.about()["taken"] == "neither: torch sees no CUDA device"
+
+
+def test_numbers_become_eight_bytes():
+    pointers = kernels._cells([-1, 2**62, 0.5])
+    assert [ctypes.c_int64.from_address(pointers[i]).value for i in range(2)] == [-1, 2**62]
+    assert ctypes.c_double.from_address(pointers[2]).value == 0.5
+
+
+@needs_built
+def test_the_library_says_what_is_wrong(gpus, monkeypatch):
+    monkeypatch.setenv("COMPAWARE_CUDA", "built")
+    assert kernels.missing(SECOND) == ""
+    with pytest.raises(RuntimeError, match="not launched: no kernel is called ck_absent"):
+        kernels.launch("ck_absent", 1, 32, 0, [], SECOND)
+    if no_gpu:
+        with pytest.raises(RuntimeError, match="not launched: ck_shrink: CUDA driver version is insufficient"):
+            kernels.launch("ck_shrink", 1, 32, 0, [1], SECOND)
+
+
+@pytest.mark.skipif(bool(emulator.missing), reason=emulator.missing)
+def test_another_launcher():
+    count = torch.zeros(1, dtype=torch.int32)
+    token = kernels.instead.set(lambda *launch: emulator.launch(*launch[:4], launch[-1]))
+    try:
+        assert kernels.missing() == ""
+        kernels.launch("ck_planted_count", 3, 64, 0, [count, 0])
+    finally:
+        kernels.instead.reset(token)
+    assert count.item() == 3 * 64 and kernels.missing()

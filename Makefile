@@ -3,10 +3,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py $(shell find csrc -type f)
+LADDER := $(wildcard $(patsubst %,tests/test_%.py,emulator* cuda_* kernels triton_* shrink_kernels gpu_step engine_checks selftest))
 # What glibc must be told before a process starts: to keep what was freed, or each call pays for its pages again.
 KEEP := glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.malloc.top_pad=268435456
 
-.PHONY: demo test bench bench-inference bench-communication lora-study hunt lint gpu-check clean
+.PHONY: demo test bench gpu-bench bench-inference bench-communication lora-study hunt lint gpu-check check-cuda-torch clean
 .DEFAULT_GOAL := test
 
 demo: .venv/built
@@ -18,7 +19,12 @@ test: .venv/built
 # The proximal ops; inference has a target of its own.
 bench: .venv/built
 	mkdir -p bench/results
-	$(BIN)/pytest bench --ignore bench/test_inference.py --ignore bench/test_planner.py --benchmark-json bench/results/$$($(BIN)/python bench/workloads.py).json
+	$(BIN)/pytest bench --ignore bench/test_inference.py --ignore bench/test_planner.py --ignore bench/test_gpu_svt.py --benchmark-json bench/results/$$($(BIN)/python bench/workloads.py).json
+
+# The proximal step on a GPU, measured beside what bench/step_model.py predicted; skipped, with the reason, without one.
+gpu-bench: .venv/built
+	mkdir -p bench/results
+	$(BIN)/pytest bench/test_gpu_svt.py -rs --benchmark-json bench/results/gpu-$$($(BIN)/python bench/workloads.py).json
 
 # Some shapes of layers, networks, and random networks planned for speed, 10 minutes; BENCH_GRID=whole takes all shapes.
 bench-inference: .venv/built
@@ -42,12 +48,25 @@ lint: .venv/pins
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Exit status 5, "no tests were selected", is no failure.
+# What can be known of the GPU's kernels on any machine, 15 minutes; then what takes a GPU, skipped where there is none.
 gpu-check: .venv/built
-	$(BIN)/pytest -m gpu -rs || [ $$? -eq 5 ]
+	@failed=0; \
+	$(BIN)/pytest -m "not gpu" $(LADDER) || failed=1; \
+	$(BIN)/pytest -m gpu -rs || failed=1; \
+	echo; echo "Run on any machine (Triton kernels interpreted; CUDA kernels emulated, also under sanitizers; both compiled"; \
+	echo "for every GPU, without one): $(notdir $(LADDER))"; \
+	$(BIN)/python -c "import torch; gpus = map(torch.cuda.get_device_name, range(torch.cuda.device_count())); \
+	print('Run on a GPU:', ', '.join(gpus) or 'nothing, torch sees none')"; \
+	exit $$failed
+
+# That the library also works in a CUDA build of torch: installs one, 5.5 GB, 3 minutes. Needs no GPU.
+check-cuda-torch: .venv/built
+	$(PYTHON) -m venv --clear .venv-cuda
+	.venv-cuda/bin/pip install -q torch==2.14.1 $$(grep -E '^(numpy|rich|safetensors|typer)==' requirements-dev.txt)
+	PYTHONPATH=. .venv-cuda/bin/python tests/cuda_torch.py
 
 clean:
-	rm -rf .venv build dist *.egg-info compaware_kernels/_C.abi3.so compaware_kernels/_build.json
+	rm -rf .venv .venv-cuda build dist *.egg-info compaware_kernels/_C.abi3.so compaware_kernels/_build.json
 
 .venv/pins: requirements-dev.txt
 	$(PYTHON) -m venv --clear .venv

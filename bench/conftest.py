@@ -17,6 +17,7 @@ LOAD = os.getloadavg()[0]  # before anything ran
 
 shrink_rows: list[tuple[str, str, float, float]] = []  # op, name, median ms, ratio to the floor
 svt_rows: list[tuple] = []  # case, name, median ms, ratio to the SVD loop, to the floor, error, bound, correct
+gpu_rows: list[tuple] = []  # case, name, columns of gpu_race.py
 training_rows: list[tuple] = []  # regime, ms of a training step, of a proximal step, its shares, error, correct
 
 
@@ -59,7 +60,7 @@ def svt_race(benchmark):
         for name, function in work.items():
             Ws = [W.clone() for W in weights]
             took, infos[name] = timed(function, Ws)
-            checks[name] = check(Ws, truths, infos[name])
+            checks[name] = workloads.check(Ws, truths, infos[name])
             times[name] = [took] if took > VERY_SLOW else []
         reset = [W.clone() for W in weights]
 
@@ -89,13 +90,19 @@ def svt_race(benchmark):
 
 
 @pytest.fixture
+def show_gpu_rows():
+    """show_gpu_rows(case, table): shows the rows of gpu_race.table at the end."""
+    return lambda case, table: gpu_rows.extend((case, name, row) for name, row in table.items())
+
+
+@pytest.fixture
 def training_race(benchmark):
     """training_race(regime, results, truths, step, reset, prox, steps, every): every round takes a training step, then,
     after ``reset``, a proximal step: its share of an epoch of so many steps, and of one step when it comes after every
     ``every``-th."""
 
     def run(regime, results, truths, step, reset, prox, steps, every, rounds=9):
-        error, _, correct = check(results, truths, None)
+        error, _, correct = workloads.check(results, truths, None)
         times = {step: [], prox: []}
 
         def setup():
@@ -160,17 +167,6 @@ def allocator() -> str:
     return ", ".join(found) or "the system's, as it comes"
 
 
-def check(results, truths, infos) -> tuple[float, float | None, bool]:
-    """Largest spectral error / tau, largest bound / tau, and whether every layer is within the tolerance."""
-    errors = [P.double() - T for P, T in zip(results, truths, strict=True)]
-    spectral = [float(torch.linalg.matrix_norm(E, 2)) if min(E.shape) < 1500 else float(E.norm()) for E in errors]
-    allowed = [1e-3 + torch.finfo(P.dtype).eps * float(T.norm()) for P, T in zip(results, truths, strict=True)]
-    bounds = [float(i.error_bound.max()) for i in infos] if infos else []
-    held = all(float(E.norm()) <= b for E, b in zip(errors, bounds, strict=False))
-    ok = held and all(e <= a for e, a in zip(spectral, allowed, strict=True))  # NaN is not
-    return max(spectral), max(bounds, default=None), ok
-
-
 def pytest_terminal_summary(terminalreporter):
     write, load = terminalreporter.write_line, f"load {LOAD:.1f} before, {os.getloadavg()[0]:.1f} after"
     versions = f"torch {torch.__version__}, compaware_kernels {info()['version']}"
@@ -191,6 +187,12 @@ def pytest_terminal_summary(terminalreporter):
     for regime, plain, extra, epoch, often, error, correct in training_rows:
         shares = f"{epoch:11.2%}{often:10.1%}" if correct else f"{'wrong':>21}"
         write(f"{regime:16}{plain:10.1f}{extra:10.1f}{shares}{error:11.1e}")
+    if gpu_rows:
+        write(f"{'svt on a GPU':28}{'':20}{'ms':>9}{'predicted':>11}{'svd / it':>10}{'error/tau':>11}{'bound/tau':>11}")
+    for case, name, row in gpu_rows:
+        ms, predicted, ratio, error, bound, ok, method = row.values()
+        shown = f"{predicted:11.2f}" if predicted else " " * 11, f"{ratio:9.1f}x" if ok else f"{'wrong':>10}"
+        write(f"{case:28}{name:20}{ms:9.2f}{''.join(shown)}{error:11.1e}{f'{bound:11.1e}' if bound else ''}  {method}")
     inference_tables.write_all(write)
 
 

@@ -99,6 +99,17 @@ def drifted(weights: list[torch.Tensor], bases: list[tuple[torch.Tensor, torch.T
     return moved
 
 
+def check(results, truths, infos) -> tuple[float, float | None, bool]:
+    """Largest spectral error / tau, largest bound / tau, and whether every layer is within the tolerance."""
+    errors = [P.double() - T for P, T in zip(results, truths, strict=True)]
+    spectral = [float(torch.linalg.matrix_norm(E, 2)) if min(E.shape) < 1500 else float(E.norm()) for E in errors]
+    allowed = [1e-3 + torch.finfo(P.dtype).eps * float(T.norm()) for P, T in zip(results, truths, strict=True)]
+    bounds = [float(i.error_bound.max()) for i in infos] if infos else []
+    held = all(float(E.norm()) <= b for E, b in zip(errors, bounds, strict=False))
+    ok = held and all(e <= a for e, a in zip(spectral, allowed, strict=True))  # NaN is not
+    return max(spectral), max(bounds, default=None), ok
+
+
 def seconds(function) -> float:
     """How long it takes, once."""
     sync = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None

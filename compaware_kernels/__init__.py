@@ -7,6 +7,7 @@ from . import _library, folds, lowrank_ops, ops, ranks, triton
 from .checkpoint import CheckpointError, load, save
 from .compress import CompressReport, LayerReport, compress
 from .fuse import fuse
+from .gpu import verdicts
 from .inference import lowrank_conv2d, lowrank_linear
 from .info import info
 from .layers import (
@@ -41,6 +42,7 @@ from .training import ProximalStep
 __version__ = "0.1.0"
 
 triton.register()
+verdicts.replace_shrink()
 
 __all__ = [
     "CheckpointError", "CompressReport", "LayerReport", "LoraReport", "LowRankConv1d", "LowRankConv2d", "LowRankConv3d",

@@ -21,6 +21,7 @@ from torch import nn
 from . import checkpoint, ranks
 from . import compress as compress_model
 from . import info as gather_info
+from .gpu import verdicts
 from .tables import text_table
 
 app = typer.Typer(
@@ -84,9 +85,16 @@ def demo(
 
 
 @app.command()
-def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    selftest: Annotated[bool, typer.Option("--selftest", help="Run every kernel on the GPUs here against fp64. "
+                                           "One that fails is not used from then on, and the exit code is 1. Takes "
+                                           "minutes the first time, when Triton compiles.")] = False,
+) -> None:  # fmt: skip
     """Say which kernel runs which op here, and why."""
-    facts = gather_info()
+    if selftest:
+        raise typer.Exit(_selftest())
+    facts = gather_info() | {"self-test": verdicts.about()}
     if as_json:
         print(json.dumps(facts, indent=1))
         return
@@ -94,9 +102,24 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
     rows = [(f"compaware::{op}", *(where[key] for key in keys)) for op, where in facts["ops"].items()]
     for name, value in facts.items():
         if name != "ops":
-            print(f"{name}: {', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value}")
+            print(f"{name}: {'; '.join(f'{k}: {v}' for k, v in value.items()) if isinstance(value, dict) else value}")
     print()
     print(text_table(("op", *keys), rows))
+
+
+def _selftest() -> int:
+    from .gpu import selftest
+
+    if not torch.cuda.is_available():
+        print("nothing to test: torch sees no CUDA device")
+    failed = False
+    for name, device in {torch.cuda.get_device_name(i): i for i in range(torch.cuda.device_count())}.items():
+        rows = selftest.run(device)
+        failed |= any(row.failed for row in rows)
+        print(f"{name}, cuda:{device}\n")
+        print(text_table(("kernels", "case", "", "error / bound", "ms"), selftest.table(rows), right=(3, 4)))
+        print(f"\nKept in {selftest.record(torch.device('cuda', device), rows)}")
+    return int(failed)
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """The CUDA C++ kernels on the CPU: csrc/cuda, compiled by g++ with tests/emulator/cuda_on_cpu.h in place of CUDA.
 
 ``launch`` runs a kernel in this process; ``sanitize`` runs launches in another one, under ThreadSanitizer (races) or
-AddressSanitizer with UBSan (bounds, alignment, overflow), with the same results. In both, what CUDA leaves undefined
+AddressSanitizer with UBSan (bounds, alignment), with the same results. In both, what CUDA leaves undefined
 and the emulator notices is a RuntimeError. CK_EMU_SEED=n shuffles the order of threads and blocks, CK_EMU_THREADS=n
 runs n blocks at a time.
 """
@@ -29,17 +29,23 @@ BUILT = ROOT / "build" / "emulator"
 COMPILE = "g++ -std=c++17 -fPIC -pthread -Wall -Wextra -Wno-unknown-pragmas"
 KERNELS = "-include tests/emulator/cuda_on_cpu.h tests/emulator/kernels.cpp"
 TLS = " -mtls-dialect=gnu2" if platform.machine() == "x86_64" else ""  # a shared library's is slow otherwise
+# With the last three, g++ 12 loses what is stored by (c ? x : y)[i] = v, x and y being arrays.
+ADDRESS = (
+    "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
+    " -fno-sanitize=shift,signed-integer-overflow,integer-divide-by-zero"
+)
 VARIANTS = {
     "fibers": f"{COMPILE}{TLS} -O2 -c tests/emulator/fibers.cpp",
     "plain": f"{COMPILE}{TLS} -O2 -shared {KERNELS}",
     "thread": f"{COMPILE} -O1 -g -fsanitize=thread tests/emulator/replay.cpp {KERNELS}",
-    "address": f"{COMPILE} -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
-    f" tests/emulator/replay.cpp {KERNELS}",
+    "address": f"{COMPILE} -O1 -g {ADDRESS} tests/emulator/replay.cpp {KERNELS}",
 }
 OPTIONS = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
 HOUR = 3600
 
 Argument = int | float | bytes | Tensor  # bytes: a struct that the kernel takes by value
+
+LETTERS = {float: "d", bytes: "s", Tensor: "p", int: "pi"}  # of ck_parameters; an int may be an address
 
 missing = "" if shutil.which("g++") else "g++ is not found"
 
@@ -54,6 +60,7 @@ class Launch(NamedTuple):
 
 def launch(kernel: str, grid: int, block: int, shared: int, args: Sequence[Argument]) -> None:
     """Run one kernel, here. Tensors are passed as pointers."""
+    _check(kernel, args)
     values = [ctypes.create_string_buffer(_value(arg), max(8, len(_value(arg)))) for arg in args]
     pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
     if error := library().ck_launch(kernel.encode(), grid, block, shared, 0, None, pointers):
@@ -67,6 +74,8 @@ def sanitize(sanitizer: str, launches: Iterable[Launch], tensors: Iterable[Tenso
     pointers are found in arguments and in int64 tensors. A tensor ends, for AddressSanitizer, where its storage ends.
     """
     launches = [Launch(*each) for each in launches]
+    for each in launches:
+        _check(each.kernel, each.args)
     tensors = [*(arg for each in launches for arg in each.args if isinstance(arg, Tensor)), *tensors]
     buffers = {x.untyped_storage().data_ptr(): x for x in tensors if x.untyped_storage().nbytes()}
     tables = {x.untyped_storage().data_ptr() for x in tensors if x.dtype == torch.int64}
@@ -90,7 +99,7 @@ def sanitize(sanitizer: str, launches: Iterable[Launch], tensors: Iterable[Tenso
 def library() -> ctypes.CDLL:
     """The shared library, with ck_launch as csrc/cuda/launch.h declares it."""
     lib = ctypes.CDLL(str(build("plain")))
-    lib.ck_launch.restype = ctypes.c_char_p
+    lib.ck_launch.restype = lib.ck_parameters.restype = ctypes.c_char_p
     lib.ck_launch.argtypes = [ctypes.c_char_p, *4 * [ctypes.c_int64], ctypes.c_void_p, ctypes.c_void_p]
     return lib
 
@@ -119,6 +128,16 @@ def build(variant: str) -> Path:
                 raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
             made.rename(target)
     return target
+
+
+def _check(kernel: str, args: Sequence[Argument]) -> None:
+    """Refuse what CUDA would take for something else: too few arguments, or of another kind."""
+    if (wanted := library().ck_parameters(kernel.encode())) is None:
+        raise RuntimeError(f"{kernel}: there is no such kernel")
+    given = [next(letters for kind, letters in LETTERS.items() if isinstance(x, kind)) for x in args]
+    wanted = wanted.decode()
+    if len(wanted) != len(given) or any(w not in g for w, g in zip(wanted, given, strict=True)):
+        raise TypeError(f"{kernel}: wanted {wanted!r} (p: pointer, i: int, d: float, s: bytes); got {given}")
 
 
 def _replay(program: Path, recorded: bytes, env: dict[str, str], timeout: float) -> bytes:

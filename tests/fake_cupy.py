@@ -20,8 +20,8 @@ class FakeCupy:
         self._programs, self._logs, self._inside = {}, {}, []
         functions = ("createProgram", "compileProgram", "getCUBIN", "getProgramLog", "destroyProgram", "getVersion")
         nvrtc = SimpleNamespace(NVRTCError=NVRTCError, **{name: getattr(self, name) for name in functions})
-        cuda = ModuleType("cupy.cuda")
-        cuda.nvrtc, cuda.Device, cuda.ExternalStream = nvrtc, self.Device, self.ExternalStream
+        self.cuda = cuda = ModuleType("cupy.cuda")
+        cuda.nvrtc, cuda.Device, cuda.Stream = nvrtc, self.Device, SimpleNamespace(from_external=self.from_external)
         cupy = ModuleType("cupy")
         cupy.cuda, cupy.RawModule, cupy.__version__ = cuda, self.RawModule, "14.2.0"
         monkeypatch.setitem(sys.modules, "cupy", cupy)
@@ -55,41 +55,28 @@ class FakeCupy:
 
     # cupy
 
+    @contextmanager
     def Device(self, device):
-        @contextmanager
-        def inside():
-            self._inside.append(device)
-            yield
-            self._inside.pop()
+        self._inside.append(device)
+        yield SimpleNamespace(attributes={"MaxSharedMemoryPerBlockOptin": 232448})
+        self._inside.pop()
 
-        return _Entered(inside(), attributes={"MaxSharedMemoryPerBlockOptin": 232448})
+    def from_external(self, stream):
+        version, pointer = stream.__cuda_stream__()
+        assert version == 0
+        return self.ExternalStream(pointer)
 
-    def ExternalStream(self, stream, device):
-        @contextmanager
-        def inside():
-            assert self._inside[-1] == device, "CuPy wants a stream to be entered on its own device"
-            self._inside.append(stream)
-            yield
-            self._inside.pop()
-
-        return _Entered(inside())
+    @contextmanager
+    def ExternalStream(self, pointer):
+        assert len(self._inside) == 1, "on a device"
+        self._inside.append(pointer)
+        yield
+        self._inside.pop()
 
     def RawModule(self, *, path):
         code = Path(path).read_bytes()
         assert code.startswith(b"\x7fELF")
         return SimpleNamespace(get_function=lambda name: _Kernel(self, name, code))
-
-
-class _Entered:
-    def __init__(self, context, **facts) -> None:
-        self.context = context
-        self.__dict__.update(facts)
-
-    def __enter__(self):
-        return self.context.__enter__()
-
-    def __exit__(self, *error):
-        return self.context.__exit__(*error)
 
 
 class _Kernel:

@@ -29,8 +29,8 @@ def shrink(planted: bool) -> None:
 
 
 def wrong(body):
-    def perturbed(*args):
-        result = body(*args)
+    def perturbed(*args, **options):
+        result = body(*args, **options)
         result.view(-1)[0] += 1
         return result
 

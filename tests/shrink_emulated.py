@@ -64,7 +64,7 @@ def main() -> None:
         for check in (*values, *others, checks.check_refusals):
             check(name, device="cpu")
         check_long_list(name)
-        print(name, "ok")
+        print(name)
 
 
 if __name__ == "__main__":

@@ -124,16 +124,21 @@ def test_without_kernels(tree, tmp_path):
     said = "compaware-kernels: mode none (COMPAWARE_BUILD=none)"
     assert (result.stdout + result.stderr).count(said) == 1
     assert not (installed / "compaware_kernels" / "_C.abi3.so").exists()
+    headers = [path.relative_to(ROOT) for folder in ("core", "cuda") for path in ROOT.glob(f"csrc/{folder}/*.*h")]
+    for path in headers:  # what NVRTC compiles
+        assert (installed / "compaware_kernels" / path).read_bytes() == (ROOT / path).read_bytes()
 
     script = """if True:
         import json, torch, compaware_kernels as ck
+        from compaware_kernels.gpu import kernels
+        assert kernels.sources().parent.name == "compaware_kernels", kernels.sources()
         assert not ck.group_shrink(torch.ones(2, 3), 5.0).any()
         print(json.dumps(ck.info()))"""
     env = {**os.environ, "PYTHONPATH": str(installed)}
     run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert run.returncode == 0 and not run.stderr, run.stderr
     info = json.loads(run.stdout)
-    assert info["library"] == "not built"
+    assert info["library"] == info["CUDA C++ kernels"]["built"] == "not built"
     assert info["build"] == {"mode": "none", "reason": "COMPAWARE_BUILD=none"}
     assert {bodies["CPU"] for bodies in info["ops"].values()} == {"reference (plain PyTorch)"}
     assert "C++ kernel" not in {bodies["CUDA"] for bodies in info["ops"].values()}

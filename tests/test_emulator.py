@@ -47,7 +47,12 @@ def neighbour(bug="kNone"):
     return [("ck_planted_neighbour", 1, 32, 128, [x, y, BUGS.index(bug)])], y, x.flip(1)
 
 
-CASES = [reverse, static, count, last, half_sum, neighbour]
+def either():
+    x = torch.zeros(16)
+    return [("ck_planted_either", 1, 32, 0, [x])], x, torch.arange(16.0)
+
+
+CASES = [reverse, static, count, last, half_sum, neighbour, either]
 
 
 def run(how, launches):
@@ -140,6 +145,14 @@ def test_what_cannot_be_launched():
             launch("ck_planted_count", grid, block, shared, [torch.zeros(1, dtype=torch.int32), 0])
     with pytest.raises(RuntimeError, match="ck_unknown: there is no such kernel"):
         launch("ck_unknown", 1, 32, 0, [])
+
+
+@pytest.mark.parametrize("args", [[0], [0, 0, 0], [0, 0.0], [torch.zeros(1), torch.zeros(1)], [b"12345678", 0]])
+def test_arguments_that_the_kernel_does_not_take(args):
+    with pytest.raises(TypeError, match="ck_planted_count: wanted 'pi'"):
+        launch("ck_planted_count", 1, 32, 0, args)
+    with pytest.raises(TypeError, match="ck_planted_count: wanted 'pi'"):
+        sanitize("thread", [("ck_planted_count", 1, 32, 0, args)])
 
 
 def test_a_failed_launch_leaves_nothing_behind():

@@ -41,7 +41,7 @@ def launches(weights, widths, monkeypatch) -> list[str]:
 def test_under_interpreter_and_emulator():
     """In a process of its own: Triton interprets kernels or compiles them, as decided when it is imported."""
     file = Path(__file__).with_name("gpu_step_emulated.py")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "2", str(file)]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -44,7 +44,12 @@ def gpus(monkeypatch):
 
 @pytest.fixture
 def cupy(monkeypatch, tmp_path):
+    """CuPy, with nothing in its cache, and one kernel to compile."""
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
+    for folder in ("core", "cuda"):
+        shutil.copytree(kernels.sources() / folder, tmp_path / "csrc" / folder)
+    (tmp_path / "csrc" / "cuda" / "kernels.cuh").write_text('#include "shrink.cuh"')
+    monkeypatch.setattr(kernels, "SOURCES", (tmp_path / "absent", tmp_path / "csrc"))
     return FakeCupy(monkeypatch)
 
 
@@ -54,7 +59,10 @@ def without_library(monkeypatch):
 
 
 @needs_nvrtc
-def test_launch_by_cupy(gpus, cupy, without_library):
+@pytest.mark.parametrize("older", [False, True])
+def test_launch_by_cupy(gpus, cupy, without_library, older):
+    if older:
+        cupy.cuda.Stream, cupy.cuda.ExternalStream = None, cupy.ExternalStream
     x = torch.zeros(4, dtype=torch.float64)
     assert kernels.missing(SECOND) == ""
     kernels.launch("ck_shrink", 3, 256, 100_000, [x, 7, 0.5], SECOND)
@@ -72,9 +80,7 @@ def test_what_is_compiled_is_kept(gpus, cupy, without_library, tmp_path, monkeyp
         assert kernels.missing(SECOND) == ""
     assert len(cupy.compiled) == 1 and "-arch=sm_90" in cupy.compiled[0]
     assert not any("fast" in option or "ftz" in option for option in cupy.compiled[0])
-    csrc = tmp_path / "csrc"
-    for folder in ("core", "cuda"):
-        shutil.copytree(kernels.sources() / folder, csrc / folder)
+    csrc = shutil.copytree(kernels.sources(), tmp_path / "copy")
     monkeypatch.setattr(kernels, "SOURCES", (csrc,))
     assert kernels.compiled(90) == kernels.compiled(90) and len(cupy.compiled) == 1, "the same sources elsewhere"
     with open(csrc / "core" / "shrink.h", "a") as header:
@@ -88,15 +94,13 @@ def test_what_is_compiled_is_kept(gpus, cupy, without_library, tmp_path, monkeyp
 
 
 @needs_nvrtc
-def test_why_nothing_can_be_launched(gpus, cupy, without_library, tmp_path, monkeypatch):
-    (tmp_path / "cuda").mkdir()
-    (tmp_path / "cuda" / "kernels.cuh").write_text("undeclared x;")
-    monkeypatch.setattr(kernels, "SOURCES", (tmp_path,))
+def test_why_nothing_can_be_launched(gpus, cupy, without_library, monkeypatch):
+    (kernels.sources() / "cuda" / "kernels.cuh").write_text("undeclared x;")
     assert kernels.missing(SECOND).startswith("built: not built; nvrtc: NVRTC -std=c++17 -arch=sm_90")
     with pytest.raises(RuntimeError, match=r'ck_shrink: built: not built; nvrtc: .*\n.*identifier "undeclared"'):
         kernels.launch("ck_shrink", 1, 32, 0, [], SECOND)
     assert len(cupy.compiled) == 1, "tried once"
-    monkeypatch.setattr(kernels, "SOURCES", (tmp_path / "none",))
+    monkeypatch.setattr(kernels, "SOURCES", ())
     assert kernels.about()["nvrtc"] == "the package has no sources of the kernels"
 
 

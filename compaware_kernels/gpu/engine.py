@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from .. import triton
 from ..report import SvtInfo
 from ..spectral import SoftThreshold, Spectral
 from ..state import WarmState
-from . import kernels, tables
+from . import kernels, tables, verdicts
 from .sizes import SPARE, is_small, width
 
 REPORT = {name: i for i, name in enumerate(tables.REPORT)}
@@ -44,7 +45,7 @@ def takes(weights: Sequence[Tensor], functions: Sequence[Spectral], plain: bool)
     device = weights[0].device
     if not on_gpu(weights) or any(not W.numel() for W in weights):
         return False
-    reason = triton.missing() or kernels.missing(device)
+    reason = triton.missing() or kernels.missing(device) or verdicts.refused(verdicts.STEP, device)
     if reason:
         _log_once(reason)
     return not reason
@@ -114,11 +115,13 @@ class Engine:
         """Other widths of the subspaces, by what has arrived of an earlier call; none, if the present ones will do."""
         if self.arriving is None or not self.arriving[1]():
             return {}
-        (found, _), self.arriving = self.arriving, None
-        reports = found.split([size for x in self.plan.matrices for size in (len(REPORT), x.n)])[::2]
-        refused = [key for key, report in zip(self.keys, reports, strict=True) if report[REPORT["method"]] == REFUSED]
-        if refused:
-            raise ValueError(f"{refused[0].rpartition('.')[0]}: contained NaN or Inf; nothing was changed then, or now")
+        found, self.arriving = self.arriving[0].tolist(), None
+        starts = accumulate((len(REPORT) + x.n for x in self.plan.matrices[:-1]), initial=0)
+        reports = [found[start : start + len(REPORT)] for start in starts]
+        if any(report[REPORT["method"]] == REFUSED for report in reports):
+            broken = [key for key, x in zip(self.keys, self.plan.matrices, strict=True) if not x.W.isfinite().all()]
+            name = broken[0].rpartition(".")[0] if broken else "a weight"
+            raise ValueError(f"{name}: contained NaN or Inf at the last call; nothing was changed, then or now")
         self.age += 1
         if self.age not in SOON and self.age % LATER:
             return {}
@@ -126,11 +129,8 @@ class Engine:
         for key, x, report in zip(self.keys, self.plan.matrices, reports, strict=True):
             if not is_small(x.W) and report[REPORT["rank"]] >= 0:
                 widths[key] = _follow(x.k, width(int(report[REPORT["rank"]]), x.n))
-        return (
-            widths
-            if any(x.k != widths.get(key, x.k) for key, x in zip(self.keys, self.plan.matrices, strict=True))
-            else {}
-        )
+        present = {key: x.k for key, x in zip(self.keys, self.plan.matrices, strict=True)}
+        return widths if present | widths != present else {}
 
     def run(self, taus: Sequence[float], state: WarmState, tol: float) -> None:
         """Queue one call."""

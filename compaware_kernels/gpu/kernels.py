@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -179,11 +180,16 @@ class Nvrtc:
 
     def __call__(self, kernel, grid, block, shared, device, stream, numbers) -> None:
         arguments = tuple(np.float64(x) if isinstance(x, float) else np.int64(x) for x in numbers)
-        cuda = self.cupy.cuda
-        with cuda.Device(device), cuda.ExternalStream(stream, device):
+        with self.cupy.cuda.Device(device) as current, self._stream(stream):
             if kernel not in self.kernels:
-                self.kernels[kernel] = self._kernel(kernel, cuda.Device(device))
+                self.kernels[kernel] = self._kernel(kernel, current)
             self.kernels[kernel]((grid,), (block,), arguments, shared_mem=shared)
+
+    def _stream(self, pointer: int):
+        cuda = self.cupy.cuda
+        if not hasattr(cuda.Stream, "from_external"):  # before CuPy 14
+            return cuda.ExternalStream(pointer)
+        return cuda.Stream.from_external(SimpleNamespace(__cuda_stream__=lambda: (0, pointer)))
 
     def _kernel(self, name: str, device):
         """May have all the shared memory there is: how much it takes is up to each launch."""
@@ -236,6 +242,7 @@ def compiled(sm: int) -> Path:
         key.update(path.name.encode() + path.read_bytes())
     file = cache_folder() / f"compaware-{key.hexdigest()[:40]}.cubin"
     if not file.exists():
+        logging.getLogger("compaware_kernels").info("compiling the CUDA kernels for sm_%d, once, to %s", sm, file)
         code = _compile((*OPTIONS, f"-arch=sm_{sm}", f"-I{csrc / 'cuda'}"))
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as part:

@@ -18,7 +18,7 @@ CHUNK = 2**16  # elements whose squares one block sums
 SLOT_BYTES = 2**30  # of all that take turns in the dense route, if a single one does not need more
 CONSTANTS = {
     "newton_schulz": (-0.5, 1.5, 0), "minus_plus": (-1, 1, 0), "plus_minus": (1, -1, 0), "same": (0, 1, 0),
-    "middle": (0.5, 0.5, 1), "identity": (0, 0, 1), "restart": (0.5, 0.55, 0), "sign_check": (-0.25, 0.25, 0),
+    "middle": (0.5, 0.5, 1), "identity": (0, 0, 1), "restart": (0.5, 0.51, 0), "sign_check": (-0.25, 0.25, 0),
 }  # fmt: skip
 
 
@@ -64,6 +64,8 @@ class Plan:
             x.report, x.s = report, s
         for x in self.small:
             x.row, x.col = x.W.stride()
+            for name in ("error", "rank", "method"):
+                setattr(x, name, x.report[tables.REPORT.index(name) :])
 
     def _cut(self) -> Tensor:
         rows = []

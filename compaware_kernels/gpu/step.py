@@ -1,4 +1,4 @@
-"""The proximal step of a whole network on a GPU: 11 launches, however many layers, and no word with the host."""
+"""The proximal step of a whole network on a GPU: 12 launches, however many layers, and no word with the host."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def run(plan: Plan, tol: float) -> None:
     first, second, third, fourth, last = plan.programs
     counters, layers = list(plan.counters), len(plan.layers)
     _begin(plan)
+    _small(plan, tol)
     first.run(counters[0])
     _orth(plan, tol, first=True)
     second.run(counters[1])
@@ -40,9 +41,15 @@ def _begin(plan: Plan) -> None:
 
 
 def _orth(plan: Plan, tol: float, first: bool) -> None:
-    small, layers = len(plan.small) if first else 0, len(plan.layers)
-    arguments = [plan.table, layers, plan.small_table, plan.refused, plan.call, plan.lows, tol, int(first)]
-    _launch(plan, "ck_orth", layers + small, SMALL_BYTES if small else 0, arguments)
+    arguments = [plan.table, plan.refused, plan.call, plan.lows, tol, int(first)]
+    _launch(plan, "ck_orth", len(plan.layers), 0, arguments)
+
+
+def _small(plan: Plan, tol: float) -> None:
+    """Also where there are none: then one block has nothing to do, and every network takes as many launches."""
+    count = len(plan.small)
+    arguments = [plan.small_table, count, plan.refused, tol]
+    _launch(plan, "ck_small", max(1, count), SMALL_BYTES, arguments)
 
 
 def _ritz(plan: Plan) -> None:

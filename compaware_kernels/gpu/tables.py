@@ -18,14 +18,15 @@ SIGN_PAIR, ROOT_PAIR = len(GATES), len(GATES) + PAIRS
 ALL_GATES = ROOT_PAIR + ROOT_PAIRS
 COEFFICIENTS = ("project", "power", "gram", "scale_sign", "scale_root", "correction", "root_check")
 REPORT = ("norm", "error", "rank", "method", "known", "rho")
-METHODS = ("none", "zero", "subspace", "products", "products: the tolerance was not shown", "refused: NaN or Inf")
+METHODS = ("zero", "jacobi, fp32", "jacobi, fp64", "none", "subspace", "products",
+           "products: the tolerance was not shown", "refused: NaN or Inf")  # fmt: skip
 
 LAYER = (
     "W", "dtype", "m", "n", "k", "number", "tau", "partial", "partials", "report", "s", "gates", "coefficients",
-    "omega", "G", "scratch", "S", "H", "L", "mu", "Qs", "Qv", "Qf", "inside", "scaled", "F", "left", "skew_U",
+    "omega", "V", "G", "scratch", "S", "H", "L", "mu", "Qs", "Qv", "Qf", "inside", "scaled", "F", "left", "skew_U",
     "skew_V", "first", "powers", "restart", "diagonal", "sign_check", "root_check",
 )  # fmt: skip
-SMALL = ("W", "dtype", "m", "n", "row", "col", "tau", "s", "report")
+SMALL = ("W", "dtype", "m", "n", "row", "col", "tau", "s", "error", "rank", "method")
 CHUNK = ("W", "dtype", "first", "count")
 
 

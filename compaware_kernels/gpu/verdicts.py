@@ -44,10 +44,10 @@ def found() -> Verdicts:
         return {}
 
 
-def record(device: str, verdicts: Mapping[str, str]) -> Path:
+def record(device: torch.device, verdicts: Mapping[str, str]) -> Path:
     """Keep what was found on ``device``, for this process and later ones."""
     found.cache_clear()
-    every = found() | {device: dict(verdicts)}
+    every = found() | {device_name(device): dict(verdicts)}
     _file().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=_file().parent, delete=False) as part:
         json.dump(every, part, indent=1)

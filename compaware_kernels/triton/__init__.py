@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import lowrank_ops
+from ..gpu import verdicts
 
 WANTED = (3, 6)
 
@@ -27,7 +28,7 @@ def missing() -> str:
 
 def why_not(x: Tensor, V: Tensor, U: Tensor, groups: int = 1, fold: str = "paper") -> str:
     """Why the Triton kernel does not take these arguments, in words; "" if it does."""
-    if reason := missing():
+    if reason := missing() or verdicts.refused(verdicts.LOW_RANK, x.device):
         return reason
     from . import lowrank
 

@@ -14,7 +14,6 @@ from torch import Tensor
 FIELDS = tl.constexpr(24)  # of a problem: see ..gpu.program.Program.build
 TYPES = tl.constexpr((tl.float32, tl.bfloat16, tl.float16, tl.float64))
 VECTORS = tl.constexpr((4, 8, 8, 2))  # elements of each type in the widest load
-SINGLE, BFLOAT16, HALF = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
@@ -55,106 +54,121 @@ def _tf32(x):
 
 
 @triton.jit
-def _multiply(a, b, total, A_TYPE: tl.constexpr, B_TYPE: tl.constexpr, PRECISION: tl.constexpr):
+def _multiply(a, b, total, PRECISION: tl.constexpr):
     """total + a b. bf16 and fp16 are tf32 as they are: of fp32 beside them, two parts in tf32 are all but the whole."""
     ACC: tl.constexpr = total.dtype
-    A_HALF: tl.constexpr = A_TYPE % 3 != 0 and PRECISION != "wide"
-    B_HALF: tl.constexpr = B_TYPE % 3 != 0 and PRECISION != "wide"
+    A_PARTS: tl.constexpr = a.dtype.primitive_bitwidth // 16
+    B_PARTS: tl.constexpr = b.dtype.primitive_bitwidth // 16
     a, b = a.to(ACC), b.to(ACC)
-    if A_HALF and B_HALF:
-        return tl.dot(a, b, total, input_precision="tf32")
-    elif A_HALF:
+    if ACC.primitive_bitwidth == 64 or min(A_PARTS, B_PARTS) > 1:
+        return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=ACC)
+    elif B_PARTS > 1:
         near = _tf32(b)
         return tl.dot(a, near, tl.dot(a, b - near, total, input_precision="tf32"), input_precision="tf32")
-    elif B_HALF:
+    elif A_PARTS > 1:
         near = _tf32(a)
         return tl.dot(near, b, tl.dot(a - near, b, total, input_precision="tf32"), input_precision="tf32")
     else:
-        return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=ACC)
+        return tl.dot(a, b, total, input_precision="tf32")
 
 
 @triton.jit
-def _tile(problem, row, column, chunk, PRECISION: tl.constexpr, KINDS: tl.constexpr, INDEX: tl.constexpr):
-    """One tile of C = alpha A B + beta D + gamma I, or its share of the sum: who comes last adds all shares, in order."""
+def _size(problem, i: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    size = tl.load(problem + i).to(tl.int32)
+    VECTOR: tl.constexpr = VECTORS[TYPE]
+    return _multiple(size, VECTOR) if ALIGNED else size
+
+
+@triton.jit
+def _product(problem, tile, PRECISION: tl.constexpr, KINDS: tl.constexpr, INDEX: tl.constexpr):
+    """A B in one tile, or its share: what a part of K adds."""
     KIND: tl.constexpr = KINDS[INDEX]
     ACC: tl.constexpr = TYPES[KIND[0]]
     A_TYPE: tl.constexpr = KIND[1]
     A_LAYOUT: tl.constexpr = KIND[2]
     B_TYPE: tl.constexpr = KIND[3]
     B_LAYOUT: tl.constexpr = KIND[4]
-    C_TYPE: tl.constexpr = KIND[5]
-    C_LAYOUT: tl.constexpr = KIND[6]
-    D_LAYOUT: tl.constexpr = KIND[7]
     BM: tl.constexpr = KIND[8]
     BN: tl.constexpr = KIND[9]
     BK: tl.constexpr = KIND[10]
-    A_VECTOR: tl.constexpr = VECTORS[A_TYPE]
-    B_VECTOR: tl.constexpr = VECTORS[B_TYPE]
-    C_VECTOR: tl.constexpr = VECTORS[C_TYPE]
-    M, N, K = tl.load(problem + 6).to(tl.int32), tl.load(problem + 7).to(tl.int32), tl.load(problem + 8).to(tl.int32)
-    if A_LAYOUT == 4:
-        M = _multiple(M, A_VECTOR)
-    if B_LAYOUT == 3:
-        N = _multiple(N, B_VECTOR)
-    if C_LAYOUT == 3:
-        N = _multiple(N, C_VECTOR)
-    if A_LAYOUT == 3:
-        K = _multiple(K, A_VECTOR)
+    M, N = _size(problem, 6, A_TYPE, A_LAYOUT == 4), _size(problem, 7, B_TYPE, B_LAYOUT == 3)
+    K = _size(problem, 8, A_TYPE, A_LAYOUT == 3)
     if B_LAYOUT == 4:
-        K = _multiple(K, B_VECTOR)
-    i, j, k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
-    first_m, first_n = row * BM, column * BN
-    inside_m, inside_n = i < M - first_m, j < N - first_n
-    length, chunks = tl.load(problem + 20).to(tl.int32) // BK * BK, tl.load(problem + 21).to(tl.int32)
-
+        VECTOR: tl.constexpr = VECTORS[B_TYPE]
+        K = _multiple(K, VECTOR)
     A, a_m, a_k = _matrix(problem, 0, 9, A_TYPE, A_LAYOUT)
     B, b_k, b_n = _matrix(problem, 1, 11, B_TYPE, B_LAYOUT)
-    first_k = (chunk * length).to(tl.int64)
-    A += first_m.to(tl.int64) * a_m + first_k * a_k
-    B += first_n.to(tl.int64) * b_n + first_k * b_k
+    first_m, first_n = tl.load(tile + 1) * BM, tl.load(tile + 2) * BN
+    length = tl.load(problem + 20).to(tl.int32) // BK * BK
+    first_k = tl.load(tile + 3) * length
+    A += first_m.to(tl.int64) * a_m + first_k.to(tl.int64) * a_k
+    B += first_n.to(tl.int64) * b_n + first_k.to(tl.int64) * b_k
+
+    i, j, k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
     a_at, b_at = _offsets(i, a_m, k, a_k, A_LAYOUT), _offsets(k, b_k, j, b_n, B_LAYOUT)
+    inside_m, inside_n = i < M - first_m, j < N - first_n
     total = tl.zeros((BM, BN), ACC)
-    for at in range(chunk * length, min(K, (chunk + 1) * length), BK):
+    for at in range(first_k, min(K, first_k + length), BK):
         inside_k = k < K - at
         a = tl.load(A + a_at, mask=inside_m[:, None] & inside_k[None, :], other=0.0)
         b = tl.load(B + b_at, mask=inside_k[:, None] & inside_n[None, :], other=0.0)
-        total = _multiply(a, b, total, A_TYPE, B_TYPE, PRECISION)
+        total = _multiply(a, b, total, PRECISION)
         A += BK * a_k
         B += BK * b_k
+    return total
 
-    here = row * tl.cdiv(N, BN) + column
-    arrived = chunks - 1
-    shares = tl.load(problem + 22).to(tl.pointer_type(ACC)) + (here * chunks).to(tl.int64) * (BM * BN)
-    share_at = i[:, None] * BN + j[None, :]
+
+@triton.jit
+def _gather(problem, tile, total):
+    """Stores a share of the sum. Who comes last adds all of them, in order; for all others, nothing is left to do."""
+    BM: tl.constexpr = total.shape[0]
+    BN: tl.constexpr = total.shape[1]
+    chunks, last = tl.load(problem + 21).to(tl.int32), True
     if chunks > 1:
-        tl.store(shares + chunk * (BM * BN) + share_at, total)
+        here = tl.load(tile + 1) * tl.cdiv(tl.load(problem + 7).to(tl.int32), BN) + tl.load(tile + 2)
+        shares = tl.load(problem + 22).to(tl.pointer_type(total.dtype)) + (here * chunks).to(tl.int64) * (BM * BN)
+        at = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+        tl.store(shares + tl.load(tile + 3) * (BM * BN) + at, total)
         tl.debug_barrier()
         arrivals = tl.load(problem + 23).to(tl.pointer_type(tl.int32)) + here
-        arrived = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu")
+        last = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == chunks - 1
         tl.debug_barrier()
-        if arrived == chunks - 1:
+        if last:
             tl.store(arrivals, 0)  # for the next launch
-            total = tl.zeros((BM, BN), ACC)
+            total = tl.zeros((BM, BN), total.dtype)
             for _ in range(chunks):
-                total += tl.load(shares + share_at)
+                total += tl.load(shares + at)
                 shares += BM * BN
+    return total, last
 
-    if arrived == chunks - 1:
-        coef = tl.load(problem + 4).to(tl.pointer_type(tl.float64))
-        given = tl.load(problem + 4) != 0
-        total *= tl.load(coef, mask=given, other=1.0).to(ACC)
-        inside = inside_m[:, None] & inside_n[None, :]
-        if D_LAYOUT >= 0:
-            beta = tl.load(coef + 1, mask=given, other=0.0).to(ACC)
-            D, d_m, d_n = _matrix(problem, 3, 15, C_TYPE, D_LAYOUT)
-            D += first_m.to(tl.int64) * d_m + first_n.to(tl.int64) * d_n
-            d = tl.load(D + _offsets(i, d_m, j, d_n, D_LAYOUT), mask=inside & (beta != 0), other=0.0)
-            total += beta * d.to(ACC)
-        gamma = tl.load(coef + 2, mask=given, other=0.0).to(ACC)
-        total += tl.where((first_m + i)[:, None] == (first_n + j)[None, :], gamma, 0.0)
-        C, c_m, c_n = _matrix(problem, 2, 13, C_TYPE, C_LAYOUT)
-        C += first_m.to(tl.int64) * c_m + first_n.to(tl.int64) * c_n
-        tl.store(C + _offsets(i, c_m, j, c_n, C_LAYOUT), total.to(TYPES[C_TYPE]), mask=inside)
+
+@triton.jit
+def _finish(problem, tile, total, KINDS: tl.constexpr, INDEX: tl.constexpr):
+    """C = alpha total + beta D + gamma I in one tile."""
+    KIND: tl.constexpr = KINDS[INDEX]
+    C_TYPE: tl.constexpr = KIND[5]
+    C_LAYOUT: tl.constexpr = KIND[6]
+    D_LAYOUT: tl.constexpr = KIND[7]
+    BM: tl.constexpr = total.shape[0]
+    BN: tl.constexpr = total.shape[1]
+    M, N = tl.load(problem + 6).to(tl.int32), _size(problem, 7, C_TYPE, C_LAYOUT == 3)
+    m, n = tl.load(tile + 1) * BM, tl.load(tile + 2) * BN
+    i, j = tl.arange(0, BM), tl.arange(0, BN)
+    inside = (i < M - m)[:, None] & (j < N - n)[None, :]
+    coef = tl.load(problem + 4).to(tl.pointer_type(tl.float64))
+    given = tl.load(problem + 4) != 0
+    total *= tl.load(coef, mask=given, other=1.0).to(total.dtype)
+    if D_LAYOUT >= 0:
+        beta = tl.load(coef + 1, mask=given, other=0.0).to(total.dtype)
+        D, d_m, d_n = _matrix(problem, 3, 15, C_TYPE, D_LAYOUT)
+        D += m.to(tl.int64) * d_m + n.to(tl.int64) * d_n
+        d = tl.load(D + _offsets(i, d_m, j, d_n, D_LAYOUT), mask=inside & (beta != 0), other=0.0)
+        total += beta * d.to(total.dtype)
+    gamma = tl.load(coef + 2, mask=given, other=0.0).to(total.dtype)
+    total += tl.where((m + i)[:, None] == (n + j)[None, :], gamma, 0.0)
+    C, c_m, c_n = _matrix(problem, 2, 13, C_TYPE, C_LAYOUT)
+    C += m.to(tl.int64) * c_m + n.to(tl.int64) * c_n
+    tl.store(C + _offsets(i, c_m, j, c_n, C_LAYOUT), total.to(TYPES[C_TYPE]), mask=inside)
 
 
 @triton.jit
@@ -176,10 +190,11 @@ def program_kernel(
     gate = tl.load(problem + 5)
     if tl.load(gate.to(tl.pointer_type(tl.int32)), mask=gate != 0, other=1) != 0:
         kind = tl.load(problem + 17)
-        row, column, chunk = tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
         for i in tl.static_range(len(KINDS)):
             if kind == i:
-                _tile(problem, row, column, chunk, PRECISION, KINDS, i)
+                total, last = _gather(problem, tile, _product(problem, tile, PRECISION, KINDS, i))
+                if last:
+                    _finish(problem, tile, total, KINDS, i)
     tl.debug_barrier()
     tl.atomic_add(counter, 1, sem="release", scope="gpu")
 

@@ -37,8 +37,8 @@ CK_DEVICE double normal(uint64_t seed, uint64_t call, uint64_t stream, uint64_t 
   const uint64_t second = uint64_t(bits.word[2]) << 32 | bits.word[3];
   const double unit = 1.1102230246251565e-16;  // 2^-53
   const double radius = sqrt(-2 * log(double((first >> 11) + 1) * unit));
-  const double angle = 6.283185307179586 * (double(second >> 11) * unit);
-  return radius * (index % 2 ? sin(angle) : cos(angle));
+  const double turn = 2 * (double(second >> 11) * unit);  // in pi: there, sine and cosine need no local memory
+  return radius * (index % 2 ? sinpi(turn) : cospi(turn));
 }
 
 // --- triangular factors ---------------------------------------------------------------------------------------------

@@ -77,7 +77,8 @@ struct Tile {
   C x[kPairs][kDeep], y[kPairs][kDeep];
 
   template <class Meeting>
-  CK_DEVICE void load(const Rows<C>& M, const Meeting& meeting, int step, int start) {
+  CK_DEVICE void load(Rows<C> M, const Meeting& meeting, int step, int start) {
+    forget(M.count), forget(M.length), forget(M.stride), forget(start);
 #pragma unroll
     for (int i = 0; i < 2 * kPairs; ++i) {
       const int row = i < kPairs ? meeting.row_x(i, step) : meeting.row_y(i - kPairs, step);
@@ -161,22 +162,28 @@ struct Goal {
   C floor;   // and need not be, if both have squared norms up to here
 };
 
+CK_DEVICE float inverse(float x) { return rsqrt(x) * rsqrt(x); }  // of a positive number; no division is as fast
+
 // What makes rows with squared norms a, b and product d orthogonal, the longer of which comes first then (de Rijk
-// 1989: saves sweeps), and its effect on a and b. fp32 will do for the angle, as sin(angle) is found from
-// tan(angle / 2) in C: an error leaves some of d to the next sweep.
+// 1989: saves sweeps), and its effect on a and b. fp32 will do for the angle: an error leaves some of d to the next
+// sweep. But to tan(angle / 2) belongs its sine in C, or the rows would change their lengths.
 template <class C>
 CK_DEVICE Turn<C> find_turn(C& a, C& b, C d, const Goal<C>& goal) {
-  const C scale = rsqrt(a) * rsqrt(b), cosine = d * scale;
+  const float scale = rsqrt(static_cast<float>(a)) * rsqrt(static_cast<float>(b));
+  const C cosine = d * C(scale);
   if (!(min(a, b) > kNullRow && max(a, b) > goal.floor && fabs(cosine) > goal.cosine)) return {0, 0, false};
-  const float g = 2 * static_cast<float>(cosine), w = static_cast<float>((b - a) * scale), size = fabs(w);
-  const float root = size < 1e9f ? sqrt(w * w + g * g) : size;
-  const float slope = copysign(2 / (size + root), w), tangent = static_cast<float>(cosine) * slope;
-  const C half = cosine * C(slope / (1 + sqrt(1 + tangent * tangent))), shift = cosine * C(slope) * d;
-  const C u = a - shift, v = b + shift;
+  const float g = 2 * static_cast<float>(cosine), w = static_cast<float>(b - a) * scale, size = fabs(w);
+  const float squares = w * w + g * g, root = size < 1e9f ? squares * rsqrt(squares) : size;
+  const float slope = copysign(2 * inverse(size + root), w), tangent = static_cast<float>(cosine) * slope;
+  const float secant2 = 1 + tangent * tangent;
+  const C half = cosine * C(slope * inverse(1 + secant2 * rsqrt(secant2))), x = 1 + half * half;
+  C y = C(inverse(static_cast<float>(x)));
+  for (unsigned i = 4; i <= sizeof(C); i += 4) y += y * (1 - x * y);  // Newton: to 1 / x
+  const C shift = cosine * C(slope) * d, u = a - shift, v = b + shift;
   const bool swap = u < v;
   a = swap ? v : u;
   b = swap ? u : v;
-  return {half, 2 * half / (1 + half * half), swap};
+  return {half, 2 * half * y, swap};
 }
 
 // The turns of a step, on rows that are not in registers.
@@ -243,7 +250,7 @@ CK_DEVICE bool meet_in_place(const Rows<C>& A, const Rows<C>& V, const Meeting& 
 // sweep, this does what a loop over p < q would (and rounds in which all meet once, in another order, need more).
 // Returns whether any pair was turned.
 template <int kGroup, int kDeep, class C>
-CK_DEVICE bool sweep(const Rows<C>& A, const Rows<C>& V, const Goal<C>& goal) {
+__noinline__ CK_DEVICE bool sweep(Rows<C> A, Rows<C> V, Goal<C> goal) {
   const int groups = (A.count + kGroup - 1) / kGroup;
   bool turned = false;
   for (int round = 0; round < groups; ++round) {
@@ -260,11 +267,12 @@ CK_DEVICE bool sweep(const Rows<C>& A, const Rows<C>& V, const Goal<C>& goal) {
   return __syncthreads_or(turned);
 }
 
-// As many rows as fit in 128 registers (256, in fp64).
+// As many rows at a time as there are registers for.
 template <class C>
 CK_DEVICE bool sweep(const Rows<C>& A, const Rows<C>& V, const Goal<C>& goal) {
   if (A.length <= 2 * kLanes) return sweep<8, 2>(A, V, goal);
   if (A.length <= 4 * kLanes) return sweep<8, 4>(A, V, goal);
+  if (A.length <= 5 * kLanes) return sweep<sizeof(C) == 4 ? 8 : 4, 5>(A, V, goal);
   if (A.length <= 8 * kLanes) return sweep<4, 8>(A, V, goal);
   return sweep<1, 0>(A, V, goal);
 }

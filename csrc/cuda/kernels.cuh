@@ -3,13 +3,7 @@
 #pragma once
 
 #include "shrink.cuh"
-
-#if __has_include("small.cuh")
 #include "small.cuh"
 #include "step.cuh"
-#define CK_STEP_KERNELS(X) X(ck_begin) X(ck_orth) X(ck_ritz) X(ck_judge) X(ck_finish)
-#else
-#define CK_STEP_KERNELS(X)
-#endif
 
-#define CK_KERNELS(X) X(ck_shrink) CK_STEP_KERNELS(X)
+#define CK_KERNELS(X) X(ck_shrink) X(ck_small) X(ck_begin) X(ck_orth) X(ck_ritz) X(ck_judge) X(ck_finish)

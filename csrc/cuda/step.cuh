@@ -8,7 +8,6 @@
 #include "block.cuh"
 #include "jacobi.cuh"
 #include "portable.h"
-#include "small.cuh"
 #include "step.h"
 
 namespace compaware {
@@ -16,6 +15,7 @@ namespace compaware {
 constexpr double kUnit32 = 5.9604644775390625e-8, kUnit64 = 1.1102230246251565e-16;
 constexpr double kNear = 0.8;            // of tau: triplets from here on are checked as if they were wanted
 constexpr double kMargin = 1.25;         // for an estimate of the spectral norm
+constexpr double kLost = 1e-7;           // of the largest: singular values below are rounding
 constexpr double kDependent = 1e-12;     // of a squared length: what is left of a column that depends on others
 constexpr double kFactor = 0.632036736;  // ||R||_F <= kFactor ||R Omega||_F, but for a probability of 5e-12
 
@@ -134,12 +134,10 @@ CK_DEVICE void orthonormalise(const Layer& layer) {
 
 }  // namespace compaware
 
-// S, with which the columns of (W V) S are orthonormal; the first time, what is to be done at all. In the same launch,
-// blocks from `count` on: the small matrices.
-CK_KERNEL(256) ck_orth(const compaware::Layer* layers, int64_t count, const compaware::Small* small,
-                       const int32_t* refused, const double* call, const double* lows, double tol, int64_t first) {
+// S, with which the columns of (W V) S are orthonormal; the first time, what is to be done at all.
+CK_KERNEL(256) ck_orth(const compaware::Layer* layers, const int32_t* refused, const double* call, const double* lows,
+                       double tol, int64_t first) {
   using namespace compaware;
-  if (blockIdx.x >= count) return small_svt(small[blockIdx.x - count], refused, tol);
   const Layer& layer = layers[blockIdx.x];
   if (first) {
     double sum = 0;
@@ -168,7 +166,7 @@ CK_DEVICE void eigen(const Layer& layer, double* rows, double* norms, int* place
   cholesky(layer.L, k, 1e-24);
   for (int64_t i = threadIdx.x; i < int64_t(k) * k; i += blockDim.x) rows[i] = layer.L[i % k * k + i / k];
   __syncthreads();
-  jacobi<double>(rows, k, k, k, nullptr, 0, 0, 30);
+  jacobi<double>(rows, k, k, k, nullptr, 0, 0, 5);
   for (int j = threadIdx.x; j < k; j += blockDim.x) {
     double sum = 0;
     for (int i = 0; i < k; ++i) sum += rows[j * k + i] * rows[j * k + i];
@@ -187,9 +185,9 @@ CK_DEVICE void write_triplets(const Layer& layer, const double* rows, const doub
   for (int j = 0; j < k; ++j) largest = norms[j] > largest ? norms[j] : largest;
   for (int64_t e = threadIdx.x; e < int64_t(k) * k; e += blockDim.x) {
     const int i = int(e / k), j = int(e % k), to = i * k + place[j];
-    const double mu = norms[j], q = mu > 1e-7 * largest ? rows[j * k + i] / mu : 0;
+    const double mu = norms[j], q = mu > kLost * largest ? rows[j * k + i] / mu : 0;
     layer.Qs[to] = float(q);
-    layer.Qv[to] = float(mu > 1e-7 * largest ? q / mu : 0);
+    layer.Qv[to] = float(mu > kLost * largest ? q / mu : 0);
     layer.Qf[to] = float(mu > tau ? q * (1 - tau / mu) : 0);
   }
   for (int j = threadIdx.x; j < k; j += blockDim.x) layer.mu[place[j]] = norms[j];
@@ -339,8 +337,19 @@ CK_DEVICE void account(const Layer& layer, double tol) {
   const double found = kFactor * tau * (sign + root) + (layer.m + 100) * kUnit64 * norm * norm / tau;
   layer.report[kError] = found + roundoff(layer.dtype) * norm + 2 * kUnit32 * tau * sqrt(double(n));
   layer.report[kRank] = rint((double(n) + trace) / 2);
-  layer.report[kMethod] = found <= tol * tau * sqrt(double(n)) ? kFull : kCoarse;
+  layer.report[kMethod] = found <= tol * tau * sqrt(double(n)) ? kFull : kUnsure;
   for (int64_t j = 0; j < n; ++j) layer.s[j] = NAN;
+}
+
+}  // namespace compaware
+
+namespace compaware {
+
+// Directions in which W has nothing now, but may have later.
+CK_DEVICE void refill(const Layer& layer, const double* call) {
+  for (int64_t i = threadIdx.x; i < layer.n * layer.k; i += blockDim.x)
+    if (!(layer.mu[i % layer.k] > kLost * layer.mu[0]))
+      layer.V[i] = float(normal(int64_t(call[0]), int64_t(call[1]), 2 * layer.number + 1, i));
 }
 
 }  // namespace compaware
@@ -350,6 +359,7 @@ CK_KERNEL(256) ck_finish(const compaware::Layer* layers, int64_t count, int32_t*
   using namespace compaware;
   if (blockIdx.x < count) {
     const Layer& layer = layers[blockIdx.x];
+    if (layer.gates[kTry]) refill(layer, call);
     if (layer.gates[kDense]) account(layer, tol);
   } else if (threadIdx.x == 0) {
     *refused = 0;

@@ -21,7 +21,7 @@ enum Coefficient { kProject, kPower, kGram, kScaleSign, kScaleRoot, kCorrection,
 
 // What comes out, in fp64.
 enum Report { kNorm, kError, kRank, kMethod, kKnown, kRho, kReports };
-enum Method { kNothing, kZero, kSubspace, kFull, kCoarse, kRefused };  // kCoarse: the tolerance was not shown
+enum Method { kZero, kNothing = 3, kSubspace, kFull, kUnsure, kRefused };  // beside SmallMethod; kUnsure: tol was not shown
 
 struct Layer {
   const void* W;  // [m, n] without gaps, by rows or by columns, m >= n
@@ -35,6 +35,7 @@ struct Layer {
   double* coefficients;  // [kCoefficients, 3]
   double* omega;         // [n, kProbes] Gaussian
   // The subspace: left singular vectors U [m, k] = W V S, and Z = W^T U [n, k].
+  float* V;             // [n, k] for the next call
   double* G;            // [k, k] (W V)^T W V, then its Cholesky factor
   double* scratch;      // [k, k]
   float* S;             // [k, k]

@@ -90,6 +90,14 @@ CK_KERNEL(32) ck_planted_neighbour(const float* in, float* out, int64_t bug) {
   if (bug == kAhead) __syncwarp();
 }
 
+// out[i] = i, by way of two arrays.
+CK_KERNEL(32) ck_planted_either(float* out) {
+  float x[2][4] = {}, y[2][4] = {};
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 4; ++j) (i < 2 ? x : y)[i % 2][j] = 4 * i + j;
+  if (threadIdx.x < 16) out[threadIdx.x] = (threadIdx.x < 8 ? x : y)[threadIdx.x / 4 % 2][threadIdx.x % 4];
+}
+
 // From where the table says to where it says.
 CK_KERNEL(32) ck_planted_through(const int64_t* table) {
   const int64_t* const row = table + 2 * blockIdx.x;
@@ -131,4 +139,5 @@ CK_KERNEL(256) ck_convert(const void* in, int64_t from, void* out, int64_t to, i
 
 #define CK_PLANTED(X)                                                                                      \
   X(ck_planted_reverse) X(ck_planted_static) X(ck_planted_count) X(ck_planted_last) X(ck_planted_half_sum) \
-  X(ck_planted_neighbour) X(ck_planted_through) X(ck_shuffles) X(ck_votes) X(ck_convert)
+  X(ck_planted_neighbour) X(ck_planted_through) X(ck_planted_either)                                       \
+  X(ck_shuffles) X(ck_votes) X(ck_convert)

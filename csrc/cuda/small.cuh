@@ -1,0 +1,227 @@
+// Singular value thresholding of small matrices, in place: one block does the whole of one.
+#pragma once
+
+#include "block.cuh"
+#include "portable.h"
+
+namespace compaware {
+
+constexpr int64_t kSmallBytes = 96 * 1024;  // of dynamic shared memory, for (m + n) n numbers in fp64,
+constexpr int kSmallColumns = 78;           // so that n <= this
+constexpr double kLoss = 40, kCoarse = 10;  // LOSS and COARSE of compaware_kernels/small.py
+
+struct Small {
+  void* W;                        // [m, n], m >= n
+  int64_t dtype, m, n, row, col;  // row, col: strides, in elements
+  const double* tau;
+  double* s;        // [n] singular values of the result, descending
+  double* error;    // a bound of ||computed - exact||_F
+  double* rank;     // of the result; -1 where nothing was done
+  double* method;   // SmallMethod
+};
+enum SmallMethod { kBelowTau, kJacobi32, kJacobi64, kRefusedSmall = 7 };
+
+// What rounding to the dtype moves: a relative and an absolute part.
+struct Storage {
+  double relative, absolute;
+};
+
+CK_DEVICE Storage storage_of(int64_t dtype) {
+  switch (static_cast<DType>(dtype)) {
+    case DType::f64: return {0x1p-53, 0x1p-1074};
+    case DType::f32: return {0x1p-24, 0x1p-149};
+    case DType::f16: return {0x1p-11, 0x1p-24};
+    default: return {0x1p-8, 0x1p-133};
+  }
+}
+
+CK_DEVICE float load_as(const Small& job, DType dtype, int64_t i, float) { return load(job.W, dtype, i); }
+CK_DEVICE double load_as(const Small& job, DType dtype, int64_t i, double) { return load_wide(job.W, dtype, i); }
+
+// visit(i, j) for all elements. Neighbouring threads have elements that are neighbours in memory.
+template <class F>
+CK_DEVICE void each_element(const Small& job, F visit) {
+  const bool by_rows = job.col <= job.row;
+  const int size = int(job.m * job.n), length = int(by_rows ? job.n : job.m);
+  for (int at = threadIdx.x; at < size; at += blockDim.x)
+    by_rows ? visit(at / length, at % length) : visit(at % length, at / length);
+}
+
+// All is computed for W / 2^exponent, whose largest entry is in [1/2, 1): nothing over- or underflows.
+struct Scale {
+  int exponent;
+  double norm, tau;  // norm: Frobenius
+
+  CK_DEVICE double down(double x) const { return ldexp(x, -exponent); }
+  CK_DEVICE double up(double x) const { return ldexp(x, exponent); }
+};
+
+CK_DEVICE double element(const Small& job, int i, int j) {
+  return load_wide(job.W, job.dtype, i * job.row + j * job.col);
+}
+
+CK_DEVICE Scale scale_of(const Small& job) {
+  Scale scale;
+  double largest = 0, sum = 0;
+  each_element(job, [&](int i, int j) { largest = max(largest, fabs(element(job, i, j))); });
+  frexp(block_max(largest), &scale.exponent);
+  each_element(job, [&](int i, int j) {
+    const double x = scale.down(element(job, i, j));
+    sum += x * x;
+  });
+  scale.norm = sqrt(block_sum(sum));
+  scale.tau = scale.down(*job.tau);
+  return scale;
+}
+
+// Of each triplet, in no order.
+struct Spectrum {
+  double s[kSmallColumns], gain[kSmallColumns];  // gain: max(1 - tau / s, 0)
+  int place[kSmallColumns];
+};
+
+// In dynamic shared memory.
+template <class C>
+struct Factors {
+  C* U;        // [n, stride], left singular vectors as rows
+  int stride;  // odd, where there is room: no bank conflicts
+  C* Y;        // [n, n], gain U^T W
+
+  CK_DEVICE explicit Factors(const Small& job) {
+    CK_SHARED(C, memory);
+    const int n = int(job.n), odd = int(job.m) | 1;
+    U = memory;
+    stride = (odd + n) * n * int(sizeof(double)) <= kSmallBytes ? odd : int(job.m);
+    Y = U + n * stride;
+  }
+};
+
+template <class C>
+CK_DEVICE void decompose(const Small& job, const Scale& scale, const Factors<C>& f, Spectrum& spectrum) {
+  const int m = int(job.m), n = int(job.n);
+  const double unit = sizeof(C) == 4 ? 0x1p-24 : 0x1p-53;
+  each_element(job, [&](int i, int j) { f.U[j * f.stride + i] = C(scale.down(element(job, i, j))); });
+  __syncthreads();
+  // What is as short as that is 0 in the result, all together.
+  const double floor = max(scale.tau, unit * scale.norm) / sqrt(double(n));
+  jacobi<C>(f.U, n, m, f.stride, nullptr, 0, 0, 30, floor);
+  for (int k = warp_index(); k < n; k += warp_count()) {
+    C* u = f.U + k * f.stride;
+    double sum = 0;
+    for (int i = lane_index(); i < m; i += kLanes) sum += double(u[i]) * u[i];
+    const double s = sqrt(warp_sum(sum));
+    const bool kept = !(s <= scale.tau);
+    for (int i = lane_index(); i < m && kept; i += kLanes) u[i] = C(u[i] / s);
+    if (lane_index()) continue;
+    spectrum.s[k] = s;
+    spectrum.gain[k] = kept ? 1 - scale.tau / s : 0;
+  }
+  __syncthreads();
+  order(spectrum.s, n, spectrum.place);
+}
+
+// Y, from the W in memory: U f(s) U^T W needs no right singular vectors, which would cost as much as the left ones.
+// A lane has one k and every part-th i, so that few k are shared by all lanes, too; kTerms of these sums are added up
+// before they join the rest, or rounding would grow with m.
+template <DType dtype, class C>
+CK_DEVICE void project(const Small& job, const Scale& scale, const Factors<C>& f, const Spectrum& spectrum) {
+  constexpr int kAcross = 4, kTerms = 16;
+  const int m = int(job.m), n = int(job.n), half = scale.exponent / 2;
+  int width = kLanes;
+  while (width >= 2 * n) width /= 2;
+  const int parts = kLanes / width, chunks = (n + width - 1) / width;
+  const C first = ldexp(C(1), -half), second = ldexp(C(1), half - scale.exponent);  // 2^-exponent may be out of range
+  for (int task = warp_index(); task < chunks * ((n + kAcross - 1) / kAcross); task += warp_count()) {
+    const int k = task % chunks * width + lane_index() % width, left = task / chunks * kAcross;
+    const C* u = f.U + min(k, n - 1) * f.stride;
+    C sum[kAcross] = {};
+    for (int i = lane_index() / width; i < m;) {
+      C some[kAcross] = {};
+      for (const int end = min(i + kTerms * parts, m); i < end; i += parts)
+        for (int j = 0; j < kAcross; ++j)
+          some[j] += u[i] * (load_as(job, dtype, i * job.row + min(left + j, n - 1) * job.col, C()) * first);
+      for (int j = 0; j < kAcross; ++j) sum[j] += some[j];
+    }
+    for (int j = 0; j < kAcross; ++j) {
+      for (int offset = width; offset < kLanes; offset *= 2) sum[j] += __shfl_xor_sync(kAllLanes, sum[j], offset);
+      if (k < n && left + j < n) f.Y[k * n + left + j] = sum[j] * second * C(spectrum.gain[k]);
+    }
+  }
+  __syncthreads();
+}
+
+// W = U Y.
+template <class C>
+CK_DEVICE void multiply_out(const Small& job, const Scale& scale, const Factors<C>& f, const double* gain) {
+  each_element(job, [&](int i, int j) {
+    C sum = 0;
+    for (int k = 0; k < job.n; ++k)
+      if (gain[k] != 0) sum += f.U[k * f.stride + i] * f.Y[k * job.n + j];
+    store_wide(job.W, job.dtype, i * job.row + j * job.col, scale.up(sum));
+  });
+}
+
+CK_DEVICE void report(const Small& job, const Scale& scale, const Spectrum& spectrum, SmallMethod method) {
+  double squares = 0;
+  int64_t rank = 0;
+  for (int k = 0; k < job.n; ++k) {
+    const double s = spectrum.gain[k] == 0 ? 0 : spectrum.s[k] - scale.tau;
+    if (threadIdx.x == 0) job.s[spectrum.place[k]] = scale.up(s);
+    squares += s * s;
+    rank += s != 0;
+  }
+  const Storage storage = storage_of(job.dtype);
+  const double unit = method == kJacobi32 ? 0x1p-24 : 0x1p-53;
+  const double moved = (kLoss + double(job.n)) * unit * 1.01 * scale.norm;
+  const double stored = storage.relative * (1.01 * sqrt(squares) + moved);
+  if (threadIdx.x) return;
+  *job.error = scale.up(moved + stored) + sqrt(double(job.m * job.n)) * storage.absolute;
+  *job.rank = rank;
+  *job.method = method;
+}
+
+template <class C>
+CK_DEVICE void shrink_small(const Small& job, const Scale& scale, Spectrum& spectrum) {
+  const Factors<C> f(job);
+  decompose(job, scale, f, spectrum);
+  switch (static_cast<DType>(job.dtype)) {
+    case DType::f64: project<DType::f64>(job, scale, f, spectrum); break;
+    case DType::f32: project<DType::f32>(job, scale, f, spectrum); break;
+    case DType::f16: project<DType::f16>(job, scale, f, spectrum); break;
+    case DType::bf16: project<DType::bf16>(job, scale, f, spectrum); break;
+  }
+  multiply_out(job, scale, f, spectrum.gain);
+  report(job, scale, spectrum, sizeof(C) == 4 ? kJacobi32 : kJacobi64);
+}
+
+CK_DEVICE void clear_small(const Small& job, const Scale& scale) {
+  each_element(job, [&](int i, int j) { store_wide(job.W, job.dtype, i * job.row + j * job.col, 0); });
+  for (int k = threadIdx.x; k < job.n; k += blockDim.x) job.s[k] = 0;
+  if (threadIdx.x) return;
+  *job.error = scale.up(max(scale.norm * (1 + 1e-12) - scale.tau, 0.0));  // the norm is rounded, too
+  *job.rank = 0;
+  *job.method = kBelowTau;
+}
+
+CK_DEVICE void small_svt(const Small& job, const int32_t* refused, double tol) {
+  __shared__ Spectrum spectrum;
+  __shared__ Scale scale;  // registers are short
+  if (*refused) {
+    if (threadIdx.x == 0) *job.rank = -1, *job.method = kRefusedSmall;
+    return;
+  }
+  const Scale found = scale_of(job);
+  if (threadIdx.x == 0) scale = found;
+  __syncthreads();
+  const bool coarse = kCoarse * 0x1p-24 * 1.01 * scale.norm > tol * scale.tau;
+  if (scale.norm <= scale.tau) clear_small(job, scale);
+  else if (coarse || job.dtype == int64_t(DType::f64)) shrink_small<double>(job, scale, spectrum);
+  else shrink_small<float>(job, scale, spectrum);
+}
+
+}  // namespace compaware
+
+// One block per matrix. Where *refused is not 0, nothing is written.
+CK_KERNEL(256) ck_small(const compaware::Small* jobs, int64_t count, const int32_t* refused, double tol) {
+  if (blockIdx.x < count) compaware::small_svt(jobs[blockIdx.x], refused, tol);
+}

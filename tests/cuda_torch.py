@@ -1,0 +1,45 @@
+"""Whether the library, whatever torch it was built against, works in a CUDA build of torch: make check-cuda-torch.
+
+Needs no GPU. Not a test that pytest collects: it runs in an environment of its own.
+"""
+
+import ctypes
+
+import torch
+
+import compaware_kernels as ck
+from compaware_kernels import _library
+from compaware_kernels.gpu import kernels
+
+OPS = ("soft_threshold", "group_shrink", "sparse_group_shrink")
+
+
+def error_of(launcher: kernels.Built, kernel: str) -> str:
+    try:
+        launcher(kernel, 1, 32, 0, 0, 0, [0])
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def main() -> None:
+    assert torch.version.cuda, f"torch {torch.__version__} was built without CUDA"
+    assert not _library.missing, _library.missing
+    assert not kernels.Built.why_not(), kernels.Built.why_not()
+    for op, where in ck.info()["ops"].items():
+        assert op.removesuffix("_") not in OPS or set(where.values()) == {"C++ kernel"}, f"{op}: {where}"
+    W = torch.randn(5, 40)
+    wanted = W * (1 - 6 / W.norm(dim=1, keepdim=True)).clamp(min=0)
+    assert torch.allclose(ck.group_shrink(W, 6.0), wanted, atol=1e-6)
+
+    # Looked for in the library and in what it brings: where its own weak reference has been looked for.
+    assert ctypes.CDLL(str(_library.PATH)).aoti_torch_get_current_cuda_stream
+    launcher = kernels.Built(0)
+    assert error_of(launcher, "ck_absent") == "not launched: no kernel is called ck_absent"
+    found = error_of(launcher, "ck_finish")
+    assert torch.cuda.is_available() or "not launched: ck_finish: " in found, found
+    print(f"torch {torch.__version__}: {_library.PATH.name} works; {found or 'the kernels run'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""The checks of engine_checks.py on the CPU; test_engine_checks.py runs this in a process of its own."""
+
+import emulator
+import engine_checks as checks
+import pytest
+import triton_sim
+
+from compaware_kernels.gpu import kernels, program
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    """Launches go to the emulator and the interpreter."""
+    run = program.Program.run
+
+    def interpreted(self, counters):
+        with triton_sim.register(*self.tensors):
+            run(self, counters)
+
+    monkeypatch.setattr(program.Program, "run", interpreted)
+    token = kernels.instead.set(lambda kernel, grid, block, shared, device, stream, numbers:
+                                emulator.launch(kernel, grid, block, shared, numbers))  # fmt: skip
+    yield
+    kernels.instead.reset(token)
+
+
+@pytest.mark.parametrize("dtype", checks.ROUNDING, ids=str)
+def test_values(dtype):
+    checks.check_values("cpu", dtype)
+
+
+def test_replay():
+    checks.check_replay("cpu", checks.CaptureOnCpu)
+
+
+def test_refusal():
+    checks.check_refusal("cpu")
+
+
+def test_no_wait():
+    checks.check_no_wait("cpu")
+
+
+def test_proximal_step():
+    checks.check_proximal_step("cpu")
+
+
+def test_soak():
+    checks.check_soak("cpu", 2, 0)

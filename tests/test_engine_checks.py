@@ -1,0 +1,16 @@
+"""The checks that test_gpu_engine.py makes on a GPU, emulated: they pass here, so there they test the GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def test_under_interpreter_and_emulator():
+    pytest.importorskip("triton")
+    file = Path(__file__).with_name("engine_emulated.py")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -17,7 +17,7 @@ from compaware_kernels.gpu import kernels, plan
 
 TOL, TAU = 1e-3, 1.0
 LAUNCHES = ["ck_begin", "ck_small", "program", "ck_orth", "program", "ck_orth", "program", "ck_ritz", "program",
-            "ck_judge", "program", "ck_finish"]  # fmt: skip
+            "ck_judge", "program", "program", "ck_finish"]  # fmt: skip
 counted = []
 
 

@@ -43,15 +43,19 @@ def step(planted: bool) -> None:
 
     from compaware_kernels.gpu import kernels, program
 
-    run = program.Program.run
+    run, multiply = program.Program.run, program.Program.multiply
+
+    def listed(self, layer, A, B, C, *rest, **options):
+        vars(self).setdefault("first", C)
+        multiply(self, layer, A, B, C, *rest, **options)
 
     def interpreted(self, counters):
         with triton_sim.register(*self.tensors):
             run(self, counters)
-        if planted:
-            self.tensors[2][0, 0] += 1  # the first result
+        if planted and "first" in vars(self):
+            self.first[0, 0] += 1
 
-    program.Program.run = interpreted
+    program.Program.run, program.Program.multiply = interpreted, listed
     kernels.instead.set(lambda kernel, grid, block, shared, device, stream, numbers:
                         emulator.launch(kernel, grid, block, shared, numbers))  # fmt: skip
 

@@ -16,6 +16,7 @@ from compaware_kernels.gpu import kernels, tables
 
 pytest.importorskip("triton")
 from compaware_kernels.gpu import plan, step
+from compaware_kernels.gpu.sizes import MAX_COLUMNS, width
 
 ROOT = Path(__file__).parents[1]
 MOST_LAUNCHES = 16
@@ -51,7 +52,7 @@ def test_launches(warm, monkeypatch):
     counts = {}
     for network in ("resnet50", "vit_b", "lenet"):
         weights = [torch.empty(shape, device="meta") for shape in shapes(network)]
-        widths = [plan.width(min(W.shape) // 8, min(W.shape)) if warm else 0 for W in weights]
+        widths = [width(min(W.shape) // 8, min(W.shape)) if warm else 0 for W in weights]
         counts[network] = len(launches(weights, widths, monkeypatch))
     assert counts["resnet50"] == counts["vit_b"] == counts["lenet"] <= MOST_LAUNCHES
 
@@ -75,7 +76,7 @@ def test_tables_are_those_of_the_kernels():
     found = numbers("step.h")
     assert (found["kProbes"], found["kPowers"]) == (tables.PROBES, tables.POWERS)
     assert (found["kPairs"], found["kRootPairs"]) == (tables.PAIRS, tables.ROOT_PAIRS)
-    assert found["kMaxColumns"] == plan.MAX_COLUMNS
+    assert found["kMaxColumns"] == MAX_COLUMNS
 
 
 class Net(torch.nn.Module):

@@ -12,8 +12,9 @@ from torch import Tensor
 from . import dense, subspace, tables
 from .program import Program
 from .schedule import schedule
-from .sizes import MAX_COLUMNS, is_small, width
+from .sizes import is_small
 
+PROGRAMS = 6
 CHUNK = 2**16  # elements whose squares one block sums
 SLOT_BYTES = 2**30  # of all that take turns in the dense route, if a single one does not need more
 CONSTANTS = {
@@ -46,6 +47,8 @@ class Plan:
         for x, k in zip(self.matrices, widths, strict=True):
             x.k = 0 if is_small(x.W) else k
         self.chunks = self._cut()
+        self.zeroed = self._zeros(1 + PROGRAMS * (1 + len(self.layers)), dtype=torch.int32)  # by every step
+        self.awake, self.counters = self.zeroed[:1], self.zeroed[1:].view(PROGRAMS, -1)
         for x in self.layers:
             self._allocate(x)
         self._fill_tables()
@@ -79,6 +82,7 @@ class Plan:
 
     def _allocate(self, x: SimpleNamespace) -> None:
         x.partial = self.partials[x.first_chunk :]
+        x.awake = self.awake
         x.gates = self._zeros(tables.ALL_GATES, dtype=torch.int32)
         x.coefficients = self.new(len(tables.COEFFICIENTS), 3, dtype=torch.float64)
         x.omega = self.new(x.n, tables.PROBES, dtype=torch.float64)
@@ -104,17 +108,15 @@ class Plan:
     def _list_programs(self) -> None:
         count = len(self.layers)
         self.warm = subspace.programs([x for x in self.layers if x.k], count, self.one)
-        last = Program(layers=count)
+        out = Program(layers=count)
         for x in self.layers:
             empty = self.new(0)
-            last.multiply(x.number, empty.view(x.m, 0), empty.view(0, x.n), x.W, gate=x.gate["clear"])
+            out.multiply(x.number, empty.view(x.m, 0), empty.view(0, x.n), x.W, gate=x.gate["clear"])
             if x.k:
-                last.multiply(x.number, x.Us, x.right.mT, x.W, gate=x.gate["apply"])
-        last.stage()
-        slots = dense.assign(self.layers, SLOT_BYTES)
-        dense.list_products(last, slots, self.new, self.one)
-        self.programs = [program.build(self.device) for program in (*self.warm, last)]
-        self.counters = self._zeros(len(self.programs), 1 + count, dtype=torch.int32)
+                out.multiply(x.number, x.Us, x.right.mT, x.W, gate=x.gate["apply"])
+        whole = Program(layers=count, awake=self.awake, warps=8)  # with 4, registers are spilled
+        dense.list_products(whole, dense.assign(self.layers, SLOT_BYTES), self.new, self.one)
+        self.programs = [program.build(self.device) for program in (*self.warm, out, whole)]
 
 
 def _matrix(W: Tensor, tau: Tensor) -> SimpleNamespace:

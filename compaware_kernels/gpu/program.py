@@ -90,16 +90,21 @@ class Program:
     Args:
         layers: how many wait for each other on their own.
         precision: of the products of two fp32 matrices that are not wide: ieee or tf32x3.
+        awake: int32 ``[1]``; where it is 0 when the program runs, nothing is done. That costs next to nothing, while a
+            gate costs every tile of its product a look.
+        warps: of a Triton program.
         at_once: tiles that a GPU computes at a time; sums are split so that there are about as many.
     """
 
-    def __init__(self, layers: int, precision: str = "tf32x3", at_once: int = 264):
-        self.layers, self.precision, self.at_once = layers, precision, at_once
+    def __init__(
+        self, layers: int, precision: str = "tf32x3", at_once: int = 264, awake: Tensor | None = None, warps: int = 4
+    ):
+        self.layers, self.precision, self.at_once, self.warps = layers, precision, at_once, warps
         self.flops = self.bytes = self.tiles = 0
         self.counters = 1 + layers  # int32, zero before every run
         self.tensors: list[Tensor] = []  # all that the tables point to
         self._products: list[Product] = []
-        self._stage = 0
+        self._stage, self._awake = 0, awake
 
     def multiply(
         self,
@@ -181,6 +186,9 @@ class Program:
         self._problems = torch.tensor(problems, dtype=torch.int64).reshape(-1, 24).to(device)
         self._tiles = torch.tensor(tiles, dtype=torch.int32).reshape(-1, 4).to(device)
         self.tiles = len(tiles)
+        if self._awake is None:
+            self._awake = torch.ones(1, dtype=torch.int32, device=device)
+        self.tensors.append(self._awake)
         return self
 
     def _lengths(self) -> list[int]:
@@ -210,4 +218,4 @@ class Program:
         """
         from ..triton.program import run
 
-        run(self._problems, self._tiles, counters, self.kinds, self.precision)
+        run(self._problems, self._tiles, counters, self._awake, self.kinds, self.precision, self.warps)

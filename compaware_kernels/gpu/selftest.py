@@ -211,7 +211,7 @@ def _low_rank(m: int, n: int, rank: int, seed: int) -> Tensor:
     )
 
 
-LARGE = ((200, 64, 6), (90, 130, 4))
+LARGE = ((136, 64, 6), (66, 144, 4))
 SMALL = ((20, 12, 3), (40, 48, 9))
 
 

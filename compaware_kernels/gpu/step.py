@@ -1,4 +1,4 @@
-"""The proximal step of a whole network on a GPU: 12 launches, however many layers, and no word with the host."""
+"""The proximal step of a whole network on a GPU: 13 launches, however many layers, and no word with the host."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FEW_COLUMNS = 96  # of any other
 
 def run(plan: Plan, tol: float) -> None:
     """Queue one step, in place, on the current stream; thresholds are those in ``plan.inputs``."""
-    first, second, third, fourth, last = plan.programs
+    first, second, third, fourth, out, whole = plan.programs
     counters, layers = list(plan.counters), len(plan.layers)
     _begin(plan)
     _small(plan, tol)
@@ -30,14 +30,15 @@ def run(plan: Plan, tol: float) -> None:
     _ritz(plan)
     fourth.run(counters[3])
     _launch(plan, "ck_judge", layers, 0, [plan.table, plan.lows, tol])
-    last.run(counters[4])
+    out.run(counters[4])
+    whole.run(counters[5])
     _launch(plan, "ck_finish", layers + 1, 0, [plan.table, layers, plan.refused, plan.call, tol])
 
 
 def _begin(plan: Plan) -> None:
     pieces, layers = len(plan.chunks), len(plan.layers)
-    arguments = [plan.table, layers, plan.chunks, pieces, plan.partials, plan.call, plan.refused, plan.counters]
-    _launch(plan, "ck_begin", pieces + layers + 1, 0, [*arguments, plan.counters.numel()])
+    arguments = [plan.table, layers, plan.chunks, pieces, plan.partials, plan.call, plan.refused, plan.zeroed]
+    _launch(plan, "ck_begin", pieces + layers + 1, 0, [*arguments, plan.zeroed.numel()])
 
 
 def _orth(plan: Plan, tol: float, first: bool) -> None:

@@ -6,11 +6,14 @@ multiplies, and says that it is done. Tickets are drawn in order: whoever waits,
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+PROGRAMS = 4  # on a multiprocessor: what it has room for, or a few more
 FIELDS = tl.constexpr(24)  # of a problem: see ..gpu.program.Program.build
 TYPES = tl.constexpr((tl.float32, tl.bfloat16, tl.float16, tl.float64))
 VECTORS = tl.constexpr((4, 8, 8, 2))  # elements of each type in the widest load
@@ -171,36 +174,51 @@ def _finish(problem, tile, total, KINDS: tl.constexpr, INDEX: tl.constexpr):
     tl.store(C + _offsets(i, c_m, j, c_n, C_LAYOUT), total.to(TYPES[C_TYPE]), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["all_tiles"])
 def program_kernel(
     problems,  # int64 [problems, FIELDS]
     tiles,  # int32 [tiles, 4]: problem; row, column and share of the tile
     counters,  # int32 [1 + layers]: tickets drawn; tiles done of each layer
+    awake,  # int32 [1]: nothing is done where it is 0
+    all_tiles,
     KINDS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tile = tiles + tl.atomic_add(counters, 1, sem="relaxed").to(tl.int64) * 4
-    problem = problems + tl.load(tile).to(tl.int64) * FIELDS
-    counter, wanted = counters + 1 + tl.load(problem + 18), tl.load(problem + 19)
-    done = tl.full((), 0, tl.int32)
-    while done < wanted:
-        done = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
-    tl.debug_barrier()
+    last = tl.where(tl.load(awake) != 0, all_tiles, 0)
+    ticket = tl.atomic_add(counters, 1, sem="relaxed")
+    while ticket < last:
+        tile = tiles + ticket.to(tl.int64) * 4
+        problem = problems + tl.load(tile).to(tl.int64) * FIELDS
+        counter, wanted = counters + 1 + tl.load(problem + 18), tl.load(problem + 19)
+        done = tl.full((), 0, tl.int32)
+        while done < wanted:
+            done = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+        tl.debug_barrier()
 
-    gate = tl.load(problem + 5)
-    if tl.load(gate.to(tl.pointer_type(tl.int32)), mask=gate != 0, other=1) != 0:
-        kind = tl.load(problem + 17)
-        for i in tl.static_range(len(KINDS)):
-            if kind == i:
-                total, last = _gather(problem, tile, _product(problem, tile, PRECISION, KINDS, i))
-                if last:
-                    _finish(problem, tile, total, KINDS, i)
-    tl.debug_barrier()
-    tl.atomic_add(counter, 1, sem="release", scope="gpu")
+        gate = tl.load(problem + 5)
+        if tl.load(gate.to(tl.pointer_type(tl.int32)), mask=gate != 0, other=1) != 0:
+            kind = tl.load(problem + 17)
+            for i in tl.static_range(len(KINDS)):
+                if kind == i:
+                    total, complete = _gather(problem, tile, _product(problem, tile, PRECISION, KINDS, i))
+                    if complete:
+                        _finish(problem, tile, total, KINDS, i)
+        tl.debug_barrier()
+        tl.atomic_add(counter, 1, sem="release", scope="gpu")
+        ticket = tl.atomic_add(counters, 1, sem="relaxed")
 
 
-def run(problems: Tensor, tiles: Tensor, counters: Tensor, kinds: tuple, precision: str) -> None:
-    """Launch what the tables list."""
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def run(
+    problems: Tensor, tiles: Tensor, counters: Tensor, awake: Tensor, kinds: tuple, precision: str, warps: int
+) -> None:
+    """Launch what the tables list: some programs on each multiprocessor, that take one ticket after the other."""
     if len(tiles):
+        grid = (min(len(tiles), PROGRAMS * _multiprocessors(problems.device)),)
+        arguments = (problems, tiles, counters, awake, len(tiles), kinds, precision)
         with torch.cuda.device_of(problems):
-            program_kernel[(len(tiles),)](problems, tiles, counters, kinds, precision, num_warps=4, num_stages=3)
+            program_kernel[grid](*arguments, num_warps=warps, num_stages=3)

@@ -85,8 +85,8 @@ struct Tile {
 #pragma unroll
       for (int e = 0; e < kDeep; ++e) {
         const int at = start + kLanes * e + lane_index();
-        const C element = row < M.count && at < M.length ? M.at[row * M.stride + at] : C(0);
-        (i < kPairs ? x : y)[i % kPairs][e] = element;
+        C& element = i < kPairs ? x[i % kPairs][e] : y[i % kPairs][e];
+        element = row < M.count && at < M.length ? M.at[row * M.stride + at] : C(0);
       }
     }
   }
@@ -99,7 +99,8 @@ struct Tile {
 #pragma unroll
       for (int e = 0; e < kDeep; ++e) {
         const int at = start + kLanes * e + lane_index();
-        if (row < M.count && at < M.length) M.at[row * M.stride + at] = (i < kPairs ? x : y)[i % kPairs][e];
+        const C element = i < kPairs ? x[i % kPairs][e] : y[i % kPairs][e];
+        if (row < M.count && at < M.length) M.at[row * M.stride + at] = element;
       }
     }
   }

@@ -94,6 +94,7 @@ CK_DEVICE void set_coefficients(const Layer& layer, double tau, double norm) {
 }
 
 CK_DEVICE void open_full(const Layer& layer, double tau, double norm, const double* lows, int64_t steps, double tol) {
+  atomicOr(layer.awake, 1);
   const double beta = norm * norm / (tau * tau) + 1;
   const int sign = first_needed(lows, 2 * kPairs, tol / (2 * beta)), skipped = 2 * (kPairs - kRootPairs);
   const int root = first_needed(lows + skipped, 2 * kRootPairs, 0.9 / sqrt(beta + 1));

@@ -32,6 +32,7 @@ struct Layer {
   double* report;        // [kReports]
   double* s;             // [n] singular values of the result
   int32_t* gates;        // [kGates]
+  int32_t* awake;        // one of all layers: not 0 where kDense is open for any
   double* coefficients;  // [kCoefficients, 3]
   double* omega;         // [n, kProbes] Gaussian
   // The subspace: left singular vectors U [m, k] = W V S, and Z = W^T U [n, k].

@@ -19,6 +19,7 @@ from compaware_kernels.gpu.program import TYPES, Product, Program
 from compaware_kernels.gpu.schedule import schedule
 from compaware_kernels.gpu.sizes import width
 from compaware_kernels.gpu.tables import PAIRS, PROBES, ROOT_PAIRS
+from compaware_kernels.triton.program import PROGRAMS
 
 
 class Gpu(NamedTuple):
@@ -26,7 +27,6 @@ class Gpu(NamedTuple):
     tf32: float  # dense flop/s of the tensor cores
     wide: float  # fp64 flop/s of Triton's tl.dot: tensor cores on sm_80 and sm_90, else the FMA units
     fp64: float  # flop/s of the FMA units
-    resident: int  # Triton programs on a multiprocessor
 
     @property
     def lanes(self) -> float:
@@ -37,11 +37,11 @@ class Gpu(NamedTuple):
 H100 = CHIPS["H100 SXM"]
 RTX_5090 = Chip(209.5e12, 1.792e12, 15.9e12, 96e6, 170, 2.407e9)
 GPUS = {
-    "A100 80 GB SXM": Gpu(CHIPS["A100 80 GB SXM"], 156e12, 19.5e12, 9.7e12, 2),
-    "H100 SXM": Gpu(H100, 494.5e12, 67e12, 33.5e12, 2),
-    "H200 SXM": Gpu(H100._replace(dram=4.8e12), 494.5e12, 67e12, 33.5e12, 2),
-    "B200": Gpu(CHIPS["B200"], 1100e12, 37e12, 37e12, 2),
-    "RTX 5090": Gpu(RTX_5090, 104.8e12, 1.64e12, 1.64e12, 2),
+    "A100 80 GB SXM": Gpu(CHIPS["A100 80 GB SXM"], 156e12, 19.5e12, 9.7e12),
+    "H100 SXM": Gpu(H100, 494.5e12, 67e12, 33.5e12),
+    "H200 SXM": Gpu(H100._replace(dram=4.8e12), 494.5e12, 67e12, 33.5e12),
+    "B200": Gpu(CHIPS["B200"], 1100e12, 37e12, 37e12),
+    "RTX 5090": Gpu(RTX_5090, 104.8e12, 1.64e12, 1.64e12),
 }
 BETA = 1e4  # (||W||_F / tau)^2 of a matrix whose rank is not known, unless said
 
@@ -50,7 +50,7 @@ DRAM_LATENCY, WARPS, SCHEDULERS = 0.6e-6, 8, 4
 # Of one block, clocks. Instructions: counted in the machine code for sm_90.
 FMA_SHARE = 0.25  # of its multiprocessor's fp64 rate, in the sums of Cholesky factors and inverses
 COLUMN, DIVISION, FAR = 300, 250, 600  # of a Cholesky factor, of an inverse; from L2 and a barrier
-SWEEPS = {4: 8, 8: 7}  # by bytes of a number
+SWEEPS = {4: 8, 8: 5}  # by bytes of a number
 # Of rows up to this length, so many at a time; a step has so many instructions in fp32, in fp64, and of the fp64 units.
 MEETINGS = ((64, 8, 351, 572, 108), (128, 8, 487, 814, 172), (256, 4, 420, 716, 165))
 TURN = 1000  # least a step takes: sums, angle, rotation
@@ -188,7 +188,7 @@ def stages(program: Program) -> Iterator[list[Work]]:
 def stage_time(gpu: Gpu, works: Sequence[Work]) -> tuple[float, str]:
     """Seconds, and what bounds them."""
     chip = gpu.chip
-    slots, tiles = gpu.resident * chip.multiprocessors, sum(work.tiles for work in works)
+    slots, tiles = PROGRAMS * chip.multiprocessors, sum(work.tiles for work in works)
     busy = min(1, tiles / chip.multiprocessors)
     rate = {True: gpu.wide * TENSOR_SHARE, False: gpu.tf32 * TENSOR_SHARE}
     once, again = (sum(sizes) for sizes in zip(*(work.moved() for work in works), strict=True))
@@ -207,7 +207,8 @@ def stage_time(gpu: Gpu, works: Sequence[Work]) -> tuple[float, str]:
     return WAIT + bounds[bound], bound
 
 
-def program_launch(gpu: Gpu, name: str, program: Program, gates: set[int]) -> Launch:
+def program_launch(gpu: Gpu, name: str, program: Program, gates: set[int], sleeps: bool) -> Launch:
+    """``sleeps``: nothing is looked at if no gate is open."""
     parts, left_out = [], 0
     for number, works in enumerate(stages(program), 1):
         live = [work for work in works if work.product.gate is None or id(work.product.gate) in gates]
@@ -215,8 +216,8 @@ def program_launch(gpu: Gpu, name: str, program: Program, gates: set[int]) -> La
         if live:
             size, flops = sum(work.moved()[0] for work in live), sum(work.flops for work in live)
             parts.append(Part(f"{name}, stage {number}", flops, size, *stage_time(gpu, live)))
-    gated = ceil(left_out / (gpu.resident * gpu.chip.multiprocessors)) * GATED
-    return Launch(name, parts, program.tiles, gated)
+    waves = 1 if sleeps and not parts else ceil(left_out / (PROGRAMS * gpu.chip.multiprocessors))
+    return Launch(name, parts, program.tiles, waves * GATED)
 
 
 # --- one block a matrix -----------------------------------------------------------------------------------------------
@@ -326,5 +327,9 @@ def predict(gpu: Gpu, plan: Plan, beta: float = BETA) -> Predicted:
         if isinstance(entry, str):
             found.append(kernel_launch(gpu, entry, plan))
         else:
-            found.append(program_launch(gpu, f"program {1 + plan.programs.index(entry)}", entry, gates))
+            found.append(
+                program_launch(
+                    gpu, f"program {1 + plan.programs.index(entry)}", entry, gates, entry is plan.programs[-1]
+                )
+            )
     return Predicted(found)

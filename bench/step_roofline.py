@@ -35,10 +35,10 @@ loop at least. What a stage touches stays in L2 if it is below a quarter of it. 
 the GFLOP shown.
 
 One block a matrix, 256 threads, at {share:.0%} of its multiprocessor's fp64 FMA rate in Cholesky factors (k^3 / 3
-flops, and {column} clocks a column) and inverses (k^3, {division} a row). Jacobi: {sweeps} sweeps (counted in numpy, on
-spectra of `bench/workloads.py`: 6 or 7), the instructions of a step counted in the machine code for sm_90, {turn}
-clocks a step at least. {normal} instructions a random number; judge: {row} clocks a row of 32 probes, {summand} an
-element of a thread's sum of squares. These clocks are guesses, within a factor of two perhaps.
+flops, and {column} clocks a column) and inverses (k^3, {division} a row). Jacobi: {sweeps} sweeps, as many as it
+may take (in numpy 6 or 7 on spectra of `bench/workloads.py`), the instructions of a step counted in the machine
+code for sm_90, {turn} clocks a step at least. {normal} instructions a random number; judge: {row} clocks a row of
+32 probes, {summand} an element of a thread's sum of squares. These clocks are guesses, within a factor of two perhaps.
 """
 COLUMNS = ("", "GFLOP", "MB", "stages", "tiles", "us", "bound by")
 
@@ -93,7 +93,7 @@ def notes() -> str:
         "normal": model.NORMAL,
         "row": model.JUDGE_ROW,
     }
-    counts = {"sweeps": model.SWEEPS[8], "summand": model.SUMMAND, "resident": GPUS["H100 SXM"].resident}
+    counts = {"sweeps": model.SWEEPS[8], "summand": model.SUMMAND, "resident": model.PROGRAMS}
     return NOTES.format(rank=RANK, norm=model.BETA**0.5, chips=sheet(), **shares, **times, **clocks, **counts)
 
 

@@ -1,4 +1,4 @@
-"""What the engine must do on a GPU: test_gpu_engine.py runs it there, engine_emulated.py on the CPU, as far as it goes."""
+"""What the engine must do on a GPU: test_gpu_engine.py runs it there, engine_emulated.py, as far as it goes, here."""
 
 import copy
 from contextlib import nullcontext

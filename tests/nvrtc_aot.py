@@ -69,7 +69,7 @@ def codes(arch: str, source: str = ALL) -> dict[str, Code]:
 
 
 def parse(log: str) -> dict[str, Code]:
-    """What ``ptxas -v`` says."""
+    """What ``ptxas -v`` says. After each kernel come the functions that it calls."""
     found = {}
     for part in re.split(r"Compiling entry function '", log)[1:]:
         stack, stores, loads = (

@@ -9,12 +9,13 @@ pytestmark = pytest.mark.skipif(aot.nvrtc() is None, reason="nvidia-cuda-nvrtc i
 
 MANY_NUMBERS = """
 #include "portable.h"
-CK_KERNEL(1024) ck_many(double* x) {
+INLINE __device__ void turn(double* x) {
   double v[64];
   for (int i = 0; i < 64; ++i) v[i] = x[i * 1024 + threadIdx.x];
   __syncthreads();
   for (int i = 0; i < 64; ++i) x[i * 1024 + threadIdx.x] = v[63 - i] * v[i];
-}"""
+}
+CK_KERNEL(1024) ck_many(double* x) { turn(x); }"""
 MUCH_SHARED = """
 #include "portable.h"
 CK_KERNEL(32) ck_much(float* x) {
@@ -42,8 +43,9 @@ def test_every_kernel_can_be_launched():
     assert set(re.findall(r"X\((ck_\w+)\)", table)) == declared()
 
 
-def test_spills_show():
-    (found,) = aot.problems(aot.codes("90a", MANY_NUMBERS)["ck_many"])
+@pytest.mark.parametrize("inline", ["__forceinline__", "__noinline__"])
+def test_spills_show(inline):
+    (found,) = aot.problems(aot.codes("90a", MANY_NUMBERS.replace("INLINE", inline))["ck_many"])
     assert re.fullmatch(r"\d+ bytes of spills", found)
 
 

@@ -173,7 +173,11 @@ class Programs:
 
     def __init__(self, kernel):
         self.kernel, self.started = kernel, []
-        self.__name__, self.__globals__, self.__signature__ = kernel.__name__, kernel.__globals__, inspect.signature(kernel)
+        self.__name__, self.__globals__, self.__signature__ = (
+            kernel.__name__,
+            kernel.__globals__,
+            inspect.signature(kernel),
+        )
 
     def __call__(self, **arguments):
         builder = interpreter.interpreter_builder

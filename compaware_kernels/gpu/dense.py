@@ -10,8 +10,8 @@ root of the first R. beta is ``||W||_F^2 / tau^2 + 1``; steps that only serve la
 
 All in fp64. Rounding in X is some ``2^-53 beta``, and W M^(-1/2) moves by no more than tau times that: the products
 meet a tolerance of 1e-3 for ``||W||_F`` up to 1e6 tau. M is at least I, so its inverse root is stable. An eigenvalue x
-of X at which S is s, not +-1, gives ``m = max(x, 1) - |x - 1| (1 - |s|) / 2``; and one of Y where ``y^2 m = 1 - e`` is wrong
-by at most ``e m^(-1/2)``. Together the result moves, in the Frobenius norm, by at most
+of X at which S is s, not +-1, gives ``m = max(x, 1) - |x - 1| (1 - |s|) / 2``; and one of Y where ``y^2 m = 1 - e``
+is wrong by at most ``e m^(-1/2)``. Together the result moves, in the Frobenius norm, by at most
 
     ``tau (||(X - I)(I - S^2)|| / 4 + ||I - Y M Y||)``,
 

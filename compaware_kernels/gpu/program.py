@@ -104,7 +104,7 @@ class Program:
         self.counters = 1 + layers  # int32, zero before every run
         self.tensors: list[Tensor] = []  # all that the tables point to
         self._products: list[Product] = []
-        self._stage, self._awake = 0, awake
+        self.awake, self._stage = awake, 0
 
     def multiply(
         self,
@@ -186,8 +186,7 @@ class Program:
         self._problems = torch.tensor(problems, dtype=torch.int64).reshape(-1, 24).to(device)
         self._tiles = torch.tensor(tiles, dtype=torch.int32).reshape(-1, 4).to(device)
         self.tiles = len(tiles)
-        if self._awake is None:
-            self._awake = torch.ones(1, dtype=torch.int32, device=device)
+        self._awake = torch.ones(1, dtype=torch.int32, device=device) if self.awake is None else self.awake
         self.tensors.append(self._awake)
         return self
 

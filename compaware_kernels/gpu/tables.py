@@ -23,8 +23,8 @@ METHODS = ("zero", "jacobi, fp32", "jacobi, fp64", "none", "subspace", "products
 
 LAYER = (
     "W", "dtype", "m", "n", "k", "number", "tau", "partial", "partials", "report", "s", "gates", "awake",
-    "coefficients", "omega", "V", "G", "scratch", "S", "H", "L", "mu", "Qs", "Qv", "Qf", "inside", "scaled", "F", "left", "skew_U",
-    "skew_V", "first", "powers", "restart", "diagonal", "sign_check", "root_check",
+    "coefficients", "omega", "V", "G", "scratch", "S", "H", "L", "mu", "Qs", "Qv", "Qf", "inside", "scaled", "F",
+    "left", "skew_U", "skew_V", "first", "powers", "restart", "diagonal", "sign_check", "root_check",
 )  # fmt: skip
 SMALL = ("W", "dtype", "m", "n", "row", "col", "tau", "s", "error", "rank", "method")
 CHUNK = ("W", "dtype", "first", "count")

@@ -29,7 +29,7 @@ CK_DEVICE Philox philox(Philox counter, uint32_t key0, uint32_t key1) {
 }
 
 // A standard normal number for each (seed, call, stream, index), of call and stream the low 32 bits.
-CK_DEVICE double normal(uint64_t seed, uint64_t call, uint64_t stream, uint64_t index) {
+__noinline__ CK_DEVICE double normal(uint64_t seed, uint64_t call, uint64_t stream, uint64_t index) {
   const uint64_t pair = index / 2;
   const Philox bits = philox({{uint32_t(pair), uint32_t(pair >> 32), uint32_t(stream), uint32_t(call)}},
                              uint32_t(seed), uint32_t(seed >> 32));

@@ -157,22 +157,16 @@ struct Tile {
 constexpr int kTopExponent = 48;       // rows are scaled to entries below 2^48:
 constexpr float kNullRow = 0x1p-104f;  // squares of norms from here on, and ratios of norms, are in the range of fp32
 
-template <class C>
-struct Goal {
-  C cosine;  // two rows are orthogonal up to here,
-  C floor;   // and need not be, if both have squared norms up to here
-};
-
 CK_DEVICE float inverse(float x) { return rsqrt(x) * rsqrt(x); }  // of a positive number; no division is as fast
 
 // What makes rows with squared norms a, b and product d orthogonal, the longer of which comes first then (de Rijk
 // 1989: saves sweeps), and its effect on a and b. fp32 will do for the angle: an error leaves some of d to the next
 // sweep. But to tan(angle / 2) belongs its sine in C, or the rows would change their lengths.
 template <class C>
-CK_DEVICE Turn<C> find_turn(C& a, C& b, C d, const Goal<C>& goal) {
+CK_DEVICE Turn<C> find_turn(C& a, C& b, C d, C tol) {
   const float scale = rsqrt(static_cast<float>(a)) * rsqrt(static_cast<float>(b));
   const C cosine = d * C(scale);
-  if (!(min(a, b) > kNullRow && max(a, b) > goal.floor && fabs(cosine) > goal.cosine)) return {0, 0, false};
+  if (!(min(a, b) > kNullRow && fabs(cosine) > tol)) return {0, 0, false};
   const float g = 2 * static_cast<float>(cosine), w = static_cast<float>(b - a) * scale, size = fabs(w);
   const float squares = w * w + g * g, root = size < 1e9f ? squares * rsqrt(squares) : size;
   const float slope = copysign(2 * inverse(size + root), w), tangent = static_cast<float>(cosine) * slope;
@@ -200,7 +194,7 @@ CK_DEVICE void turn_in_place(const Rows<C>& M, const Meeting& meeting, int step,
 
 // All pairs of two groups, by a warp. Returns whether any was turned. V: rows that take the same turns.
 template <int kPairs, int kDeep, class C>
-CK_DEVICE bool meet(const Rows<C>& A, const Rows<C>& V, const Across<kPairs>& meeting, const Goal<C>& goal) {
+CK_DEVICE bool meet(const Rows<C>& A, const Rows<C>& V, const Across<kPairs>& meeting, C tol) {
   Tile<kPairs, kDeep, C> tile;
   tile.load(A, meeting, 0, 0);
   C x[kPairs] = {}, y[kPairs] = {};
@@ -211,7 +205,7 @@ CK_DEVICE bool meet(const Rows<C>& A, const Rows<C>& V, const Across<kPairs>& me
   for (int step = 0; step < meeting.kSteps; ++step) {
     C products[kPairs] = {};
     tile.add_products(products);
-    const Turn<C> own = find_turn(a, b, spread_sum(products), goal);
+    const Turn<C> own = find_turn(a, b, spread_sum(products), tol);
     if (__any_sync(kAllLanes, own.half != 0)) {
       const unsigned swaps = __ballot_sync(kAllLanes, own.swap);
       tile.turn(own, swaps);
@@ -226,7 +220,7 @@ CK_DEVICE bool meet(const Rows<C>& A, const Rows<C>& V, const Across<kPairs>& me
 }
 // The same with rows left where they are.
 template <int kPairs, class C, class Meeting>
-CK_DEVICE bool meet_in_place(const Rows<C>& A, const Rows<C>& V, const Meeting& meeting, const Goal<C>& goal) {
+CK_DEVICE bool meet_in_place(const Rows<C>& A, const Rows<C>& V, const Meeting& meeting, C tol) {
   bool turned = false;
   for (int step = 0; step < meeting.kSteps; ++step) {
     C x[kPairs] = {}, y[kPairs] = {}, products[kPairs] = {};
@@ -237,7 +231,7 @@ CK_DEVICE bool meet_in_place(const Rows<C>& A, const Rows<C>& V, const Meeting& 
       tile.add_products(products);
     }
     C a = spread_sum(x), b = spread_sum(y);
-    const Turn<C> own = find_turn(a, b, spread_sum(products), goal);
+    const Turn<C> own = find_turn(a, b, spread_sum(products), tol);
     if (!__any_sync(kAllLanes, own.half != 0)) continue;
     const unsigned swaps = __ballot_sync(kAllLanes, own.swap);
     turn_in_place<kPairs>(A, meeting, step, own, swaps);
@@ -251,7 +245,7 @@ CK_DEVICE bool meet_in_place(const Rows<C>& A, const Rows<C>& V, const Meeting& 
 // sweep, this does what a loop over p < q would (and rounds in which all meet once, in another order, need more).
 // Returns whether any pair was turned.
 template <int kGroup, int kDeep, class C>
-__noinline__ CK_DEVICE bool sweep(Rows<C> A, Rows<C> V, Goal<C> goal) {
+__noinline__ CK_DEVICE bool sweep(Rows<C> A, Rows<C> V, C tol) {
   const int groups = (A.count + kGroup - 1) / kGroup;
   bool turned = false;
   for (int round = 0; round < groups; ++round) {
@@ -259,9 +253,9 @@ __noinline__ CK_DEVICE bool sweep(Rows<C> A, Rows<C> V, Goal<C> goal) {
     for (int i = warp_index(); i < meetings; i += warp_count()) {
       const int p = (round / 2 + groups - i) % groups, q = (round - round / 2 + i) % groups;
       const int x = min(p, q) * kGroup, y = max(p, q) * kGroup;
-      if constexpr (kDeep == 0) turned |= x < y && meet_in_place<1>(A, V, Across<1>{x, y}, goal);
-      else if (x < y) turned |= meet<kGroup, kDeep>(A, V, Across<kGroup>{x, y}, goal);
-      else turned |= meet_in_place<kGroup / 2>(A, V, Within<kGroup / 2>{x}, goal);
+      if constexpr (kDeep == 0) turned |= x < y && meet_in_place<1>(A, V, Across<1>{x, y}, tol);
+      else if (x < y) turned |= meet<kGroup, kDeep>(A, V, Across<kGroup>{x, y}, tol);
+      else turned |= meet_in_place<kGroup / 2>(A, V, Within<kGroup / 2>{x}, tol);
     }
     __syncthreads();
   }
@@ -270,12 +264,12 @@ __noinline__ CK_DEVICE bool sweep(Rows<C> A, Rows<C> V, Goal<C> goal) {
 
 // As many rows at a time as there are registers for.
 template <class C>
-CK_DEVICE bool sweep(const Rows<C>& A, const Rows<C>& V, const Goal<C>& goal) {
-  if (A.length <= 2 * kLanes) return sweep<8, 2>(A, V, goal);
-  if (A.length <= 4 * kLanes) return sweep<8, 4>(A, V, goal);
-  if (A.length <= 5 * kLanes) return sweep<sizeof(C) == 4 ? 8 : 4, 5>(A, V, goal);
-  if (A.length <= 8 * kLanes) return sweep<4, 8>(A, V, goal);
-  return sweep<1, 0>(A, V, goal);
+CK_DEVICE bool sweep(const Rows<C>& A, const Rows<C>& V, C tol) {
+  if (A.length <= 2 * kLanes) return sweep<8, 2>(A, V, tol);
+  if (A.length <= 4 * kLanes) return sweep<8, 4>(A, V, tol);
+  if (A.length <= 5 * kLanes) return sweep<sizeof(C) == 4 ? 8 : 4, 5>(A, V, tol);
+  if (A.length <= 8 * kLanes) return sweep<4, 8>(A, V, tol);
+  return sweep<1, 0>(A, V, tol);
 }
 
 template <class C>
@@ -301,20 +295,17 @@ CK_DEVICE C largest_entry(const Rows<C>& A) {
 
 // Turns pairs of rows of A [count, length] until all are orthogonal to rounding, |a_i a_j| <= c |a_i| |a_j| with
 // c = eps sqrt(length), down to 2^-100 of the longest; the rows of V [count, v_length] (null: none) turn with them.
-// Two rows that are both no longer than `floor` are left alone. Strides: from row to row. Returns how many of at most
-// `sweeps` turned anything; the last must find that nothing is left.
+// Strides: from row to row. Returns how many of at most `sweeps` sweeps turned anything.
 template <class C>
-CK_DEVICE int jacobi(C* A, int count, int length, int stride, C* V, int v_length, int v_stride, int sweeps,
-                     double floor = 0) {
+CK_DEVICE int jacobi(C* A, int count, int length, int stride, C* V, int v_length, int v_stride, int sweeps) {
   const Rows<C> rows{A, count, length, stride}, others{V, count, V ? v_length : 0, v_stride};
   const C largest = largest_entry(rows);
   if (!(largest > 0 && is_finite(largest))) return 0;
   int exponent = 0, used = 0;
   frexp(largest, &exponent);
   scale_rows(rows, kTopExponent - exponent);
-  const C scaled = C(ldexp(floor, kTopExponent - exponent)), eps = sizeof(C) == 4 ? C(0x1p-23) : C(0x1p-52);
-  const Goal<C> goal{eps * sqrt(C(max(length, 16))), scaled * scaled};
-  while (used < sweeps && sweep(rows, others, goal)) ++used;
+  const C tol = (sizeof(C) == 4 ? C(0x1p-23) : C(0x1p-52)) * sqrt(C(max(length, 16)));
+  while (used < sweeps && sweep(rows, others, tol)) ++used;
   scale_rows(rows, exponent - kTopExponent);
   return used;
 }

@@ -99,12 +99,9 @@ struct Factors {
 template <class C>
 CK_DEVICE void decompose(const Small& job, const Scale& scale, const Factors<C>& f, Spectrum& spectrum) {
   const int m = int(job.m), n = int(job.n);
-  const double unit = sizeof(C) == 4 ? 0x1p-24 : 0x1p-53;
   each_element(job, [&](int i, int j) { f.U[j * f.stride + i] = C(scale.down(element(job, i, j))); });
   __syncthreads();
-  // What is as short as that is 0 in the result, all together.
-  const double floor = max(scale.tau, unit * scale.norm) / sqrt(double(n));
-  jacobi<C>(f.U, n, m, f.stride, nullptr, 0, 0, 30, floor);
+  jacobi<C>(f.U, n, m, f.stride, nullptr, 0, 0, 30);
   for (int k = warp_index(); k < n; k += warp_count()) {
     C* u = f.U + k * f.stride;
     double sum = 0;
@@ -144,7 +141,8 @@ CK_DEVICE void project(const Small& job, const Scale& scale, const Factors<C>& f
     }
     for (int j = 0; j < kAcross; ++j) {
       for (int offset = width; offset < kLanes; offset *= 2) sum[j] += __shfl_xor_sync(kAllLanes, sum[j], offset);
-      if (k < n && left + j < n) f.Y[k * n + left + j] = sum[j] * second * C(spectrum.gain[k]);
+      if (lane_index() < width && k < n && left + j < n)
+        f.Y[k * n + left + j] = sum[j] * second * C(spectrum.gain[k]);
     }
   }
   __syncthreads();

@@ -15,6 +15,7 @@ namespace compaware {
 constexpr double kUnit32 = 5.9604644775390625e-8, kUnit64 = 1.1102230246251565e-16;
 constexpr double kNear = 0.8;            // of tau: triplets from here on are checked as if they were wanted
 constexpr double kMargin = 1.25;         // for an estimate of the spectral norm
+constexpr int kSweeps = 5;               // leave some 1e-9 of angles; what they leave, `judge` sees
 constexpr double kLost = 1e-7;           // of the largest: singular values below are rounding
 constexpr double kDependent = 1e-12;     // of a squared length: what is left of a column that depends on others
 constexpr double kFactor = 0.632036736;  // ||R||_F <= kFactor ||R Omega||_F, but for a probability of 5e-12
@@ -167,7 +168,7 @@ CK_DEVICE void eigen(const Layer& layer, double* rows, double* norms, int* place
   cholesky(layer.L, k, 1e-24);
   for (int64_t i = threadIdx.x; i < int64_t(k) * k; i += blockDim.x) rows[i] = layer.L[i % k * k + i / k];
   __syncthreads();
-  jacobi<double>(rows, k, k, k, nullptr, 0, 0, 5);
+  jacobi<double>(rows, k, k, k, nullptr, 0, 0, kSweeps);
   for (int j = threadIdx.x; j < k; j += blockDim.x) {
     double sum = 0;
     for (int i = 0; i < k; ++i) sum += rows[j * k + i] * rows[j * k + i];
@@ -348,9 +349,11 @@ namespace compaware {
 
 // Directions in which W has nothing now, but may have later.
 CK_DEVICE void refill(const Layer& layer, const double* call) {
-  for (int64_t i = threadIdx.x; i < layer.n * layer.k; i += blockDim.x)
-    if (!(layer.mu[i % layer.k] > kLost * layer.mu[0]))
-      layer.V[i] = float(normal(int64_t(call[0]), int64_t(call[1]), 2 * layer.number + 1, i));
+  for (int64_t j = 0; j < layer.k; ++j) {
+    if (layer.mu[j] > kLost * layer.mu[0]) continue;
+    for (int64_t i = threadIdx.x; i < layer.n; i += blockDim.x)
+      layer.V[i * layer.k + j] = float(normal(int64_t(call[0]), int64_t(call[1]), ~(layer.number + (j << 20)), i));
+  }
 }
 
 }  // namespace compaware

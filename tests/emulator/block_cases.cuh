@@ -13,24 +13,24 @@ CK_KERNEL(1024) ck_case_inverse(const double* L, int64_t n, double* S) {
 
 template <class C>
 CK_DEVICE void jacobi_case(C* A, int64_t count, int64_t length, int64_t stride, C* V, int64_t v_length,
-                           int64_t v_stride, int64_t sweeps, double floor, int64_t in_shared, int64_t* used) {
+                           int64_t v_stride, int64_t sweeps, int64_t in_shared, int64_t* used) {
   CK_SHARED(C, rows);
   for (int64_t i = threadIdx.x; in_shared && i < count * stride; i += blockDim.x) rows[i] = A[i];
   __syncthreads();
   const int found = compaware::jacobi<C>(in_shared ? rows : A, int(count), int(length), int(stride), V, int(v_length),
-                                         int(v_stride), int(sweeps), floor);
+                                         int(v_stride), int(sweeps));
   for (int64_t i = threadIdx.x; in_shared && i < count * stride; i += blockDim.x) A[i] = rows[i];
   if (threadIdx.x == 0) *used = found;
 }
 
 CK_KERNEL(256) ck_case_jacobi32(float* A, int64_t count, int64_t length, int64_t stride, float* V, int64_t v_length,
-                                int64_t v_stride, int64_t sweeps, double floor, int64_t in_shared, int64_t* used) {
-  jacobi_case<float>(A, count, length, stride, V, v_length, v_stride, sweeps, floor, in_shared, used);
+                                int64_t v_stride, int64_t sweeps, int64_t in_shared, int64_t* used) {
+  jacobi_case<float>(A, count, length, stride, V, v_length, v_stride, sweeps, in_shared, used);
 }
 
 CK_KERNEL(256) ck_case_jacobi64(double* A, int64_t count, int64_t length, int64_t stride, double* V, int64_t v_length,
-                                int64_t v_stride, int64_t sweeps, double floor, int64_t in_shared, int64_t* used) {
-  jacobi_case<double>(A, count, length, stride, V, v_length, v_stride, sweeps, floor, in_shared, used);
+                                int64_t v_stride, int64_t sweeps, int64_t in_shared, int64_t* used) {
+  jacobi_case<double>(A, count, length, stride, V, v_length, v_stride, sweeps, in_shared, used);
 }
 
 // sums [2]: of x [n], and of its squares; largest: of x.

@@ -51,7 +51,7 @@ lint: .venv/pins
 # What can be known of the GPU's kernels on any machine, 15 minutes; then what takes a GPU, skipped where there is none.
 gpu-check: .venv/built
 	@failed=0; \
-	$(BIN)/pytest -m "not gpu" $(LADDER) || failed=1; \
+	COMPAWARE_LADDER=1 $(BIN)/pytest -m "not gpu" $(LADDER) || failed=1; \
 	$(BIN)/pytest -m gpu -rs || failed=1; \
 	echo; echo "Run on any machine (Triton kernels interpreted; CUDA kernels emulated, also under sanitizers; both compiled"; \
 	echo "for every GPU, without one): $(notdir $(LADDER))"; \

@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 
 
+LONG = "minutes: make gpu-check runs it"
+pytestmark = pytest.mark.skipif(not os.environ.get("COMPAWARE_LADDER"), reason=LONG)
+
+
 def test_under_interpreter_and_emulator():
     pytest.importorskip("triton")
     file = Path(__file__).with_name("engine_emulated.py")

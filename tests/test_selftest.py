@@ -15,6 +15,9 @@ from compaware_kernels import cli
 from compaware_kernels import triton as triton_ops
 from compaware_kernels.gpu import engine, kernels, selftest, verdicts
 
+LONG = "minutes: make gpu-check runs it"
+pytestmark = pytest.mark.skipif(not os.environ.get("COMPAWARE_LADDER"), reason=LONG)
+
 EMULATED = Path(__file__).with_name("selftest_emulated.py")
 CPU = torch.device("cpu")
 PATTERNS = {"shrink": "*", "low rank": "*", "step": "matrix program*"}  # step, other: a few seconds each

@@ -169,7 +169,8 @@ def shrink_all(
     keys = list(names or map(str, range(len(weights))))
     device = weights[0].device
     engine = state.engines.get(device)
-    widths = engine.wanted() if engine else {}
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()  # no event may be asked then
+    widths = engine.wanted() if engine and not capturing else {}
     if engine is None or widths or not engine.serves(weights, state):
         engine = state.engines[device] = Engine(weights, keys, state, widths)
     engine.run(taus, state, tol)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-
 LONG = "minutes: make gpu-check runs it"
 pytestmark = pytest.mark.skipif(not os.environ.get("COMPAWARE_LADDER"), reason=LONG)
 

@@ -19,7 +19,6 @@ from compaware_kernels.gpu.program import TYPES, Product, Program
 from compaware_kernels.gpu.schedule import schedule
 from compaware_kernels.gpu.sizes import width
 from compaware_kernels.gpu.tables import PAIRS, PROBES, ROOT_PAIRS
-from compaware_kernels.triton.program import PROGRAMS
 
 
 class Gpu(NamedTuple):
@@ -45,6 +44,7 @@ GPUS = {
 }
 BETA = 1e4  # (||W||_F / tau)^2 of a matrix whose rank is not known, unless said
 
+RESIDENT = 2  # Triton programs that a multiprocessor has the registers for
 LAUNCH, WAIT, GATED = 3e-6, 3e-6, 1.5e-6  # s: a launch; ticket, wait and signal of a stage; a tile that is left out
 DRAM_LATENCY, WARPS, SCHEDULERS = 0.6e-6, 8, 4
 # Of one block, clocks. Instructions: counted in the machine code for sm_90.
@@ -52,7 +52,7 @@ FMA_SHARE = 0.25  # of its multiprocessor's fp64 rate, in the sums of Cholesky f
 COLUMN, DIVISION, FAR = 300, 250, 600  # of a Cholesky factor, of an inverse; from L2 and a barrier
 SWEEPS = {4: 8, 8: 5}  # by bytes of a number
 # Of rows up to this length, so many at a time; a step has so many instructions in fp32, in fp64, and of the fp64 units.
-MEETINGS = ((64, 8, 351, 572, 108), (128, 8, 487, 814, 172), (256, 4, 420, 716, 165))
+MEETINGS = ((64, 8, 310, 473, 91), (128, 8, 437, 708, 155), (256, 4, 400, 621, 152))
 TURN = 1000  # least a step takes: sums, angle, rotation
 IN_PLACE = 60  # 32 elements of two rows in global memory
 NORMAL, NORMAL_FP64 = 370, 100  # instructions of a random number
@@ -150,7 +150,7 @@ class Work(NamedTuple):
 
     @property
     def wide(self) -> bool:
-        return TYPES[self.product.kind.accumulator] == torch.float64
+        return TYPES[self.product.group.accumulator] == torch.float64
 
     @property
     def tiles(self) -> int:
@@ -163,8 +163,8 @@ class Work(NamedTuple):
     @property
     def tile_flops(self) -> float:
         """Of one tile with its padding; three tf32 products make one of fp32."""
-        kind = self.product.kind
-        return 2 * kind.BM * kind.BN * kind.BK * self.steps * (1 if self.wide else 3)
+        group, BK = self.product.group, self.product.loop.BK
+        return 2 * group.BM * group.BN * BK * self.steps * (1 if self.wide else 3)
 
     def moved(self) -> tuple[int, int]:
         """Bytes: each operand once, and what all tiles read and write."""
@@ -179,7 +179,7 @@ def stages(program: Program) -> Iterator[list[Work]]:
     for _, pairs in groupby(zip(program._products, program._lengths(), strict=True), lambda pair: pair[0].stage):
         yield [
             Work(
-                product, ceil(min(length, product.sizes[2]) / product.kind.BK), max(1, ceil(product.sizes[2] / length))
+                product, ceil(min(length, product.sizes[2]) / product.loop.BK), max(1, ceil(product.sizes[2] / length))
             )
             for product, length in pairs
         ]
@@ -188,7 +188,7 @@ def stages(program: Program) -> Iterator[list[Work]]:
 def stage_time(gpu: Gpu, works: Sequence[Work]) -> tuple[float, str]:
     """Seconds, and what bounds them."""
     chip = gpu.chip
-    slots, tiles = PROGRAMS * chip.multiprocessors, sum(work.tiles for work in works)
+    slots, tiles = RESIDENT * chip.multiprocessors, sum(work.tiles for work in works)
     busy = min(1, tiles / chip.multiprocessors)
     rate = {True: gpu.wide * TENSOR_SHARE, False: gpu.tf32 * TENSOR_SHARE}
     once, again = (sum(sizes) for sizes in zip(*(work.moved() for work in works), strict=True))
@@ -216,7 +216,7 @@ def program_launch(gpu: Gpu, name: str, program: Program, gates: set[int], sleep
         if live:
             size, flops = sum(work.moved()[0] for work in live), sum(work.flops for work in live)
             parts.append(Part(f"{name}, stage {number}", flops, size, *stage_time(gpu, live)))
-    waves = 1 if sleeps and not parts else ceil(left_out / (PROGRAMS * gpu.chip.multiprocessors))
+    waves = 1 if sleeps and not parts else ceil(left_out / (RESIDENT * gpu.chip.multiprocessors))
     return Launch(name, parts, program.tiles, waves * GATED)
 
 

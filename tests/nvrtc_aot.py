@@ -73,7 +73,8 @@ def parse(log: str) -> dict[str, Code]:
     found = {}
     for part in re.split(r"Compiling entry function '", log)[1:]:
         stack, stores, loads = (
-            int(re.search(rf"(\d+) bytes {what}", part)[1]) for what in ("stack frame", "spill stores", "spill loads")
+            sum(map(int, re.findall(rf"(\d+) bytes {what}", part)))
+            for what in ("stack frame", "spill stores", "spill loads")
         )
         shared = re.search(r"(\d+) bytes smem", part)
         registers = int(re.search(r"Used (\d+) registers", part)[1])

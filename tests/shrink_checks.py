@@ -90,6 +90,15 @@ def check_in_place(name, device):
         assert W._version > versions[i], "autograd must see the change"
 
 
+def check_long_list(name, device):
+    """More weights than one CUDA launch takes."""
+    weights = [weight((2, 3), torch.float32, device, seed) for seed in range(800)]
+    taus = thresholds(OPS[name], (len(weights),), device=device)
+    wanted = [op(name)(W, *(tau[i] for tau in taus)) for i, W in enumerate(weights)]
+    op(name + "_")(weights, *taus)
+    assert all(map(torch.equal, weights, wanted))
+
+
 def check_shared_memory(name, device):
     """Tied weights: every entry is computed from the weights as they came, the last one is what stays."""
     base = weight((40, 50), torch.float32, device)

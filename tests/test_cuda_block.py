@@ -105,9 +105,8 @@ def test_thread_count_does_not_change_a_bit(n):
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
-@SANITIZERS
-def test_factors_without_races(sanitizer):
-    n = 34
+@pytest.mark.parametrize("sanitizer, n", [("thread", 34), ("address", 34), ("address", 160)])
+def test_factors_without_races(sanitizer, n):
     B = normal(2, n + 5, n)
     L, S = B.mT @ B, torch.full((2, n, n), math.nan, dtype=torch.float64)
     launches = [Launch("ck_case_cholesky", 2, 64, 0, [L, n, 1e-10]), Launch("ck_case_inverse", 2, 64, 0, [L, n, S])]
@@ -169,7 +168,7 @@ def test_jacobi(shape, spectrum, dtype):
         A = with_spectrum(*shape, ROW_SPECTRA[spectrum](min(shape))).to(dtype)
     rows, V, used = jacobi(A)
     check_jacobi(A, rows, V)
-    assert used <= {"normal": 12, "ties": 13, "zero": 0}.get(spectrum, 24)
+    assert used <= {"normal": 14, "ties": 14, "zero": 0}.get(spectrum, 24)
 
 
 @BOTH

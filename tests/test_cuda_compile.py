@@ -31,14 +31,11 @@ def declared() -> set[str]:
     return {name for text in texts for name in re.findall(r"^CK_KERNEL\(.*?\)\s+(ck_\w+)\(", text, re.MULTILINE)}
 
 
-SPILLS = "ck_orth"  # 16 bytes on sm_80, 40 on sm_90a, around the call that makes random numbers
-
-
 @pytest.mark.parametrize("arch", aot.ARCHS)
 def test_no_kernel_spills(arch):
     codes = aot.codes(arch)
     assert set(codes) == declared()
-    assert not {name: found for name, code in codes.items() if name != SPILLS and (found := aot.problems(code))}
+    assert not {name: found for name, code in codes.items() if (found := aot.problems(code))}
 
 
 def test_every_kernel_can_be_launched():
@@ -46,7 +43,7 @@ def test_every_kernel_can_be_launched():
     assert set(re.findall(r"X\((ck_\w+)\)", table)) == declared()
 
 
-@pytest.mark.parametrize("inline", ["__forceinline__"])
+@pytest.mark.parametrize("inline", ["__forceinline__", "__noinline__"])
 def test_spills_show(inline):
     (found,) = aot.problems(aot.codes("90a", MANY_NUMBERS.replace("INLINE", inline))["ck_many"])
     assert re.fullmatch(r"\d+ bytes of spills", found)

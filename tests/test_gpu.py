@@ -64,6 +64,27 @@ def test_current_stream(name):
     assert torch.equal(got, wanted)
 
 
+def test_long_list(name):
+    checks.check_long_list(name, "cuda")
+
+
+def test_graph(name):
+    """A list shrunk in a graph: a replay reads the weights and thresholds of then, and nothing that has been freed."""
+    weights = [weight((7, 50 + i), torch.float32, "cuda", i) for i in range(20)]
+    fresh, graph = [W.clone() for W in weights], torch.cuda.CUDAGraph()
+    taus = [tau.cuda() for tau in thresholds(OPS[name], (len(weights),))]
+    op(name + "_")(weights, *taus)  # loads the kernel, which a capture may not
+    with torch.cuda.graph(graph):
+        op(name + "_")(weights, *taus)
+    for factor in (1, 3):
+        for W, X in zip(weights, fresh, strict=True):
+            W.copy_(X * factor)
+        garbage = [torch.full((1000,), float("nan"), device="cuda") for _ in range(100)]
+        graph.replay()
+        wanted = [op(name)(X * factor, *(tau[i] for tau in taus)) for i, X in enumerate(fresh)]
+        assert garbage and all(map(torch.equal, weights, wanted))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_second_device(name):
     W = weight((64, 100), torch.float32, "cuda:0")

@@ -166,3 +166,22 @@ def test_another_launcher():
     finally:
         kernels.instead.reset(token)
     assert count.item() == 3 * 64 and kernels.missing()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(no_gpu, reason="torch.cuda.is_available() is False")
+@pytest.mark.parametrize("way", kernels.WAYS)
+def test_on_a_gpu(way, monkeypatch):
+    """Behind what the current stream still has to do; the second time with much shared memory."""
+    monkeypatch.setenv("COMPAWARE_CUDA", way)
+    if reason := kernels.missing():
+        pytest.skip(reason)
+    words = torch.ones(1000, dtype=torch.int32, device="cuda")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for shared in (0, 64 * 1024):
+            torch.cuda._sleep(50_000_000)
+            words.fill_(1)
+            kernels.launch("ck_begin", 1, 256, shared, [0, 0, 0, 0, 0, 0, 0, words, 999])
+            assert words.tolist() == [0] * 999 + [1]
+    with pytest.raises(Exception, match=r"ck_absent|not found"):
+        kernels.launch("ck_absent", 1, 32, 0, [words])

@@ -54,7 +54,7 @@ def test_tiles_are_those_that_are_launched():
         assert sum(work.tiles for work in works) == program.tiles
         assert sum(work.flops for work in works) == program.flops
         for work in works:
-            assert work.steps * work.chunks >= ceil(work.product.sizes[2] / work.product.kind.BK)
+            assert work.steps * work.chunks >= ceil(work.product.sizes[2] / work.product.loop.BK)
             assert work.tiles * work.tile_flops >= work.flops
 
 

@@ -235,3 +235,4 @@ def _(set_grid_dim, self, *dims):
 
 patch(Builder, "set_grid_idx")(lambda set_grid_idx, self, *index: set_grid_idx(self, *next(self.programs)))
 object.__setattr__(interpreter.interpreter_builder.options, "debug", True)  # device_assert asks for it
+tl.condition.__bool__ = lambda self: bool(self.condition)  # else a loop with one never ends

@@ -13,23 +13,33 @@ from torch import Tensor
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FAR = 2**31 // 64  # elements from one row of a tile to the next: offsets within a tile are int32
 VECTOR = 16  # bytes: the widest load
+FIELDS = 26  # of a problem
 LEAST = 16  # steps of the loop over K that are worth a tile
 
 
-class Kind(NamedTuple):
-    """What the kernel is specialised for; types are indices of TYPES, layouts what :func:`layout` says."""
+class Group(NamedTuple):
+    """What tiles of one accumulator have in common; its type is an index of TYPES."""
 
     accumulator: int
+    BM: int
+    BN: int
+
+
+class Loop(NamedTuple):
+    """What the loop over K is specialised for: types, and layouts as :func:`layout` says."""
+
     a: int
     a_layout: int
     b: int
     b_layout: int
-    c: int
-    c_layout: int
-    d_layout: int
-    BM: int
-    BN: int
     BK: int
+
+
+class End(NamedTuple):
+    """What the rest is specialised for."""
+
+    c: int
+    layout: int
 
 
 class Product(NamedTuple):
@@ -43,7 +53,9 @@ class Product(NamedTuple):
     plus: Tensor | None
     coef: Tensor | None
     gate: Tensor | None
-    kind: Kind
+    group: Group
+    loop: Loop
+    end: End
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -53,26 +65,27 @@ class Product(NamedTuple):
     @property
     def steps(self) -> int:
         """Of the loop over K."""
-        return -(-self.A.shape[1] // self.kind.BK)
+        return -(-self.A.shape[1] // self.loop.BK)
 
     def share_bytes(self, chunks: int) -> int:
         """Of the tiles of all shares of the sum."""
-        return math.prod(self.tiles) * chunks * self.kind.BM * self.kind.BN * TYPES[self.kind.accumulator].itemsize
+        size = self.group.BM * self.group.BN * TYPES[self.group.accumulator].itemsize
+        return math.prod(self.tiles) * chunks * size
 
     @property
     def tiles(self) -> tuple[int, int]:
         """How many, down and across."""
-        return -(-self.C.shape[0] // self.kind.BM), -(-self.C.shape[1] // self.kind.BN)
+        return -(-self.C.shape[0] // self.group.BM), -(-self.C.shape[1] // self.group.BN)
 
 
 def layout(X: Tensor) -> int:
-    """1 where rows are contiguous, 2 where columns are, 0 where neither; 3, 4: and whole vectors lie everywhere."""
+    """1 where columns are contiguous, 0 elsewhere; 3, or 2 where rows are, if whole vectors lie everywhere."""
     steps = [1 if size == 1 else step for size, step in zip(X.shape, X.stride(), strict=True)]
     along = max((axis for axis in (1, 0) if steps[axis] == 1), key=lambda axis: X.shape[axis], default=None)
     if along is None:
         return 0
     whole = X.data_ptr(), X.stride(1 - along) * X.itemsize, X.shape[along] * X.itemsize
-    return 2 - along + 2 * all(n % VECTOR == 0 for n in whole)
+    return 1 - along + 2 * all(n % VECTOR == 0 for n in whole)
 
 
 class Program:
@@ -141,15 +154,18 @@ class Program:
             raise ValueError(f"layer must be 0 to {self.layers - 1}; got {layer}")
         if any(max(X.stride()) >= FAR for X in (A, B, C)):
             raise ValueError(f"strides below {FAR} are wanted")
-        if layout(C) in (2, 4):
+        if layout(C) in (1, 3):
             A, B, C, plus = B.T, A.T, C.T, None if plus is None else plus.T
             M, N = N, M
-        accumulator = TYPES.index(torch.float64 if wide else torch.float32)
-        types = [field for X in (A, B, C) for field in (TYPES.index(X.dtype), layout(X))]
-        aligned = min(layout(X) for X in (A, B)) > 2
-        tile = 64, 32 if N <= 32 else 64, 32 if aligned and not wide else 16
-        kind = Kind(accumulator, *types, -1 if plus is None else layout(plus), *tile)
-        product = Product(layer, self._stage, A, B, C, plus, coef, gate, kind)
+        a, b = layout(A), layout(B)
+        vectors = min(a, b) >= 2
+        loop = Loop(
+            *(TYPES.index(A.dtype), a if vectors else a % 2, TYPES.index(B.dtype), b if vectors else b % 2),
+            BK=32 if vectors and not wide else 16,
+        )
+        group = Group(TYPES.index(torch.float64 if wide else torch.float32), 64, 64 if vectors and N > 32 else 32)
+        end = End(TYPES.index(C.dtype), 2 * all(layout(X) == 2 for X in (C, plus) if X is not None))
+        product = Product(layer, self._stage, A, B, C, plus, coef, gate, group, loop, end)
         self._products.append(product)
         self.tensors += [X for X in (A, B, C, plus, coef, gate) if X is not None]
         self.flops += 2 * M * N * K
@@ -161,14 +177,12 @@ class Program:
 
     def build(self, device: torch.device | str) -> Program:
         """Makes the tables on the device; nothing can be listed after."""
-        kinds = sorted({product.kind for product in self._products})
-        self.kinds = tuple(map(tuple, kinds))
         self._products.sort(key=lambda product: (product.stage, -product.sizes[2]))  # what takes longest first
-        lengths = self._lengths()
+        kinds, lengths = self._kinds(), self._lengths()
         shares, arrivals = self._memory(lengths, device)
         before, now, stage, used, waiting = Counter(), Counter(), 0, 0, 0
         problems, tiles = [], []
-        for number, (product, length) in enumerate(zip(self._products, lengths, strict=True)):
+        for number, (product, kind, length) in enumerate(zip(self._products, kinds, lengths, strict=True)):
             if product.stage > stage:
                 before, stage = now.copy(), product.stage
             down, across = product.tiles
@@ -179,16 +193,34 @@ class Program:
             if chunks > 1:
                 used += product.share_bytes(chunks)
                 waiting += down * across
-            which = kinds.index(product.kind), product.layer, before[product.layer], length, chunks
-            problems.append([*pointers, *product.sizes, *steps, *which, *memory])
+            where = product.layer, before[product.layer], length, chunks
+            problems.append([*pointers, *product.sizes, *steps, *kind, *where, *memory])
             tiles += [(number, *at) for at in itertools.product(range(down), range(across), range(chunks))]
             now[product.layer] += down * across * chunks
-        self._problems = torch.tensor(problems, dtype=torch.int64).reshape(-1, 24).to(device)
+        self._problems = torch.tensor(problems, dtype=torch.int64).reshape(-1, FIELDS).to(device)
         self._tiles = torch.tensor(tiles, dtype=torch.int32).reshape(-1, 4).to(device)
         self.tiles = len(tiles)
         self._awake = torch.ones(1, dtype=torch.int32, device=device) if self.awake is None else self.awake
         self.tensors.append(self._awake)
         return self
+
+    def _kinds(self) -> list[tuple[int, int, int]]:
+        """Numbers the groups, loops and ends that there are; those of every product, -1 for the loop where K is 0."""
+        groups = sorted({p.group for p in self._products})
+        loops = sorted({(p.group, p.loop) for p in self._products if p.sizes[2]})
+        ends = sorted({(p.group, p.end) for p in self._products})
+        self.kinds = (
+            tuple(map(tuple, groups)),
+            *(tuple((groups.index(group), *kind) for group, kind in kinds) for kinds in (loops, ends)),
+        )
+        return [
+            (
+                groups.index(p.group),
+                loops.index((p.group, p.loop)) if p.sizes[2] else -1,
+                ends.index((p.group, p.end)),
+            )
+            for p in self._products
+        ]
 
     def _lengths(self) -> list[int]:
         """How much of K one tile of each product sums: no more than keeps the others of its stage busy as long."""
@@ -197,7 +229,7 @@ class Program:
             work[product.stage] += math.prod(product.tiles) * product.steps
         longest = {stage: max(LEAST, -(-steps // self.at_once)) for stage, steps in work.items()}
         parts = [max(1, -(-product.steps // longest[product.stage])) for product in self._products]
-        return [max(1, -(-p.steps // n)) * p.kind.BK for p, n in zip(self._products, parts, strict=True)]
+        return [max(1, -(-p.steps // n)) * p.loop.BK for p, n in zip(self._products, parts, strict=True)]
 
     def _memory(self, lengths: list[int], device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Where the shares of sums lie, and how many of a sum have been stored."""

@@ -14,9 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 PROGRAMS = 4  # on a multiprocessor: what it has room for, or a few more
-FIELDS = tl.constexpr(24)  # of a problem: see ..gpu.program.Program.build
+FIELDS = tl.constexpr(26)  # of a problem: see ..gpu.program.Program.build
 TYPES = tl.constexpr((tl.float32, tl.bfloat16, tl.float16, tl.float64))
 VECTORS = tl.constexpr((4, 8, 8, 2))  # elements of each type in the widest load
+# Layouts: any; columns contiguous; rows, columns contiguous and made of whole vectors.
+ANY, COLUMNS, ROW_VECTORS, COLUMN_VECTORS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
 @triton.jit
@@ -31,11 +33,11 @@ def _matrix(problem, i: tl.constexpr, step: tl.constexpr, TYPE: tl.constexpr, LA
     at = tl.load(problem + i).to(tl.pointer_type(TYPES[TYPE]))
     down, across = tl.load(problem + step), tl.load(problem + step + 1)
     VECTOR: tl.constexpr = VECTORS[TYPE]
-    if LAYOUT > 2:
+    if LAYOUT >= ROW_VECTORS:
         at, down, across = tl.multiple_of(at, 16), _multiple(down, VECTOR), _multiple(across, VECTOR)
-    if LAYOUT == 1 or LAYOUT == 3:
+    if LAYOUT == ROW_VECTORS:
         across = across * 0 + 1
-    if LAYOUT == 2 or LAYOUT == 4:
+    if LAYOUT % 2 == 1:
         down = down * 0 + 1
     return at, down, across
 
@@ -43,12 +45,12 @@ def _matrix(problem, i: tl.constexpr, step: tl.constexpr, TYPE: tl.constexpr, LA
 @triton.jit
 def _offsets(i, down, j, across, LAYOUT: tl.constexpr):
     """Within a tile, in int32."""
-    if LAYOUT == 1 or LAYOUT == 3:
+    if LAYOUT == ROW_VECTORS:
         return i[:, None] * down.to(tl.int32) + j[None, :]
-    elif LAYOUT == 2 or LAYOUT == 4:
-        return i[:, None] + j[None, :] * across.to(tl.int32)
-    else:
+    elif LAYOUT == ANY:
         return i[:, None] * down.to(tl.int32) + j[None, :] * across.to(tl.int32)
+    else:
+        return i[:, None] + j[None, :] * across.to(tl.int32)
 
 
 @triton.jit
@@ -57,52 +59,62 @@ def _tf32(x):
 
 
 @triton.jit
+def _fp64(x):
+    """The compiler stops at fp64 products of what it sees loaded in 16 bits; it does not see through a sum, of one."""
+    NARROW: tl.constexpr = x.dtype.primitive_bitwidth == 16
+    x = x.to(tl.float64)
+    return tl.sum(x[:, :, None], 2) if NARROW else x
+
+
+@triton.jit
 def _multiply(a, b, total, PRECISION: tl.constexpr):
     """total + a b. bf16 and fp16 are tf32 as they are: of fp32 beside them, two parts in tf32 are all but the whole."""
     ACC: tl.constexpr = total.dtype
     A_PARTS: tl.constexpr = a.dtype.primitive_bitwidth // 16
     B_PARTS: tl.constexpr = b.dtype.primitive_bitwidth // 16
-    a, b = a.to(ACC), b.to(ACC)
-    if ACC.primitive_bitwidth == 64 or min(A_PARTS, B_PARTS) > 1:
-        return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=ACC)
+    if ACC.primitive_bitwidth == 64:
+        return tl.dot(_fp64(a), _fp64(b), total, input_precision="ieee", out_dtype=ACC)
+    elif min(A_PARTS, B_PARTS) > 1:
+        return tl.dot(a, b, total, input_precision=PRECISION)
     elif B_PARTS > 1:
         near = _tf32(b)
-        return tl.dot(a, near, tl.dot(a, b - near, total, input_precision="tf32"), input_precision="tf32")
+        total = tl.dot(a.to(ACC), b - near, total, input_precision="tf32")
+        return tl.dot(a.to(ACC), near, total, input_precision="tf32")
     elif A_PARTS > 1:
         near = _tf32(a)
-        return tl.dot(near, b, tl.dot(a - near, b, total, input_precision="tf32"), input_precision="tf32")
+        total = tl.dot(a - near, b.to(ACC), total, input_precision="tf32")
+        return tl.dot(near, b.to(ACC), total, input_precision="tf32")
     else:
-        return tl.dot(a, b, total, input_precision="tf32")
+        return tl.dot(a.to(ACC), b.to(ACC), total, input_precision="tf32")
 
 
 @triton.jit
-def _size(problem, i: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def _size(problem, i: tl.constexpr, TYPE: tl.constexpr, WHOLE: tl.constexpr):
     size = tl.load(problem + i).to(tl.int32)
     VECTOR: tl.constexpr = VECTORS[TYPE]
-    return _multiple(size, VECTOR) if ALIGNED else size
+    return _multiple(size, VECTOR) if WHOLE else size
 
 
 @triton.jit
-def _product(problem, tile, PRECISION: tl.constexpr, KINDS: tl.constexpr, INDEX: tl.constexpr):
-    """A B in one tile, or its share: what a part of K adds."""
-    KIND: tl.constexpr = KINDS[INDEX]
-    ACC: tl.constexpr = TYPES[KIND[0]]
-    A_TYPE: tl.constexpr = KIND[1]
-    A_LAYOUT: tl.constexpr = KIND[2]
-    B_TYPE: tl.constexpr = KIND[3]
-    B_LAYOUT: tl.constexpr = KIND[4]
-    BM: tl.constexpr = KIND[8]
-    BN: tl.constexpr = KIND[9]
-    BK: tl.constexpr = KIND[10]
-    M, N = _size(problem, 6, A_TYPE, A_LAYOUT == 4), _size(problem, 7, B_TYPE, B_LAYOUT == 3)
-    K = _size(problem, 8, A_TYPE, A_LAYOUT == 3)
-    if B_LAYOUT == 4:
+def _product(problem, tile, total, PRECISION: tl.constexpr, LOOPS: tl.constexpr, INDEX: tl.constexpr):
+    """total + A B in one tile, or what a part of K adds to it."""
+    LOOP: tl.constexpr = LOOPS[INDEX]
+    A_TYPE: tl.constexpr = LOOP[1]
+    A_LAYOUT: tl.constexpr = LOOP[2]
+    B_TYPE: tl.constexpr = LOOP[3]
+    B_LAYOUT: tl.constexpr = LOOP[4]
+    BK: tl.constexpr = LOOP[5]
+    BM: tl.constexpr = total.shape[0]
+    BN: tl.constexpr = total.shape[1]
+    M, N = _size(problem, 6, A_TYPE, A_LAYOUT == COLUMN_VECTORS), _size(problem, 7, B_TYPE, B_LAYOUT == ROW_VECTORS)
+    K = _size(problem, 8, A_TYPE, A_LAYOUT == ROW_VECTORS)
+    if B_LAYOUT == COLUMN_VECTORS:
         VECTOR: tl.constexpr = VECTORS[B_TYPE]
         K = _multiple(K, VECTOR)
     A, a_m, a_k = _matrix(problem, 0, 9, A_TYPE, A_LAYOUT)
     B, b_k, b_n = _matrix(problem, 1, 11, B_TYPE, B_LAYOUT)
     first_m, first_n = tl.load(tile + 1) * BM, tl.load(tile + 2) * BN
-    length = tl.load(problem + 20).to(tl.int32) // BK * BK
+    length = tl.load(problem + 22).to(tl.int32) // BK * BK
     first_k = tl.load(tile + 3) * length
     A += first_m.to(tl.int64) * a_m + first_k.to(tl.int64) * a_k
     B += first_n.to(tl.int64) * b_n + first_k.to(tl.int64) * b_k
@@ -110,7 +122,6 @@ def _product(problem, tile, PRECISION: tl.constexpr, KINDS: tl.constexpr, INDEX:
     i, j, k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
     a_at, b_at = _offsets(i, a_m, k, a_k, A_LAYOUT), _offsets(k, b_k, j, b_n, B_LAYOUT)
     inside_m, inside_n = i < M - first_m, j < N - first_n
-    total = tl.zeros((BM, BN), ACC)
     for at in range(first_k, min(K, first_k + length), BK):
         inside_k = k < K - at
         a = tl.load(A + a_at, mask=inside_m[:, None] & inside_k[None, :], other=0.0)
@@ -126,14 +137,14 @@ def _gather(problem, tile, total):
     """Stores a share of the sum. Who comes last adds all of them, in order; for all others, nothing is left to do."""
     BM: tl.constexpr = total.shape[0]
     BN: tl.constexpr = total.shape[1]
-    chunks, last = tl.load(problem + 21).to(tl.int32), True
+    chunks, last = tl.load(problem + 23).to(tl.int32), True
     if chunks > 1:
         here = tl.load(tile + 1) * tl.cdiv(tl.load(problem + 7).to(tl.int32), BN) + tl.load(tile + 2)
-        shares = tl.load(problem + 22).to(tl.pointer_type(total.dtype)) + (here * chunks).to(tl.int64) * (BM * BN)
+        shares = tl.load(problem + 24).to(tl.pointer_type(total.dtype)) + (here * chunks).to(tl.int64) * (BM * BN)
         at = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
         tl.store(shares + tl.load(tile + 3) * (BM * BN) + at, total)
         tl.debug_barrier()
-        arrivals = tl.load(problem + 23).to(tl.pointer_type(tl.int32)) + here
+        arrivals = tl.load(problem + 25).to(tl.pointer_type(tl.int32)) + here
         last = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == chunks - 1
         tl.debug_barrier()
         if last:
@@ -146,32 +157,59 @@ def _gather(problem, tile, total):
 
 
 @triton.jit
-def _finish(problem, tile, total, KINDS: tl.constexpr, INDEX: tl.constexpr):
+def _finish(problem, tile, total, ENDS: tl.constexpr, INDEX: tl.constexpr):
     """C = alpha total + beta D + gamma I in one tile."""
-    KIND: tl.constexpr = KINDS[INDEX]
-    C_TYPE: tl.constexpr = KIND[5]
-    C_LAYOUT: tl.constexpr = KIND[6]
-    D_LAYOUT: tl.constexpr = KIND[7]
+    END: tl.constexpr = ENDS[INDEX]
+    C_TYPE: tl.constexpr = END[1]
+    LAYOUT: tl.constexpr = END[2]
     BM: tl.constexpr = total.shape[0]
     BN: tl.constexpr = total.shape[1]
-    M, N = tl.load(problem + 6).to(tl.int32), _size(problem, 7, C_TYPE, C_LAYOUT == 3)
+    M, N = tl.load(problem + 6).to(tl.int32), _size(problem, 7, C_TYPE, LAYOUT == ROW_VECTORS)
     m, n = tl.load(tile + 1) * BM, tl.load(tile + 2) * BN
     i, j = tl.arange(0, BM), tl.arange(0, BN)
     inside = (i < M - m)[:, None] & (j < N - n)[None, :]
-    coef = tl.load(problem + 4).to(tl.pointer_type(tl.float64))
-    given = tl.load(problem + 4) != 0
+    given, coef = tl.load(problem + 4) != 0, tl.load(problem + 4).to(tl.pointer_type(tl.float64))
     total *= tl.load(coef, mask=given, other=1.0).to(total.dtype)
-    if D_LAYOUT >= 0:
-        beta = tl.load(coef + 1, mask=given, other=0.0).to(total.dtype)
-        D, d_m, d_n = _matrix(problem, 3, 15, C_TYPE, D_LAYOUT)
+    beta = tl.load(coef + 1, mask=given, other=0.0).to(total.dtype)
+    if beta != 0:
+        D, d_m, d_n = _matrix(problem, 3, 15, C_TYPE, LAYOUT)
         D += m.to(tl.int64) * d_m + n.to(tl.int64) * d_n
-        d = tl.load(D + _offsets(i, d_m, j, d_n, D_LAYOUT), mask=inside & (beta != 0), other=0.0)
-        total += beta * d.to(total.dtype)
+        total += beta * tl.load(D + _offsets(i, d_m, j, d_n, LAYOUT), mask=inside, other=0.0).to(total.dtype)
     gamma = tl.load(coef + 2, mask=given, other=0.0).to(total.dtype)
     total += tl.where((m + i)[:, None] == (n + j)[None, :], gamma, 0.0)
-    C, c_m, c_n = _matrix(problem, 2, 13, C_TYPE, C_LAYOUT)
+    C, c_m, c_n = _matrix(problem, 2, 13, C_TYPE, LAYOUT)
     C += m.to(tl.int64) * c_m + n.to(tl.int64) * c_n
-    tl.store(C + _offsets(i, c_m, j, c_n, C_LAYOUT), total.to(TYPES[C_TYPE]), mask=inside)
+    tl.store(C + _offsets(i, c_m, j, c_n, LAYOUT), total.to(TYPES[C_TYPE]), mask=inside)
+
+
+@triton.jit
+def _tile(
+    problem, tile,
+    PRECISION: tl.constexpr, GROUPS: tl.constexpr, LOOPS: tl.constexpr, ENDS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Its type and size are those of its group, which has some loops and ends: the problem says which are its own."""
+    ACC: tl.constexpr = TYPES[GROUPS[GROUP][0]]
+    BM: tl.constexpr = GROUPS[GROUP][1]
+    BN: tl.constexpr = GROUPS[GROUP][2]
+    total = tl.zeros((BM, BN), ACC)
+    loop = tl.load(problem + 18)
+    for i in tl.static_range(len(LOOPS)):
+        if LOOPS[i][0] == GROUP:  # noqa: SIM102 (decided when it is compiled)
+            if loop == i:
+                total = _product(problem, tile, total, PRECISION, LOOPS, i)
+    total, complete = _gather(problem, tile, total)
+    if complete:
+        end = tl.load(problem + 19)
+        for i in tl.static_range(len(ENDS)):
+            if ENDS[i][0] == GROUP:  # noqa: SIM102
+                if end == i:
+                    _finish(problem, tile, total, ENDS, i)
+
+
+@triton.jit
+def _counter(counters, problem):
+    """Of the tiles of its layer. Looked up where it is wanted: registers are short."""
+    return counters + 1 + tl.load(problem + 20)
 
 
 @triton.jit(do_not_specialize=["all_tiles"])
@@ -181,36 +219,45 @@ def program_kernel(
     counters,  # int32 [1 + layers]: tickets drawn; tiles done of each layer
     awake,  # int32 [1]: nothing is done where it is 0
     all_tiles,
-    KINDS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LOOPS: tl.constexpr,
+    ENDS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     last = tl.where(tl.load(awake) != 0, all_tiles, 0)
     ticket = tl.atomic_add(counters, 1, sem="relaxed")
-    while ticket < last:
+    while tl.condition(ticket < last, disable_licm=True):  # what is moved out of it takes registers from all
         tile = tiles + ticket.to(tl.int64) * 4
         problem = problems + tl.load(tile).to(tl.int64) * FIELDS
-        counter, wanted = counters + 1 + tl.load(problem + 18), tl.load(problem + 19)
+        wanted = tl.load(problem + 21)
         done = tl.full((), 0, tl.int32)
         while done < wanted:
-            done = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+            done = tl.atomic_add(_counter(counters, problem), 0, sem="acquire", scope="gpu")
         tl.debug_barrier()
 
         gate = tl.load(problem + 5)
         if tl.load(gate.to(tl.pointer_type(tl.int32)), mask=gate != 0, other=1) != 0:
-            kind = tl.load(problem + 17)
-            for i in tl.static_range(len(KINDS)):
-                if kind == i:
-                    total, complete = _gather(problem, tile, _product(problem, tile, PRECISION, KINDS, i))
-                    if complete:
-                        _finish(problem, tile, total, KINDS, i)
+            group = tl.load(problem + 17)
+            for i in tl.static_range(len(GROUPS)):
+                if group == i:
+                    _tile(problem, tile, PRECISION, GROUPS, LOOPS, ENDS, i)
         tl.debug_barrier()
-        tl.atomic_add(counter, 1, sem="release", scope="gpu")
+        tl.atomic_add(_counter(counters, problem), 1, sem="release", scope="gpu")
         ticket = tl.atomic_add(counters, 1, sem="relaxed")
 
 
+def options(major: int) -> dict[str, int]:
+    """How it is compiled, by compute capability: with other ones, registers are spilled on 12.0."""
+    return {"num_stages": 3} if major < 12 else {"num_stages": 2, "maxnreg": 255}
+
+
 @cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+def _multiprocessors(device: torch.device) -> tuple[int, int]:
+    """How many there are, and their compute capability's major number."""
+    if device.type != "cuda":
+        return 4, 0
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.major
 
 
 def run(
@@ -218,7 +265,8 @@ def run(
 ) -> None:
     """Launch what the tables list: some programs on each multiprocessor, that take one ticket after the other."""
     if len(tiles):
-        grid = (min(len(tiles), PROGRAMS * _multiprocessors(problems.device)),)
-        arguments = (problems, tiles, counters, awake, len(tiles), kinds, precision)
+        count, major = _multiprocessors(problems.device)
+        grid = (min(len(tiles), PROGRAMS * count),)
+        arguments = (problems, tiles, counters, awake, len(tiles), *kinds, precision)
         with torch.cuda.device_of(problems):
-            program_kernel[grid](*arguments, num_warps=warps, num_stages=3)
+            program_kernel[grid](*arguments, num_warps=warps, **options(major))

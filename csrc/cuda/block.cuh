@@ -46,14 +46,16 @@ __noinline__ CK_DEVICE double normal(uint64_t seed, uint64_t call, uint64_t stre
 constexpr int kPanel = 16;               // columns at a time
 constexpr int kScratch = kPanel * 161;  // numbers: a panel of 16 columns up to n = 160, of 8 up to 321, of 4 up to 643
 
-CK_DEVICE double* scratch() {
-  __shared__ double memory[kScratch];
+using Scratch = double[kScratch];
+
+CK_DEVICE Scratch& scratch() {
+  __shared__ Scratch memory;
   return memory;
 }
 
 // Columns first, ... of G from their diagonal on, in `panel` [width, stride], become those of L. `limits`: below, a
 // pivot is none. Each warp factorises the diagonal block for itself, a row per lane: that needs no barriers.
-CK_DEVICE void factorise_panel(double* panel, int stride, int rows, int width, const double* limits) {
+CK_DEVICE void factorise_panel(Scratch& panel, int stride, int rows, int width, const double* limits) {
   const int lane = lane_index(), corner = lane % kPanel;
   const double limit = corner < width ? limits[corner] : 0;
   // Backwards: the diagonal block, which all need, is overwritten last.
@@ -86,9 +88,9 @@ CK_DEVICE void factorise_panel(double* panel, int stride, int rows, int width, c
   __syncthreads();
 }
 
-// G -= L L^T below and on the diagonal, G [rows, .] with rows of n numbers. L [rows, width], column by column in
-// `panel`. A warp does tiles of 16 x 16, a lane 4 x 2 of each.
-CK_DEVICE void update(double* G, int n, int rows, const double* panel, int stride, int width) {
+// G -= L L^T below and on the diagonal, G [rows, .] with rows of n numbers. L: the last rows of `panel`. A warp does
+// tiles of 16 x 16, a lane 4 x 2 of each.
+CK_DEVICE void update(double* G, int n, int rows, const Scratch& panel, int stride, int width) {
   constexpr int kTile = 16, kDown = 4, kAcross = 2;
   const int lane = lane_index(), down = lane / 8, across = lane % 8, last = rows - 1;
   int tile = 0;
@@ -99,9 +101,9 @@ CK_DEVICE void update(double* G, int n, int rows, const double* panel, int strid
       double sum[kDown][kAcross] = {};
       for (int i = 0; i < kDown; ++i) r[i] = min(top + down + 4 * i, last);
       for (int j = 0; j < kAcross; ++j) c[j] = min(left + across + 8 * j, last);
-      for (int k = 0; k < width; ++k)
+      for (int at = width; at < width + width * stride; at += stride)
         for (int i = 0; i < kDown; ++i)
-          for (int j = 0; j < kAcross; ++j) sum[i][j] += panel[k * stride + r[i]] * panel[k * stride + c[j]];
+          for (int j = 0; j < kAcross; ++j) sum[i][j] += panel[at + r[i]] * panel[at + c[j]];
       for (int i = 0; i < kDown; ++i)
         for (int j = 0; j < kAcross; ++j)
           if (top + down + 4 * i < rows && left + across + 8 * j <= r[i]) G[r[i] * n + c[j]] -= sum[i][j];
@@ -112,7 +114,7 @@ CK_DEVICE void update(double* G, int n, int rows, const double* panel, int strid
 // triangle 0. A column of which no more is left than `dependent` times its G_jj (or nothing, or NaN) depends on those
 // before: its column of L becomes 0. Right-looking, in panels.
 CK_DEVICE void cholesky(double* G, int n, double dependent) {
-  double* panel = scratch();
+  Scratch& panel = scratch();
   int width = kPanel;
   while (width * (n | 1) > kScratch) width /= 2;
   const int lane = lane_index(), part = lane / kPanel, column = lane % kPanel;
@@ -130,7 +132,7 @@ CK_DEVICE void cholesky(double* G, int n, double dependent) {
     factorise_panel(panel, stride, rows, columns, limits);
     for (int row = 2 * warp_index() + part; row < rows; row += 2 * warp_count())
       if (column < columns && column <= row) corner[row * n + column] = panel[column * stride + row];
-    update(corner + columns * n + columns, n, rows - columns, panel + columns, stride, columns);
+    update(corner + columns * n + columns, n, rows - columns, panel, stride, columns);
     __syncthreads();
   }
   for (int row = warp_index(); row < n; row += warp_count())
@@ -142,7 +144,7 @@ CK_DEVICE void cholesky(double* G, int n, double dependent) {
 // one thread's, which finds 16 of its numbers at a time; they are kept as a row of S only at the end.
 CK_DEVICE void inverse_transposed(const double* L, int n, double* S) {
   constexpr int kDeep = kScratch / kPanel;  // columns of L that are staged at a time
-  double* staged = scratch();               // [kPanel, kDeep]
+  Scratch& staged = scratch();              // [kPanel, kDeep]
   const auto stage = [&](int top, int left, int right) {
     __syncthreads();
     for (int i = warp_index(); i < kPanel; i += warp_count())
@@ -165,11 +167,12 @@ CK_DEVICE void inverse_transposed(const double* L, int n, double* S) {
         }
       }
       stage(top, top, bottom);
+      const int corner = lane_index() % kPanel;
+      const double pivot = top + corner < n ? staged[corner * kDeep + corner] : 0, own = pivot == 0 ? 0 : 1 / pivot;
 #pragma unroll
       for (int i = 0; i < kPanel; ++i) {
         if (top + i >= n) break;
-        const double pivot = staged[i * kDeep + i];
-        x[i] = pivot == 0 ? 0 : (x[i] + (top + i == j)) / pivot;
+        x[i] = (x[i] + (top + i == j)) * __shfl_sync(kAllLanes, own, i);
 #pragma unroll
         for (int l = i + 1; l < kPanel; ++l) x[l] -= staged[l * kDeep + i] * x[i];
         if (j < n) S[(top + i) * n + j] = x[i];

@@ -168,13 +168,13 @@ CK_DEVICE Turn<C> find_turn(C& a, C& b, C d, C tol) {
   const C cosine = d * C(scale);
   if (!(min(a, b) > kNullRow && fabs(cosine) > tol)) return {0, 0, false};
   const float g = 2 * static_cast<float>(cosine), w = static_cast<float>(b - a) * scale, size = fabs(w);
-  const float squares = w * w + g * g, root = size < 1e9f ? squares * rsqrt(squares) : size;
-  const float slope = copysign(2 * inverse(size + root), w), tangent = static_cast<float>(cosine) * slope;
-  const float secant2 = 1 + tangent * tangent;
-  const C half = cosine * C(slope * inverse(1 + secant2 * rsqrt(secant2))), x = 1 + half * half;
+  const float r = size < 1e9f ? rsqrt(size * size + g * g) : inverse(size);  // tan(2 angle) = g / w
+  const float square = 0.5f + 0.5f * size * r, secant = rsqrt(square);       // of cos(angle), and its inverse
+  const float slope = copysign(r * secant, w);                               // sin(angle) / cosine
+  const C half = cosine * C(slope * inverse(1 + square * secant)), x = 1 + half * half;
   C y = C(inverse(static_cast<float>(x)));
   for (unsigned i = 4; i <= sizeof(C); i += 4) y += y * (1 - x * y);  // Newton: to 1 / x
-  const C shift = cosine * C(slope) * d, u = a - shift, v = b + shift;
+  const C shift = cosine * C(slope * secant) * d, u = a - shift, v = b + shift;
   const bool swap = u < v;
   a = swap ? v : u;
   b = swap ? u : v;

@@ -48,7 +48,10 @@ CK_DEVICE C block_max(C v) {
 // place [n]: where each of norms [n] comes in descending order; NaN last, equal ones as they stand.
 template <class C>
 CK_DEVICE void order(const C* norms, int n, int* place) {
-  const auto before = [&](int i, int j) { return norms[i] > norms[j] || (norms[j] != norms[j] && norms[i] == norms[i]); };
+  const auto before = [=](int i, int j) {
+    const C a = norms[i], b = norms[j];
+    return a > b || (a == a && b != b);
+  };
   for (int i = threadIdx.x; i < n; i += blockDim.x) {
     int count = 0;
     for (int j = 0; j < n; ++j) count += before(j, i) || (j < i && !before(i, j));

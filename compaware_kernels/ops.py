@@ -143,7 +143,7 @@ def group_shrink(W: Tensor, tau: Tensor) -> Tensor:
 
 def _group(X: Tensor, t: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(X, dim=-1, keepdim=True)
-    return X * torch.where(norm <= t, 0, 1 - t / norm)
+    return X * torch.where(t == 0, 1, torch.where(norm <= t, 0, 1 - t / norm))
 
 
 def _group_backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,6 +225,14 @@ def group_shrink_(weights: Sequence[Tensor], tau: Tensor) -> None:
     _write(weights, [group_shrink._opoverload(W, t) for W, t in _pairs(weights, tau)])
 
 
+@torch.library.custom_op("compaware::neuron_shrink_", mutates_args={"weights", "biases"})
+def neuron_shrink_(weights: Sequence[Tensor], biases: Sequence[Tensor], tau: Tensor) -> None:
+    """group_shrink_ of rows [w, b]: a bias per row, ``[..., m]``, belongs to its group."""
+    rows = [torch.cat([W, b[..., None]], -1) for W, b in zip(weights, biases, strict=True)]
+    shrunk = [group_shrink._opoverload(R, t) for R, t in _pairs(rows, tau)]
+    _write([*weights, *biases], [*(P[..., :-1] for P in shrunk), *(P[..., -1] for P in shrunk)])
+
+
 @torch.library.custom_op("compaware::sparse_group_shrink_", mutates_args={"weights"})
 def sparse_group_shrink_(weights: Sequence[Tensor], l1: Tensor, tau: Tensor) -> None:
     taus = zip(_pairs(weights, l1), _pairs(weights, tau), strict=True)
@@ -240,7 +248,7 @@ def _write(weights: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         W.copy_(P)
 
 
-for _op in (soft_threshold_, group_shrink_, sparse_group_shrink_):
+for _op in (soft_threshold_, group_shrink_, neuron_shrink_, sparse_group_shrink_):
     _op.register_fake(lambda *args: None)
 
 
@@ -248,6 +256,6 @@ schemas: dict[str, str] = {
     op._name.removeprefix("compaware::"): str(op._opoverload._schema)
     for op in (
         svt, small_svd, wide_product, soft_threshold, group_shrink, sparse_group_shrink,
-        svt_, soft_threshold_, group_shrink_, sparse_group_shrink_,
+        svt_, soft_threshold_, group_shrink_, neuron_shrink_, sparse_group_shrink_,
     )
 }  # fmt: skip

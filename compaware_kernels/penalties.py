@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from . import prox
 from .checks import check_finite
 from .folds import Layer
 from .gpu import engine as gpu
+from .gpu.guard import Guard
 from .shards import by_rows, column_groups, is_dtensor, local, placed, shrink_rows_
 from .state import WarmState
 
@@ -24,7 +26,7 @@ class Job:
 
     layer: Layer
     weight: Tensor  # a copy of the layer's rows [O, ...]; on a GPU themselves: no step there is taken by halves
-    bias: Tensor | None  # [O], and of its bias, if that is trained
+    bias: Tensor | None  # [O], as weight: its bias, if that is trained
     center: Tensor | None  # as weight
     taus: dict[str, float]
 
@@ -32,7 +34,7 @@ class Job:
     def of(cls, layer: Layer, bias: Tensor | None, center: Layer | None, taus: dict[str, float]) -> Job:
         rows = layer.rows.detach()
         if center is None and gpu.on_gpu([rows]) and not layer.is_parametrized and not is_dtensor(rows):
-            bias = bias.detach().clone() if bias is not None and taus["group"] else None
+            bias = bias.detach() if bias is not None and taus["group"] else None
             return cls(layer, rows, bias, None, taus)
         weight, C = rows.clone(), None if center is None else center_of(layer, center)
         return cls(layer, weight, None if bias is None else by_rows(bias.detach().clone(), weight), C, taus)
@@ -77,6 +79,8 @@ def center_of(layer: Layer, center: Layer) -> Tensor:
 def shrink(jobs: Sequence[Job], order: Sequence[str], fold: str, warm: WarmState) -> None:
     """Apply the penalties in turn to the jobs' copies, in place."""
 
+    guard = _guard(jobs, warm)
+
     def nuclear(jobs: list[Job], taus: list[float], names: list[str]) -> None:
         centers = [job.center for job in jobs] if jobs and jobs[0].center is not None else None
         groups, weights = [job.layer.groups for job in jobs], [job.weight for job in jobs]
@@ -84,10 +88,38 @@ def shrink(jobs: Sequence[Job], order: Sequence[str], fold: str, warm: WarmState
         prox.svt_(weights, taus, state=warm, center=centers, fold=fold, groups=groups, names=names)
         warm.calls = calls  # which counts steps: how often a process calls depends on what it owns
 
-    steps: dict[str, Callable] = {"nuclear": nuclear, "group": _group, "l1": _l1}
+    steps: dict[str, Callable] = {
+        "nuclear": nuclear,
+        "group": partial(_group, guard=guard),
+        "l1": partial(_l1, guard=guard),
+    }
     for penalty in order:
         used = [job for job in jobs if job.taus[penalty] > 0]
         steps[penalty](used, [job.taus[penalty] for job in used], [job.layer.name for job in used])
+    if guard:
+        guard.all_finite = None
+
+
+def _guard(jobs: Sequence[Job], warm: WarmState) -> Guard | None:
+    """Of all penalties on one GPU, if the nuclear norm, which guards itself, is not the only one."""
+    parts = [(part, job.layer.name) for job in jobs for part in job.results]
+    devices = {part.device for part, _ in parts}
+    alone = not any(job.taus["group"] > 0 or job.taus["l1"] > 0 for job in jobs)
+    if (
+        alone
+        or len(devices) > 1
+        or not gpu.on_gpu([part for part, _ in parts])
+        or not all(job.in_place for job in jobs)
+    ):
+        return None
+    guard = warm.guards.setdefault(devices.pop(), Guard())
+    try:
+        guard.look(*map(list, zip(*parts, strict=True)))
+    except ValueError:
+        for engine in warm.engines.values():
+            engine.arriving = None  # which says the same
+        raise
+    return guard
 
 
 def check(jobs: Sequence[Job]) -> None:
@@ -97,24 +129,39 @@ def check(jobs: Sequence[Job]) -> None:
             check_finite(part, job.layer.name)
 
 
-def _group(jobs: list[Job], taus: list[float], names: list[str]) -> None:
-    """Group lasso over neurons [weights, bias]; the shrunk rows go back to both."""
-    whole = []  # rows, of which none is divided, with the job, tau and name
+def _group(jobs: list[Job], taus: list[float], names: list[str], guard: Guard | None) -> None:
+    """Group lasso over neurons [weights, bias]."""
+    whole = []  # of which no row is divided
     for job, tau, name in zip(jobs, taus, names, strict=True):
         if groups := column_groups(job.weight):
             shrink_rows_(job.results[0], *job.results[1:], tau=tau, groups=groups)
         else:
-            columns = [part.reshape(len(part), -1) if part.numel() else part.new_empty(0, 1) for part in job.results]
-            whole.append((torch.cat(columns, 1), job, tau, name))
-    if whole:
-        rows, jobs, taus, names = zip(*whole, strict=True)
-        prox.group_shrink_(rows, taus, names=names)
-        for row, job in zip(rows, jobs, strict=True):
-            weight, *bias = job.results
-            weight.copy_(row[:, : row.shape[1] - len(bias)].reshape(weight.shape))
-            for b in bias:
-                b.copy_(row[:, -1])
+            whole.append((*_alike(job.results), job, tau, name))
+    if not whole:
+        return
+    weights, biases, jobs, taus, names = map(list, zip(*whole, strict=True))
+    if guard:
+        prox.neurons_(weights, biases, torch.tensor(taus, dtype=torch.float64), guard.thresholds)
+    else:
+        prox.group_shrink_(weights, taus, biases=biases, names=names)
+    for W, b, job in zip(weights, biases, jobs, strict=True):
+        for part, result in zip(job.results, (W, b), strict=False):
+            if result is not part:
+                part.copy_(result)
 
 
-def _l1(jobs: list[Job], taus: list[float], names: list[str]) -> None:
-    prox.soft_threshold_([job.weight for job in jobs], taus, names=names)
+def _alike(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """A weight and its bias, or None, in the wider of their dtypes."""
+    weight, bias = parts[0], parts[1] if len(parts) > 1 else None
+    if bias is None:
+        return weight, None
+    wide = torch.promote_types(weight.dtype, bias.dtype)
+    return weight.to(wide), bias.to(wide)
+
+
+def _l1(jobs: list[Job], taus: list[float], names: list[str], guard: Guard | None) -> None:
+    weights = [job.weight for job in jobs]
+    if guard:
+        prox.elements_(weights, guard.thresholds(torch.tensor(taus, dtype=torch.float64)))
+    else:
+        prox.soft_threshold_(weights, taus, names=names)

@@ -18,7 +18,8 @@ that is no :class:`WarmState`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -319,19 +320,47 @@ def _svt_traced(weights, tau, state, tol, center, fold, groups, names) -> list[S
 
 @torch.no_grad()
 def group_shrink_(
-    weights: Sequence[Tensor], tau: float | Sequence[float] | Tensor, *, names: Sequence[str] | None = None
+    weights: Sequence[Tensor],
+    tau: float | Sequence[float] | Tensor,
+    *,
+    biases: Sequence[Tensor | None] | None = None,
+    names: Sequence[str] | None = None,
 ) -> None:
     """Group lasso shrinkage of every layer's rows (neurons: ``W[o]``, whatever the trailing axes), in place.
 
-    ``W[o] <- max(1 - tau / ||W[o]||_2, 0) W[o]``.  Arguments and errors as :func:`svt_`; all or nothing.
+    ``w <- max(1 - tau / ||w||_2, 0) w``, ``w = W[o]`` or, with its bias, ``w = (W[o], b[o])``.
+
+    Args:
+        biases: per layer ``[O]``, of the weight's dtype and divided as its rows are, or None.
+
+    The rest, and errors, as :func:`svt_`; all or nothing.
     """
+    biases = _checked_biases(biases, weights, names)
     tau = _checked(weights, tau, names)
     divided = [column_groups(W) for W in weights]
     whole = [i for i, groups in enumerate(divided) if not groups]
-    _apply_rows(torch.ops.compaware.group_shrink_, [weights[i] for i in whole], tau[whole])
-    for W, t, groups in zip(weights, tau.tolist(), divided, strict=True):
+    neurons_([weights[i] for i in whole], [biases[i] for i in whole], tau[whole])
+    for W, b, t, groups in zip(weights, biases, tau.tolist(), divided, strict=True):
         if groups:
-            shrink_rows_(local(W), tau=t, groups=groups)
+            shrink_rows_(local(W), *([] if b is None else [local(b)]), tau=t, groups=groups)
+
+
+def neurons_(
+    weights, biases: Sequence[Tensor | None], tau: Tensor, sent: Callable[[Tensor], Tensor] | None = None
+) -> None:
+    """:func:`group_shrink_` without its checks, of rows that lie here whole; ``sent``: what becomes of thresholds."""
+    sent = sent or (lambda tau: tau)
+    alone = [i for i, b in enumerate(biases) if b is None]
+    both = [i for i, b in enumerate(biases) if b is not None]
+    if alone:
+        _apply_rows(torch.ops.compaware.group_shrink_, [weights[i] for i in alone], sent(tau[alone]))
+    if both:
+        op = partial(_with_biases, [local(biases[i]) for i in both])
+        _apply_rows(op, [weights[i] for i in both], sent(tau[both]))
+
+
+def _with_biases(biases: Sequence[Tensor], rows: Sequence[Tensor], tau: Tensor) -> None:
+    torch.ops.compaware.neuron_shrink_(rows, biases, tau)
 
 
 @torch.no_grad()
@@ -339,7 +368,11 @@ def soft_threshold_(
     weights: Sequence[Tensor], tau: float | Sequence[float] | Tensor, *, names: Sequence[str] | None = None
 ) -> None:
     """Elementwise soft-thresholding of every tensor, in place; arguments and errors as :func:`svt_`, all or nothing."""
-    tau = _checked(weights, tau, names, axes=0)
+    elements_(weights, _checked(weights, tau, names, axes=0))
+
+
+def elements_(weights: Sequence[Tensor], tau: Tensor) -> None:
+    """:func:`soft_threshold_` without its checks."""
     _apply_rows(torch.ops.compaware.soft_threshold_, weights, tau)
 
 
@@ -360,10 +393,25 @@ def sparse_group_shrink_(
         _apply_rows(torch.ops.compaware.sparse_group_shrink_, weights, l1, tau)
 
 
+def _checked_biases(biases, weights: Sequence[Tensor], names: Sequence[str] | None) -> Sequence[Tensor | None]:
+    if biases is None:
+        return [None] * len(weights)
+    if len(biases) != len(weights):
+        raise ValueError(f"biases: wanted {len(weights)}, one per weight; got {len(biases)}")
+    names = names or [f"biases[{i}]" for i in range(len(biases))]
+    given = [(b, W, name) for b, W, name in zip(biases, weights, names, strict=True) if b is not None]
+    for b, W, name in given:
+        if b.shape != W.shape[:1] or b.dtype != W.dtype or b.device != W.device:
+            raise ValueError(f"{name}: wanted a bias {W.dtype} {list(W.shape[:1])} on {W.device}; "
+                             f"got {b.dtype} {list(b.shape)} on {b.device}")  # fmt: skip
+    _checked([b for b, _, _ in given], 0.0, [name for _, _, name in given], axes=1)
+    return biases
+
+
 def _apply_rows(op, weights: Sequence[Tensor], *taus: Tensor) -> None:
     """Run an in-place row op on the weights seen as [O, rest] matrices, writing back where that is not a view."""
     weights = _here(weights)
-    mats = [W.reshape(W.shape[0] if W.ndim else 1, -1) if W.numel() else W.reshape(0, 1) for W in weights]
+    mats = [W.reshape(W.shape[0] if W.ndim else 1, W.shape[1:].numel()) for W in weights]
     op(mats, *taus)
     for W, M in zip(weights, mats, strict=True):
         if M.data_ptr() != W.data_ptr():

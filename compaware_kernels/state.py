@@ -30,6 +30,7 @@ class WarmState:
         self.seed, self.calls = seed, 0
         self.bases: dict[str, Tensor] = {}  # matrix -> [min(m, n), k]; no column: full rank at the last call
         self.engines: dict[torch.device, Any] = {}  # what a GPU keeps: remade where it is missing
+        self.guards: dict[torch.device, Any] = {}  # and what is still to arrive from it
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers only: loads with ``torch.load(weights_only=True)``."""

@@ -262,7 +262,7 @@ def _write(jobs: list[Job]) -> None:
             chain.load_state_dict(before)
         raise
     for job, bias in zip(jobs, biases, strict=True):
-        if bias is not None:
+        if bias is not None and not job.in_place:
             job.layer.module.bias.copy_(bias)
 
 

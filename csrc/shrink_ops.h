@@ -92,7 +92,7 @@ inline Shrink describe(const Tensor& from, Tensor& to, Tau l1, Tau tau) {
   const int64_t n = from.size(-1), size = from.size(-2) * n;
   void* out = to.mutable_data_ptr();  // first: where `from` is `to`, this may move it (copy on write)
   return {*dtype_of(from), from.const_data_ptr(), out, from.numel() / size, size,
-          tau.data ? n : std::min(size, kSpan), l1, tau};
+          tau.data ? n : std::min(size, kSpan), l1, tau, nullptr};
 }
 
 template <DeviceType device, Run run>
@@ -117,6 +117,15 @@ inline Extent extent(const Tensor& W) {
   return {first, W.numel() ? first + (last + 1) * W.element_size() : first};
 }
 
+// A bias per row of W, in place.
+inline void check_bias(const Tensor& bias, const Tensor& W, const std::string& name) {
+  STD_TORCH_CHECK(bias.scalar_type() == W.scalar_type() && bias.device() == W.device() &&
+                  bias.sizes() == W.sizes().slice(0, W.dim() - 1),
+                  name, ": wanted one number per row, shape ", text(W.sizes().slice(0, W.dim() - 1)),
+                  ", of the weight's dtype and on its device; got shape ", text(bias.sizes()));
+  check_writable(bias, name);
+}
+
 // What the kernels work on: a weight itself, or a copy where it is not contiguous or shares memory with an earlier one
 // (tied weights). Copied back in the order of the list, each result is that of the weight as it came.
 inline std::vector<Tensor> workspace(const std::vector<Tensor>& weights) {
@@ -133,12 +142,24 @@ inline std::vector<Tensor> workspace(const std::vector<Tensor>& weights) {
   return out;
 }
 
+// Copies in the order of the list: each result is that of the weight as it came.
+inline void put_back(const std::vector<Tensor>& results, const std::vector<Tensor>& weights) {
+  for (size_t i = 0; i < weights.size(); ++i) {
+    Tensor W = weights[i];
+    if (results[i].const_data_ptr() != W.const_data_ptr()) torch::stable::copy_(W, results[i]);
+  }
+}
+
+// `biases`: none, or one number per row for every weight.
 template <DeviceType device, Run run>
-void shrink_(const std::vector<Tensor>& weights, const MaybeTau& l1, const MaybeTau& tau) {
+void shrink_(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, const MaybeTau& l1,
+             const MaybeTau& tau) {
   const int64_t L = static_cast<int64_t>(weights.size());
   for (const MaybeTau& t : {l1, tau})
     STD_TORCH_CHECK(!t || (t->dim() >= 1 && t->size(0) == L),
                     "thresholds: wanted one per weight, shape [", L, "]; got shape ", text(t->sizes()));
+  STD_TORCH_CHECK(biases.empty() || biases.size() == weights.size(), "biases: wanted one per weight, ", L, "; got ",
+                  biases.size());
   for (int64_t i = 0; i < L; ++i) {
     const std::string name = "weights[" + std::to_string(i) + "]";
     check_weight(weights[i], name, device);
@@ -148,19 +169,27 @@ void shrink_(const std::vector<Tensor>& weights, const MaybeTau& l1, const Maybe
                     weights[i].get_device_index());
     if (l1) check_tau(l1->sizes().slice(1), weights[i], "l1 of " + name);
     if (tau) check_tau(tau->sizes().slice(1), weights[i], "tau of " + name);
+    if (!biases.empty()) check_bias(biases[i], weights[i], "biases[" + std::to_string(i) + "]");
   }
   if (L == 0) return;
 
   const MaybeTau a = to_fp64(l1, weights[0]), t = to_fp64(tau, weights[0]);
-  std::vector<Tensor> X = workspace(weights);
+  std::vector<Tensor> X = workspace(weights), b = workspace(biases);
   std::vector<Shrink> work;
-  for (int64_t i = 0; i < L; ++i)
-    if (X[i].numel()) work.push_back(describe(X[i], X[i], entry(a, i, L), entry(t, i, L)));
-  run(work, weights[0].get_device_index());
   for (int64_t i = 0; i < L; ++i) {
-    Tensor W = weights[i];
-    if (X[i].const_data_ptr() != W.const_data_ptr()) torch::stable::copy_(W, X[i]);
+    const Tau l1_here = entry(a, i, L), tau_here = entry(t, i, L);
+    void* const tails = b.empty() || !b[i].numel() ? nullptr : b[i].mutable_data_ptr();
+    if (X[i].numel()) {
+      work.push_back(describe(X[i], X[i], l1_here, tau_here));
+      work.back().tails = tails;
+    } else if (tails) {  // rows of nothing but a bias
+      const int64_t m = b[i].size(-1);
+      work.push_back({*dtype_of(X[i]), tails, tails, b[i].numel() / m, m, 1, l1_here, tau_here, nullptr});
+    }
   }
+  run(work, weights[0].get_device_index());
+  put_back(X, weights);
+  put_back(b, biases);
 }
 
 // The signatures of the op table (compaware_kernels/ops.py).
@@ -171,9 +200,12 @@ struct ShrinkOps {
   static Tensor soft_threshold(T W, T tau) { return shrink<device, run>(W, tau, std::nullopt); }
   static Tensor group_shrink(T W, T tau) { return shrink<device, run>(W, std::nullopt, tau); }
   static Tensor sparse_group_shrink(T W, T l1, T tau) { return shrink<device, run>(W, l1, tau); }
-  static void soft_threshold_(List weights, T tau) { shrink_<device, run>(weights, tau, std::nullopt); }
-  static void group_shrink_(List weights, T tau) { shrink_<device, run>(weights, std::nullopt, tau); }
-  static void sparse_group_shrink_(List weights, T l1, T tau) { shrink_<device, run>(weights, l1, tau); }
+  static void soft_threshold_(List weights, T tau) { shrink_<device, run>(weights, {}, tau, std::nullopt); }
+  static void group_shrink_(List weights, T tau) { shrink_<device, run>(weights, {}, std::nullopt, tau); }
+  static void neuron_shrink_(List weights, List biases, T tau) {
+    shrink_<device, run>(weights, biases, std::nullopt, tau);
+  }
+  static void sparse_group_shrink_(List weights, T l1, T tau) { shrink_<device, run>(weights, {}, l1, tau); }
 };
 
 template <DeviceType device, Run run>
@@ -184,6 +216,7 @@ void register_shrink(torch::stable::detail::StableLibrary& m) {
   m.impl("sparse_group_shrink", TORCH_BOX(&Ops::sparse_group_shrink));
   m.impl("soft_threshold_", TORCH_BOX(&Ops::soft_threshold_));
   m.impl("group_shrink_", TORCH_BOX(&Ops::group_shrink_));
+  m.impl("neuron_shrink_", TORCH_BOX(&Ops::neuron_shrink_));
   m.impl("sparse_group_shrink_", TORCH_BOX(&Ops::sparse_group_shrink_));
 }
 

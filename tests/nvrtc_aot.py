@@ -35,6 +35,12 @@ def nvrtc() -> ctypes.CDLL | None:
     return [ctypes.CDLL(str(next(found.glob(f"libnvrtc{part}.so.*")))) for part in ("-builtins", "")][-1]
 
 
+def version() -> str:
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _check(nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
+    return f"{major.value}.{minor.value}"
+
+
 def compile(source: str, options: tuple[str, ...]) -> tuple[bytes, str]:
     """(machine code, log); raises ValueError with the log."""
     program = ctypes.c_void_p()

@@ -90,6 +90,45 @@ def check_in_place(name, device):
         assert W._version > versions[i], "autograd must see the change"
 
 
+def neuron_values(device):
+    """Rows with a bias each: as good as rows that hold it, in every dtype and layout, ragged, tied, without weights."""
+    entries = [(layout, dtype, shape) for shape in [*SHAPES, (3, 0)] for layout in LAYOUTS for dtype in DTYPES]
+    weights = [LAYOUTS[layout](weight(shape, dtype, device, i)) for i, (layout, dtype, shape) in enumerate(entries)]
+    biases = [weight((*shape[:-1], 2), dtype, device, i)[..., i % 2] for i, (_, dtype, shape) in enumerate(entries)]
+    (taus,) = thresholds(1, (len(weights),))
+    rows = [torch.cat([W, b[..., None]], -1) for W, b in zip(weights, biases, strict=True)]
+    versions = [x._version for x in (*weights, *biases)]
+    torch.ops.compaware.neuron_shrink_(weights, biases, taus)
+    assert all(x._version > before for x, before in zip((*weights, *biases), versions, strict=True))
+    for W, b, R, tau in zip(weights, biases, rows, taus, strict=True):
+        assert_as_good(torch.cat([W, b[..., None]], -1), "group_shrink", R, [tau.to(device)])
+
+
+def neuron_refusals(device):
+    W, b, tau = weight((4, 6), torch.float32, device), torch.ones(4, device=device), torch.ones(2)
+    before = W.clone()
+    bad = {
+        "biases: wanted one per weight, 2; got 1": [b],
+        r"biases\[1\]: wanted one number per row, shape \[4\]": [b, b[:3]],
+        r"biases\[1\]: .*of the weight's dtype": [b, b.double()],
+        r"biases\[1\]: .*written through; got stride 0": [b, b[:1].expand(4)],
+    }
+    for message, biases in bad.items():
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.compaware.neuron_shrink_([W, W.clone()], biases, tau)
+        assert torch.equal(W, before) and torch.equal(b, torch.ones_like(b))
+
+
+def check_nothing(name, device):
+    """Thresholds of 0 leave what is not finite where it is, and nowhere else."""
+    for dtype in DTYPES:
+        W = weight((6, 40), dtype, device)
+        W[2, 3], W[4, 1] = torch.nan, torch.inf
+        before = W.clone()
+        op(name + "_")([W], *[torch.zeros(1)] * OPS[name])
+        assert torch.equal(W.isnan(), before.isnan()) and torch.equal(W.nan_to_num(), before.nan_to_num())
+
+
 def check_long_list(name, device):
     """More weights than one CUDA launch takes."""
     weights = [weight((2, 3), torch.float32, device, seed) for seed in range(800)]

@@ -53,6 +53,9 @@ def main() -> None:
         for check in (*values, *others):
             check(name, device="cpu")
         print(name)
+    checks.neuron_values("cpu")
+    checks.neuron_refusals("cpu")
+    print("neuron_shrink")
 
 
 if __name__ == "__main__":

@@ -234,3 +234,12 @@ def test_the_largest_stay_in_shared_memory():
     before = [W.clone() for W in weights]
     emulator.sanitize("address", [jobs.launch()], [*weights, jobs.tau, jobs.error, *jobs.s])
     assert not any(map(torch.equal, weights, before))
+
+
+@ALL_TYPES
+def test_nothing_to_subtract(dtype):
+    """W stays, to the bit; what is reported is right."""
+    W = cases.with_spectrum(24, 20, torch.linspace(3, 0, 20)).to(dtype)
+    jobs = Jobs([W.clone()], [0.0]).run()
+    assert torch.equal(jobs.weights[0], W)
+    check(W, jobs.weights[0], 0.0, jobs.s[0], *(x[0].item() for x in (jobs.error, jobs.rank, jobs.method)))

@@ -242,6 +242,7 @@ def test_opcheck(name, dtype):
         "W": torch.randn(2, 5, 4).to(compute if name == "small_svd" else dtype).requires_grad_(),
         "tau": torch.tensor([0.1, 0.2], dtype=compute),
         "tol": 1e-3,
+        "biases": [torch.randn(W.shape[:-1]).to(dtype) for W in weights],
     }
     given["l1"] = given["tau"]
     if name.endswith("_"):

@@ -47,6 +47,10 @@ def test_special_values(name):
     checks.check_special_values(name, "cpu")
 
 
+def test_nothing(name):
+    checks.check_nothing(name, "cpu")
+
+
 def test_refusals(name):
     checks.check_refusals(name, "cpu")
 

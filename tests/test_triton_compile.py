@@ -1,14 +1,20 @@
-"""The fused low-rank kernel compiles for every architecture to code without spills that fits, on tensor cores.
+"""The Triton kernels compile for every architecture to code without spills that fits, on tensor cores.
 
-The largest and the smallest ranks; ``python bench/gpu_table.py`` does all.
+Of the fused low-rank kernel the largest and the smallest ranks, of the matrix programs those with most kinds of
+products; ``python bench/gpu_table.py`` does all.
 """
 
+from functools import cache
+
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
-from triton_aot import SHARED, Code, lowrank_code, problems
+from triton_aot import SHARED, Code, lowrank_code, problems, program_code, program_problems
 
+from compaware_kernels.gpu.plan import Plan
+from compaware_kernels.gpu.program import Program
 from compaware_kernels.triton.lowrank import TILES, Tile
 
 BIGGEST = [(kind, BR, TILES[kind][BR][0]) for kind in TILES for BR in (16, 128)]
@@ -42,6 +48,28 @@ VARIANTS = {
 def test_variants(variant):
     tile = TILES["half"][32][0]
     assert not problems(lowrank_code(90, "half", 32, tile, **VARIANTS[variant]), 90, "half", tile.BM)
+
+
+@cache
+def step(dtype: torch.dtype) -> list[Program]:
+    """A step of layers in all layouts: with and without whole vectors, tall and wide."""
+    shapes = [(2048, 512), (512, 2048), (300, 201), (201, 333), (576, 147)]
+    return Plan([torch.empty(shape, device="meta", dtype=dtype) for shape in shapes], [80, 80, 32, 32, 32]).programs
+
+
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("dtype, number", [(torch.bfloat16, 2), (torch.float32, 3), (torch.float32, 5)], ids=str)
+def test_programs(capability, dtype, number):
+    program = step(dtype)[number]
+    code = program_code(capability, program)
+    assert not program_problems(code, capability, program), code
+
+
+def test_what_is_wrong_with_a_program_shows():
+    program, code = step(torch.float32)[2], Code(255, stack=8, spills=2, shared=0, tensor_core={"HMMA": 1}, fma=0)
+    assert program_problems(code, 80, program) == ["2 spills, 8 bytes", "no DMMA"]
+    assert program_problems(code, 90, program)[1:] == ["no HGMMA", "no DMMA"]
+    assert program_problems(code, 100, program)[1:] == ["no UTC"]
 
 
 def test_too_much_shared_memory_shows():

@@ -12,10 +12,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from compaware_kernels.triton.lowrank import Tile, lowrank_kernel
+from compaware_kernels.triton.program import options, program_kernel
 
 # Bytes of shared memory a block can have: CUDA C++ Programming Guide, compute capabilities.
 SHARED = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTC", 120: "HMMA"}  # the opcode of 64 rows and more
+DOUBLE = (80, 90)  # those whose tensor cores multiply in fp64, for Triton
 TYPES = {"half": "bf16", "tf32": "fp32", "ieee": "fp32"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -31,7 +33,7 @@ class Code(NamedTuple):
     fma: int
 
 
-def compiled(kernel, capability: int, tile: Tile, types: dict[str, str], constants: dict[str, object]) -> Code:
+def compiled(kernel, capability: int, types: dict[str, str], constants: dict[str, object], **options: int) -> Code:
     """``types``: Triton's type of each argument that is no constant; pointers are multiples of 16 bytes."""
     at = {name: (kernel.arg_names.index(name),) for name in kernel.arg_names}
     source = ASTSource(
@@ -40,14 +42,13 @@ def compiled(kernel, capability: int, tile: Tile, types: dict[str, str], constan
         constexprs={at[name]: value for name, value in constants.items()},
         attrs={at[name]: [["tt.divisibility", 16]] for name, type in types.items() if type.startswith("*")},
     )
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
         usage, assembly = _run("cuobjdump", "-res-usage", file.name), _run("nvdisasm", file.name)
     registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
-    opcodes = re.findall(r"\b(STL|LDL|FFMA|HMMA|HGMMA|UTC\w*MMA)\b", assembly)
+    opcodes = re.findall(r"\b(STL|LDL|FFMA|DMMA|HMMA|HGMMA|UTC\w*MMA)\b", assembly)
     count = {opcode: opcodes.count(opcode) for opcode in dict.fromkeys(opcodes)}
     spills, fma = count.pop("STL", 0) + count.pop("LDL", 0), count.pop("FFMA", 0)
     return Code(registers, stack, spills, binary.metadata.shared, count, fma)
@@ -73,18 +74,40 @@ def lowrank_code(
     types = {name: f"*{dtype}" if name in pointers else "i32" for name in lowrank_kernel.arg_names}
     types |= dict.fromkeys(("x_n", "x_h", "x_w"), stride)
     types = {name: type for name, type in types.items() if name not in constants}
-    return compiled(lowrank_kernel, capability, tile, types, constants)
+    stages = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return compiled(lowrank_kernel, capability, types, constants, **stages)
+
+
+def program_code(capability: int, program) -> Code:
+    """The kernel as this :class:`compaware_kernels.gpu.program.Program` launches it."""
+    names = ("GROUPS", "LOOPS", "ENDS", "PRECISION")
+    constants = dict(zip(names, (*program.kinds, program.precision), strict=True))
+    types = {name: "*i64" if name == "problems" else "*i32" for name in ("problems", "tiles", "counters", "awake")}
+    types["all_tiles"] = "i32"
+    return compiled(program_kernel, capability, types, constants, num_warps=program.warps, **options(capability // 10))
 
 
 def problems(code: Code, capability: int, kind: str, BM: int) -> list[str]:
-    """What is wrong with this code, in words."""
+    """What is wrong with this code of the fused kernel, in words."""
     wanted = TENSOR_CORES[capability] if BM >= 64 else "HMMA"
     on_tensor_cores = any(opcode.startswith(wanted) for opcode in code.tensor_core)
+    found = {f"no {wanted}": kind != "ieee" and not on_tensor_cores,
+             "fp32 on tensor cores": kind == "ieee" and code.tensor_core}  # fmt: skip
+    return _unfit(code, capability) + [text for text, wrong in found.items() if wrong]
+
+
+def program_problems(code: Code, capability: int, program) -> list[str]:
+    """What is wrong with this code of a matrix program, in words."""
+    types = {group[0] for group in program.kinds[0]}
+    wanted = {TENSOR_CORES[capability]: 0 in types, "DMMA": 3 in types and capability in DOUBLE}
+    used = " ".join(code.tensor_core)
+    return _unfit(code, capability) + [f"no {name}" for name, needed in wanted.items() if needed and name not in used]
+
+
+def _unfit(code: Code, capability: int) -> list[str]:
     found = {
         f"{code.spills} spills, {code.stack} bytes": code.spills or code.stack,
         f"{code.registers} registers": code.registers > 255,
         f"{code.shared} bytes of shared memory, of {SHARED[capability]}": code.shared > SHARED[capability],
-        f"no {wanted}": kind != "ieee" and not on_tensor_cores,
-        "fp32 on tensor cores": kind == "ieee" and code.tensor_core,
     }
     return [text for text, wrong in found.items() if wrong]

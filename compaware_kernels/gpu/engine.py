@@ -140,6 +140,9 @@ class Engine:
         values = [tau for tau, count in zip(taus, self.counts, strict=True) for _ in range(count)]
         inputs = torch.tensor([*values, state.seed, state.calls], dtype=torch.float64, pin_memory=on_gpu)
         plan.inputs.copy_(inputs, non_blocking=True)
+        guard = state.guards.get(plan.device)
+        if guard and guard.all_finite is not None:
+            plan.inputs[:-2].mul_(guard.all_finite)
         step.run(plan, tol)
         if on_gpu and torch.cuda.is_current_stream_capturing():
             plan.captured = inputs  # which a replay reads again

@@ -152,8 +152,8 @@ class Program:
             raise ValueError(f"plus must be of the dtype of C; got {plus.dtype} and {C.dtype}")
         if not 0 <= layer < self.layers:
             raise ValueError(f"layer must be 0 to {self.layers - 1}; got {layer}")
-        if any(max(X.stride()) >= FAR for X in (A, B, C)):
-            raise ValueError(f"strides below {FAR} are wanted")
+        if any(sum(X.stride()) >= FAR for X in (A, B, C, C if plus is None else plus)):
+            raise ValueError(f"strides that add up to less than {FAR} are wanted")
         if layout(C) in (1, 3):
             A, B, C, plus = B.T, A.T, C.T, None if plus is None else plus.T
             M, N = N, M

@@ -75,12 +75,14 @@ def _multiply(a, b, total, PRECISION: tl.constexpr):
     if ACC.primitive_bitwidth == 64:
         return tl.dot(_fp64(a), _fp64(b), total, input_precision="ieee", out_dtype=ACC)
     elif min(A_PARTS, B_PARTS) > 1:
-        return tl.dot(a, b, total, input_precision=PRECISION)
+        return tl.dot(a.to(ACC), b.to(ACC), total, input_precision=PRECISION)
     elif B_PARTS > 1:
+        b = b.to(ACC)
         near = _tf32(b)
         total = tl.dot(a.to(ACC), b - near, total, input_precision="tf32")
         return tl.dot(a.to(ACC), near, total, input_precision="tf32")
     elif A_PARTS > 1:
+        a = a.to(ACC)
         near = _tf32(a)
         total = tl.dot(a - near, b.to(ACC), total, input_precision="tf32")
         return tl.dot(near, b.to(ACC), total, input_precision="tf32")
@@ -170,7 +172,7 @@ def _finish(problem, tile, total, ENDS: tl.constexpr, INDEX: tl.constexpr):
     inside = (i < M - m)[:, None] & (j < N - n)[None, :]
     given, coef = tl.load(problem + 4) != 0, tl.load(problem + 4).to(tl.pointer_type(tl.float64))
     total *= tl.load(coef, mask=given, other=1.0).to(total.dtype)
-    beta = tl.load(coef + 1, mask=given, other=0.0).to(total.dtype)
+    beta = tl.load(coef + 1, mask=given & (tl.load(problem + 3) != 0), other=0.0).to(total.dtype)
     if beta != 0:
         D, d_m, d_n = _matrix(problem, 3, 15, C_TYPE, LAYOUT)
         D += m.to(tl.int64) * d_m + n.to(tl.int64) * d_n

@@ -21,13 +21,15 @@ struct Tau {
 };
 
 // One weight: `matrices` of `size` contiguous elements each, cut into spans. A span is what is shrunk as one: a row,
-// or, where rows do not matter, any run of elements. `in` and `out` may be the same memory.
+// or, where rows do not matter, any run of elements. `in` and `out` may be the same memory. `tails`: null, or one more
+// element of each span, a neuron's bias, shrunk where it lies.
 struct Shrink {
   DType dtype;
   const void* in;
   void* out;
   int64_t matrices, size, span;
   Tau l1, tau;
+  void* tails;
 
   CK_HOST_DEVICE int64_t spans_per_matrix() const { return (size + span - 1) / span; }
   CK_HOST_DEVICE int64_t spans() const { return matrices * spans_per_matrix(); }
@@ -41,10 +43,11 @@ CK_HOST_DEVICE inline T soft(T x, T t) {
   return x - clamped;
 }
 
-// The factor of a row: max(1 - t / norm, 0), without 0 / 0 at a row of zeros. NaN in norm or t gives NaN.
+// The factor of a row: max(1 - t / norm, 0), without 0 / 0 at a row of zeros. NaN in t gives NaN; in norm, too, but for
+// t = 0, which changes nothing, whatever there is.
 template <class T>
 CK_HOST_DEVICE inline T group_scale(T norm, T t) {
-  return norm <= t ? T(0) : T(1) - t / norm;
+  return t == 0 ? T(1) : norm <= t ? T(0) : T(1) - t / norm;
 }
 
 }  // namespace compaware

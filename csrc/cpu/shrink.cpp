@@ -26,36 +26,40 @@ using torch::headeronly::Half;
 template <class T>
 using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// ||soft(x, l1)||_2, accumulated in fp64 over independent lanes: the order is fixed, and vector units can keep it.
+// ||soft([x, tail], l1)||_2, accumulated in fp64 over independent lanes: the order is fixed, vector units can keep it.
 template <class T, class C>
-CK_INLINE double norm(const T* x, int64_t n, C l1) {
+CK_INLINE double norm(const T* x, int64_t n, C l1, const T* tail) {
   constexpr int lanes = 16;
   double sums[lanes] = {};
-  const auto square = [&](int64_t j) {
-    const double v = soft(static_cast<C>(x[j]), l1);
+  const auto square = [&](T element) {
+    const double v = soft(static_cast<C>(element), l1);
     return v * v;
   };
   int64_t j = 0;
   for (; j + lanes <= n; j += lanes)
-    for (int lane = 0; lane < lanes; ++lane) sums[lane] += square(j + lane);
-  for (int lane = 0; j < n; ++j, ++lane) sums[lane] += square(j);
-  double total = 0;
+    for (int lane = 0; lane < lanes; ++lane) sums[lane] += square(x[j + lane]);
+  for (int lane = 0; j < n; ++j, ++lane) sums[lane] += square(x[j]);
+  double total = tail ? square(*tail) : 0;
   for (double sum : sums) total += sum;
   return std::sqrt(total);
 }
 
 template <class T, class C>
-CK_INLINE void span_body(const T* x, T* y, int64_t n, C l1, const C* tau) {
-  const C scale = tau ? static_cast<C>(group_scale(norm(x, n, l1), static_cast<double>(*tau))) : C(1);
+CK_INLINE void span_body(const T* x, T* y, int64_t n, C l1, const C* tau, T* tail) {
+  const C scale = tau ? static_cast<C>(group_scale(norm(x, n, l1, tail), static_cast<double>(*tau))) : C(1);
   for (int64_t j = 0; j < n; ++j) y[j] = static_cast<T>(soft(static_cast<C>(x[j]), l1) * scale);
+  if (tail) *tail = static_cast<T>(soft(static_cast<C>(*tail), l1) * scale);
 }
 
-// clang-format off
-CK_CLONES void shrink_span(const double* x, double* y, int64_t n, double l1, const double* tau) { span_body(x, y, n, l1, tau); }
-CK_CLONES void shrink_span(const float* x, float* y, int64_t n, float l1, const float* tau) { span_body(x, y, n, l1, tau); }
-CK_CLONES void shrink_span(const Half* x, Half* y, int64_t n, float l1, const float* tau) { span_body(x, y, n, l1, tau); }
-CK_CLONES void shrink_span(const BFloat16* x, BFloat16* y, int64_t n, float l1, const float* tau) { span_body(x, y, n, l1, tau); }
-// clang-format on
+#define CK_SHRINK_SPAN(T, C)                                                                                  \
+  CK_CLONES void shrink_span(const T* x, T* y, int64_t n, C l1, const C* tau, T* tail) {                      \
+    span_body(x, y, n, l1, tau, tail);                                                                        \
+  }
+CK_SHRINK_SPAN(double, double)
+CK_SHRINK_SPAN(float, float)
+CK_SHRINK_SPAN(Half, float)
+CK_SHRINK_SPAN(BFloat16, float)
+#undef CK_SHRINK_SPAN
 
 template <class T>
 void shrink_spans(const Shrink& w, int64_t begin, int64_t end) {
@@ -67,7 +71,7 @@ void shrink_spans(const Shrink& w, int64_t begin, int64_t end) {
     const auto y = static_cast<T*>(w.out) + k * w.size + start;
     const C l1 = w.l1.data ? static_cast<C>(w.l1.data[k * w.l1.step]) : C(0);
     const C tau = w.tau.data ? static_cast<C>(w.tau.data[k * w.tau.step]) : C(0);
-    shrink_span(x, y, n, l1, w.tau.data ? &tau : nullptr);
+    shrink_span(x, y, n, l1, w.tau.data ? &tau : nullptr, w.tails ? static_cast<T*>(w.tails) + i : nullptr);
   }
 }
 

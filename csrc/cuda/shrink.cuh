@@ -17,10 +17,10 @@ CK_DEVICE int job_of(const ShrinkJobs& list, int64_t block) {
   return low;
 }
 
-CK_DEVICE float load_as(const Shrink& w, int64_t i, float) { return load(w.in, w.dtype, i); }
-CK_DEVICE double load_as(const Shrink& w, int64_t i, double) { return load_wide(w.in, w.dtype, i); }
-CK_DEVICE void store_as(const Shrink& w, int64_t i, float v) { store(w.out, w.dtype, i, v); }
-CK_DEVICE void store_as(const Shrink& w, int64_t i, double v) { store_wide(w.out, w.dtype, i, v); }
+CK_DEVICE float load_as(const void* in, DType dtype, int64_t i, float) { return load(in, dtype, i); }
+CK_DEVICE double load_as(const void* in, DType dtype, int64_t i, double) { return load_wide(in, dtype, i); }
+CK_DEVICE void store_as(void* out, DType dtype, int64_t i, float v) { store(out, dtype, i, v); }
+CK_DEVICE void store_as(void* out, DType dtype, int64_t i, double v) { store_wide(out, dtype, i, v); }
 
 // One span, by `width` threads. Computed in C; thresholds are rounded to C, once, as in the reference.
 template <class C>
@@ -28,17 +28,21 @@ CK_DEVICE void shrink_span(const Shrink& w, int64_t span, int lane, int width) {
   const int64_t per_matrix = w.spans_per_matrix(), k = span / per_matrix, offset = span % per_matrix * w.span;
   const int64_t left = w.size - offset, n = left < w.span ? left : w.span, start = k * w.size + offset;
   const C l1 = w.l1.data ? static_cast<C>(w.l1.data[k * w.l1.step]) : C(0);
+  const auto soft_at = [&](const void* in, int64_t i) { return soft(load_as(in, w.dtype, i, C()), l1); };
+  const bool tail = w.tails && lane == 0;
   C scale = 1;
   if (w.tau.data) {
     C sum = 0;
     for (int64_t j = lane; j < n; j += width) {
-      const C v = soft(load_as(w, start + j, C()), l1);
+      const C v = soft_at(w.in, start + j);
       sum += v * v;
     }
+    if (tail) sum += soft_at(w.tails, span) * soft_at(w.tails, span);
     sum = width == kWarp ? warp_sum(sum) : block_sum(sum);
     scale = group_scale(static_cast<C>(sqrt(sum)), static_cast<C>(w.tau.data[k * w.tau.step]));
   }
-  for (int64_t j = lane; j < n; j += width) store_as(w, start + j, soft(load_as(w, start + j, C()), l1) * scale);
+  for (int64_t j = lane; j < n; j += width) store_as(w.out, w.dtype, start + j, soft_at(w.in, start + j) * scale);
+  if (tail) store_as(w.tails, w.dtype, span, soft_at(w.tails, span) * scale);
 }
 
 // The type of the elements, known when compiling: no branch per element.

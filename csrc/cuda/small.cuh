@@ -182,13 +182,15 @@ template <class C>
 CK_DEVICE void shrink_small(const Small& job, const Scale& scale, Spectrum& spectrum) {
   const Factors<C> f(job);
   decompose(job, scale, f, spectrum);
-  switch (static_cast<DType>(job.dtype)) {
-    case DType::f64: project<DType::f64>(job, scale, f, spectrum); break;
-    case DType::f32: project<DType::f32>(job, scale, f, spectrum); break;
-    case DType::f16: project<DType::f16>(job, scale, f, spectrum); break;
-    case DType::bf16: project<DType::bf16>(job, scale, f, spectrum); break;
+  if (scale.tau > 0) {  // with 0, W stays, to the bit
+    switch (static_cast<DType>(job.dtype)) {
+      case DType::f64: project<DType::f64>(job, scale, f, spectrum); break;
+      case DType::f32: project<DType::f32>(job, scale, f, spectrum); break;
+      case DType::f16: project<DType::f16>(job, scale, f, spectrum); break;
+      case DType::bf16: project<DType::bf16>(job, scale, f, spectrum); break;
+    }
+    multiply_out(job, scale, f, spectrum.gain);
   }
-  multiply_out(job, scale, f, spectrum.gain);
   report(job, scale, spectrum, sizeof(C) == 4 ? kJacobi32 : kJacobi64);
 }
 

@@ -347,12 +347,12 @@ CK_DEVICE void account(const Layer& layer, double tol) {
 
 namespace compaware {
 
-// Directions in which W has nothing now, but may have later.
+// Directions in which W has nothing now, but may have later: the same at all calls, whose number changes meanwhile.
 CK_DEVICE void refill(const Layer& layer, const double* call) {
   for (int64_t j = 0; j < layer.k; ++j) {
     if (layer.mu[j] > kLost * layer.mu[0]) continue;
     for (int64_t i = threadIdx.x; i < layer.n; i += blockDim.x)
-      layer.V[i * layer.k + j] = float(normal(int64_t(call[0]), int64_t(call[1]), ~(layer.number + (j << 20)), i));
+      layer.V[i * layer.k + j] = float(normal(int64_t(call[0]), -1, ~(layer.number + (j << 20)), i));
   }
 }
 

@@ -42,9 +42,9 @@ HEAD = """# The GPU kernels, without a GPU
 What each kernel and configuration compiles to, on {archs}: registers per thread, spills, KiB of
 shared memory, and, of Triton's, tensor-core instructions. Limits: 255 registers, no spills, {limits} KiB.
 
-{interpreted} tests pass under Triton's interpreter (`tests/triton_sim.py`: values against fp64, bounds, strides, program
-orders, races and other planted bugs; the whole step), {emulated} on the emulator of CUDA (`tests/emulator`: values,
-races, bounds, barriers, masks, planted bugs). None of this has run on a GPU. Written by `python bench/gpu_table.py`.
+{interpreted} tests pass under Triton's interpreter (`tests/triton_sim.py`: values against fp64, bounds, strides,
+orders of programs, races and other planted bugs; the whole step), {emulated} on the emulator of CUDA (`tests/emulator`:
+values, races, bounds, barriers, masks, planted bugs). None of this has run on a GPU. Written by `python bench/gpu_table.py`.
 """
 LOWRANK = """## The fused low-rank kernel, Triton
 

@@ -44,7 +44,8 @@ shared memory, and, of Triton's, tensor-core instructions. Limits: 255 registers
 
 {interpreted} tests pass under Triton's interpreter (`tests/triton_sim.py`: values against fp64, bounds, strides,
 orders of programs, races and other planted bugs; the whole step), {emulated} on the emulator of CUDA (`tests/emulator`:
-values, races, bounds, barriers, masks, planted bugs). None of this has run on a GPU. Written by `python bench/gpu_table.py`.
+values, races, bounds, barriers, masks, planted bugs). None of this has run on a GPU. Written by
+`python bench/gpu_table.py`.
 """
 LOWRANK = """## The fused low-rank kernel, Triton
 

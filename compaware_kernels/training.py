@@ -161,7 +161,8 @@ class ProximalStep:
     def step(self) -> None:
         """Take one proximal step now, on every layer.
 
-        All or nothing: on an error no weight is changed.
+        All or nothing: on an error no weight is changed. On a GPU, which nothing waits for, NaN or Inf is found there:
+        it stops the step, and a later one raises.
 
         Raises:
             ValueError: NaN or Inf in a weight, or a parametrization that cannot hold the result, with the layer's name;

@@ -28,21 +28,21 @@ CK_DEVICE void shrink_span(const Shrink& w, int64_t span, int lane, int width) {
   const int64_t per_matrix = w.spans_per_matrix(), k = span / per_matrix, offset = span % per_matrix * w.span;
   const int64_t left = w.size - offset, n = left < w.span ? left : w.span, start = k * w.size + offset;
   const C l1 = w.l1.data ? static_cast<C>(w.l1.data[k * w.l1.step]) : C(0);
-  const auto soft_at = [&](const void* in, int64_t i) { return soft(load_as(in, w.dtype, i, C()), l1); };
-  const bool tail = w.tails && lane == 0;
+  const auto at = [&](int64_t j) { return j < n ? start + j : span; };  // of the span, and then of the tails
+  const auto soft_at = [&](int64_t j) { return soft(load_as(j < n ? w.in : w.tails, w.dtype, at(j), C()), l1); };
+  const int64_t count = n + (w.tails != nullptr);
   C scale = 1;
   if (w.tau.data) {
     C sum = 0;
-    for (int64_t j = lane; j < n; j += width) {
-      const C v = soft_at(w.in, start + j);
+    for (int64_t j = lane; j < count; j += width) {
+      const C v = soft_at(j);
       sum += v * v;
     }
-    if (tail) sum += soft_at(w.tails, span) * soft_at(w.tails, span);
     sum = width == kWarp ? warp_sum(sum) : block_sum(sum);
     scale = group_scale(static_cast<C>(sqrt(sum)), static_cast<C>(w.tau.data[k * w.tau.step]));
   }
-  for (int64_t j = lane; j < n; j += width) store_as(w.out, w.dtype, start + j, soft_at(w.in, start + j) * scale);
-  if (tail) store_as(w.tails, w.dtype, span, soft_at(w.tails, span) * scale);
+  for (int64_t j = lane; j < count; j += width)
+    store_as(j < n ? w.out : w.tails, w.dtype, at(j), soft_at(j) * scale);
 }
 
 // The type of the elements, known when compiling: no branch per element.

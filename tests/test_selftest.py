@@ -114,15 +114,16 @@ def test_shrink_is_replaced(caplog):
         assert verdicts._put
         verdicts._put.clear()
         called = []
-        for name in verdicts.SHRINK_OPS:
-            for end in ("", "_"):
-                op = getattr(ops, name + end)
-                op._init_fn = lambda *args, body=op._init_fn, name=name + end: called.append(name) or body(*args)
+        for name in [*(name + end for name in verdicts.SHRINK_OPS for end in ("", "_")), "neuron_shrink_"]:
+            op = getattr(ops, name)
+            op._init_fn = lambda *args, body=op._init_fn, name=name: called.append(name) or body(*args)
         verdicts.replace_shrink("CPU")
         W, tau = torch.randn(3, 4), torch.tensor(0.5)
         P = torch.ops.compaware.soft_threshold(W, tau)
         torch.ops.compaware.soft_threshold_([W], tau[None].double())
-        assert torch.equal(P, W) and called[:2] == ["soft_threshold", "soft_threshold_"], called"""
+        torch.ops.compaware.neuron_shrink_([W.clone()], [torch.ones(3)], tau[None].double())
+        assert torch.equal(P, W), P
+        assert {"soft_threshold", "soft_threshold_", "neuron_shrink_"} <= {*called}, called"""
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (

@@ -147,6 +147,24 @@ def _shrink(name: str, dtype: torch.dtype, device: torch.device) -> Case:
     return Case(work, judge)
 
 
+def _neurons(dtype: torch.dtype, device: torch.device) -> Case:
+    """Rows whose last number lies elsewhere, as a neuron's bias does."""
+    whole = [(torch.logspace(-2, 1, m)[:, None] * _normal(m, n)).to(device, dtype) for m, n in ((65, 33), (9, 1500))]
+    tau = torch.tensor(0.5)
+
+    def work() -> list[Tensor]:
+        weights, biases = [W[:, :-1].contiguous() for W in whole], [W[:, -1].contiguous() for W in whole]
+        torch.ops.compaware.neuron_shrink_(weights, biases, tau.double().expand(len(whole)))
+        return [torch.cat([W, b[:, None]], -1) for W, b in zip(weights, biases, strict=True)]
+
+    def judge(results) -> float:
+        body, here = ops.group_shrink._init_fn, tau.to(device)
+        return max(_as_good(got, body(W.double(), here.double()), body(W, here))
+                   for W, got in zip(whole, results, strict=True))  # fmt: skip
+
+    return Case(work, judge)
+
+
 def _as_good(got: Tensor, truth: Tensor, plain: Tensor) -> float:
     """The largest error, over twice that of plain PyTorch and 8 ulps of the largest number, in the compute dtype."""
     error, lost = ((y.double() - truth).abs().max() for y in (got, plain))
@@ -342,9 +360,11 @@ _ROUTES = {
     "warm": partial(_step, LARGE, 4, "subspace"),
     "NaN": _nothing_changes,
 }
+_SHRINK_DTYPES = DTYPES | {"fp64": torch.float64}
 CASES: dict[str, dict[str, Callable[[torch.device], Case]]] = {
     verdicts.SHRINK: {f"{op}, {name}": partial(_shrink, op, dtype)
-                      for op in verdicts.SHRINK_OPS for name, dtype in (*DTYPES.items(), ("fp64", torch.float64))},
+                      for op in verdicts.SHRINK_OPS for name, dtype in _SHRINK_DTYPES.items()}
+                     | {f"neuron_shrink_, {name}": partial(_neurons, dtype) for name, dtype in _SHRINK_DTYPES.items()},
     verdicts.STEP: {f"matrix program, {how}, {name}": partial(_products, precision, how == "fp64", dtype)
                     for how, precision in (("ieee", "ieee"), ("tf32x3", "tf32x3"), ("fp64", "tf32x3"))
                     for name, dtype in DTYPES.items()}

@@ -73,7 +73,7 @@ def replace_shrink(key: str = "CUDA") -> None:
         return
     logging.getLogger("compaware_kernels").warning("shrink kernels: plain PyTorch instead: they failed: %s", reason)
     _put.append(torch.library.Library("compaware", "IMPL"))
-    for name in [name + end for name in SHRINK_OPS for end in ("", "_")]:
+    for name in [*(name + end for name in SHRINK_OPS for end in ("", "_")), "neuron_shrink_"]:
         _put[0].impl(name, getattr(ops, name)._init_fn, key, allow_override=True)
 
 

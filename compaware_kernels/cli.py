@@ -1,4 +1,4 @@
-"""The command line: ``compaware demo | info | compress``, also ``python -m compaware_kernels``."""
+"""The command line: ``compaware demo | info | compress | study``, also ``python -m compaware_kernels``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from torch import nn
 from . import checkpoint, ranks
 from . import compress as compress_model
 from . import info as gather_info
+from .files import write_text
 from .gpu import verdicts
+from .study import Stopped
 from .tables import text_table
 
 app = typer.Typer(
@@ -35,7 +37,7 @@ def main() -> None:
     """Run the command line.  Exit codes: 0 done, 1 it failed (one line says why), 2 wrong usage."""
     try:
         app()
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, Stopped) as error:
         text = " ".join(str(error).split())
         print(f"compaware: error: {text or type(error).__name__}", file=sys.stderr)
         sys.exit(1)
@@ -82,6 +84,23 @@ def demo(
     print("\nWritten:")
     for name, path in paths.items():
         print(f"  {name}: {path}")
+
+
+@app.command()
+def study(
+    config: Annotated[str, typer.Argument(help="A study that comes with the package, or a TOML file.")] = "digits",
+    data: Annotated[str | None, typer.Option(help="Other data: digits, or a folder of IDX files.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for everything. Default: out/study/CONFIG.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Trainings at a time, one thread each.")] = os.cpu_count() or 1,
+) -> None:  # fmt: skip
+    """Accuracy against compression, for this method and for its rivals.
+
+    Trains every arm at every strength and seed, compresses all alike, fine-tunes, evaluates, measures. Stopped, or
+    killed, it goes on where it was when it is run again. Ends with a table, results as JSON and an HTML report.
+    """
+    from .study import command
+
+    command.run(config, data, out, processes, _progress)
 
 
 @app.command()
@@ -159,9 +178,7 @@ def compress(
     )
     checkpoint.save(small, out)
     if report:
-        temporary = report.with_name(f".{report.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(summary.to_dict(), indent=1))
-        os.replace(temporary, report)
+        write_text(report, json.dumps(summary.to_dict(), indent=1))
     print(summary)
     print(f"\nWritten: {out}" + (f", {report}" if report else ""))
 

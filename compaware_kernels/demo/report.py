@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from statistics import mean
 
-import matplotlib
 import torch
 from jinja2 import Environment
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from ..info import info
+from ..files import write_text
+from ..pages import log_axis, machine, svg
 from .experiment import ARMS, Need, Result, Run, need
 
 COLOURS = dict(zip(ARMS, ("#5b6b7b", "#d1495b"), strict=True))
-matplotlib.rcParams.update({"svg.fonttype": "none", "font.size": 11, "font.family": "sans-serif"})
 
 
 def write(result: Result, folder: Path) -> dict[str, Path]:
@@ -29,23 +25,17 @@ def write(result: Result, folder: Path) -> dict[str, Path]:
     needs = {tuned: need(result, tuned) for tuned in ([False, True] if _tuned(result) else [False])}
     html = page.render(
         result=result, arms=ARMS, needs=needs, machine=machine(), rows=summary_rows(result),
-        curves=[_svg(_curves(result, axis, label)) for axis, label in
+        curves=[svg(_curves(result, axis, label)) for axis, label in
                 (("macs", "multiply-adds for one image"), ("params", "parameters"))],
-        spectra=_svg(_spectra(result)),
+        spectra=svg(_spectra(result)),
     )  # fmt: skip
     macs_needed = {"tuned" if tuned else "untuned": {"macs": n.macs, "ratios": n.ratios} for tuned, n in needs.items()}
     data = {"settings": asdict(result.settings), "data": result.data, "machine": machine(), "need": macs_needed,
             "runs": [asdict(run) for run in result.runs]}  # fmt: skip
     return {
-        "report": _write(folder / "report.html", html),
-        "results": _write(folder / "results.json", json.dumps(data, indent=1)),
+        "report": write_text(folder / "report.html", html),
+        "results": write_text(folder / "results.json", json.dumps(data, indent=1)),
     }
-
-
-def machine() -> str:
-    """Processor, threads and versions, for every figure."""
-    facts = info()
-    return f"{facts['devices'][0]}, {facts['threads']} thread(s), torch {facts['torch']}, Python {facts['python']}"
 
 
 def summary_rows(result: Result) -> list[tuple[str, ...]]:
@@ -95,16 +85,10 @@ def _curves(result: Result, axis: str, label: str) -> Figure:
     ax.annotate("plain accuracy less 1 point", (0.99, plain - 1), xycoords=("axes fraction", "data"),
                 ha="right", va="top", xytext=(0, -3), textcoords="offset points", color="#666", fontsize=9)  # fmt: skip
     ax.set(xscale="log", xlabel=label, ylabel="held-out accuracy, %", ylim=(max(0, plain - 20), min(100, plain + 2)))
-    _log_axis(ax.xaxis)
+    log_axis(ax.xaxis)
     ax.grid(alpha=0.25, which="both")
     figure.legend(fontsize=9, loc="outside lower center", ncols=2, frameon=False)
     return figure
-
-
-def _log_axis(axis) -> None:
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1e6:g}M" if v >= 1e6 else f"{v / 1e3:g}k"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _spectra(result: Result) -> Figure:
@@ -123,16 +107,3 @@ def _spectra(result: Result) -> Figure:
         ax.legend(fontsize=9, loc="lower left")
     figure.axes[0].set_ylabel("singular value / largest")
     return figure
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
-
-
-def _write(path: Path, text: str) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-    return path

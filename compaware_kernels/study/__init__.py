@@ -1,0 +1,5 @@
+"""``compaware study``: accuracy against compression, for this method and for its rivals."""
+
+
+class Stopped(RuntimeError):
+    """Some trainings of a study failed; the others are done."""

@@ -1,0 +1,44 @@
+"""``compaware study``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from rich.progress import Progress
+
+from ..tables import text_table
+from . import latency, report
+from .config import Config
+from .runs import Study, load
+
+COLUMNS = ("arm", "multiply-adds within a point of plain", "of plain's", "parameters", "test accuracy, points",
+           "area, %", "s / training")  # fmt: skip
+
+
+def run(config: str, data: str | None, out: Path | None, processes: int, progress: Callable[[], Progress]) -> None:
+    """Do what is left of a study, and write and print what came of it."""
+    settings = Config.read(config)
+    if data:
+        settings = replace(settings, data=data)
+    images = load(settings.data)  # also: fail before anything is written
+    work = Study(settings, out or Path("out/study") / Path(config).stem)
+    left = work.left
+    print(f"{len(settings.keys)} trainings, {len(left)} left")
+    with progress() as bar:
+        if left:
+            task = bar.add_task("starting", total=len(left) * work.units)
+            work.run(processes, lambda key: bar.update(task, advance=1, description=str(key)))
+        records = work.records()
+        timing = bar.add_task("measuring time", total=latency.ROUNDS)
+        latency.measure(work, records, images, lambda: bar.update(timing, advance=1))
+        bar.update(timing, completed=latency.ROUNDS)
+    paths = report.write(settings, images, records, work.folder)
+    arms, chance = report.by_arm(records, settings), 100 / (int(images.train_y.max()) + 1)
+    for choice in report.choices(settings):
+        print(f"\n{images.name}, {settings.network}: {report.describe(choice)}\n")
+        print(text_table(COLUMNS, report.rows(arms, choice, chance), right=range(1, 7)))
+    print("\nWritten:")
+    for name, path in paths.items():
+        print(f"  {name}: {path}")

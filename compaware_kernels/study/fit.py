@@ -1,0 +1,176 @@
+"""Training a network, with checkpoints: a training that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import checkpoint, ranks
+from ..demo.data import Images
+from ..factorize import singular_values
+from ..folds import foldable_layers
+from .arms import ARMS, Arm, Plan
+from .config import Config, Key
+from .networks import build, last_layer
+
+
+class Diverged(ValueError):
+    """The loss or a weight became NaN or Inf."""
+
+
+@dataclass
+class Trained:
+    """A network on its way through training, and what was seen of it after every epoch."""
+
+    model: nn.Module
+    arm: Arm
+    optimizer: torch.optim.Optimizer
+    epoch: int = 0  # the next one
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    ranks: dict[str, list[int]] = field(default_factory=dict)
+    rows: dict[str, list[int]] = field(default_factory=dict)  # that are not zero
+
+
+def fit(config: Config, key: Key, data: Images, folder: Path, advance: Callable[[], None]) -> Trained:
+    """Train as ``key`` says, from where the checkpoint in ``folder`` is, if there is one.
+
+    ``advance`` is called once for every epoch of training, those done earlier included.
+
+    Raises:
+        Diverged: it cannot go on.
+    """
+    run = _start(config, key, data, folder)
+    for _ in range(run.epoch):
+        advance()
+    saved = time.monotonic()
+    while run.epoch < config.epochs:
+        started = time.perf_counter()
+        _epoch(run, config, key, data)
+        run.seconds += time.perf_counter() - started
+        _look(run)
+        if time.monotonic() - saved > 5 and run.epoch < config.epochs:
+            _save(run, folder)
+            saved = time.monotonic()
+        advance()
+    return run
+
+
+def tune(model: nn.Module, data: Images, config: Config, seed: int, masks: Mapping[str, Tensor] | None = None) -> None:
+    """Train a compressed network further, on the loss alone; weights that ``masks`` names as cut stay zero."""
+    optimizer = torch.optim.SGD(model.parameters(), config.tune_lr, config.momentum)
+    layers = [layer for layer in foldable_layers(model)[0] if layer.name in (masks or {})]
+    for epoch in range(config.tune_epochs):
+        _set_rate(optimizer, config.tune_lr, epoch, config.tune_epochs)
+        model.train()
+        for x, y in _batches(data, config.batch, seed, epoch):
+            _backward(model, optimizer, x, y)
+            optimizer.step()
+            with torch.no_grad():
+                for layer in layers:
+                    layer.weight.mul_(masks[layer.name])
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Per cent of the images classified right."""
+    model.eval()
+    right = [(model(part).argmax(1) == labels).sum() for part, labels in zip(x.split(512), y.split(512), strict=True)]
+    return 100 * int(sum(right)) / len(y)
+
+
+def _start(config: Config, key: Key, data: Images, folder: Path) -> Trained:
+    size, classes = data.train_x.shape[-1], int(data.train_y.max()) + 1
+    model = build(config.network, data.train_x.shape[1], classes, size, key.seed)
+    steps = math.ceil(len(data.train_x) / config.batch)
+    plan = Plan(config.epochs, steps, len(data.train_x), key.seed, (last_layer(model),), data.train_x[:1])
+    arm = ARMS[key.arm](dict(key.strength), plan)
+    model, path = arm.prepare(model), folder / "state.pt"
+    if not path.is_file():
+        run = Trained(model, arm, _optimizer(model, arm, config))
+        arm.attach(run.model, run.optimizer, 0)
+        return run
+    state = torch.load(path, weights_only=True)
+    model = checkpoint.load(folder / state["model"], model)
+    run = Trained(model, arm, _optimizer(model, arm, config), **state["run"])
+    arm.attach(model, run.optimizer, run.epoch)
+    run.optimizer.load_state_dict(state["optimizer"])
+    arm.load_state_dict(state["arm"])
+    return run
+
+
+def _save(run: Trained, folder: Path) -> None:
+    """First the weights, then the state that names them: a stop in between leaves the checkpoint before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{run.epoch}.safetensors"
+    checkpoint.save(run.model, folder / name)
+    about = {k: getattr(run, k) for k in ("epoch", "seconds", "losses", "ranks", "rows")}
+    state = {"model": name, "run": about, "optimizer": run.optimizer.state_dict(), "arm": run.arm.state_dict()}
+    torch.save(state, folder / "state.part")
+    os.replace(folder / "state.part", folder / "state.pt")
+    for other in folder.glob("*.safetensors"):
+        if other.name != name:
+            other.unlink()
+
+
+def _epoch(run: Trained, config: Config, key: Key, data: Images) -> None:
+    total, arm = 0.0, run.arm
+    _set_rate(run.optimizer, config.lr, run.epoch, config.epochs)
+    run.model.train()
+    for x, y in _batches(data, config.batch, key.seed, run.epoch):
+        arm.before()
+        loss = _backward(run.model, run.optimizer, x, y)
+        arm.after_backward()
+        run.optimizer.step()
+        arm.after_step()
+        total += loss * len(x)
+    run.losses.append(total / len(data.train_x))
+    model = arm.after_epoch(run.model, run.epoch)
+    run.epoch += 1
+    if model is not run.model:
+        run.model, run.optimizer = model, _optimizer(model, arm, config)
+        arm.attach(model, run.optimizer, run.epoch)
+
+
+def _backward(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    if not math.isfinite(value := loss.item()):
+        raise Diverged(f"the loss became {value}")
+    return value
+
+
+def _optimizer(model: nn.Module, arm: Arm, config: Config) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), config.lr, config.momentum, **arm.options())
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, lr: float, epoch: int, epochs: int) -> None:
+    """Half a cosine from ``lr`` down, by epochs."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
+def _batches(data: Images, size: int, seed: int, epoch: int) -> Sequence[tuple[Tensor, Tensor]]:
+    """The training images in the order that seed and epoch give."""
+    order = torch.randperm(len(data.train_x), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return ((data.train_x[batch], data.train_y[batch]) for batch in order.split(size))
+
+
+@torch.no_grad()
+def _look(run: Trained) -> None:
+    """Rank and live rows of every layer now."""
+    for layer in foldable_layers(run.model)[0]:
+        if not layer.weight.isfinite().all():
+            raise Diverged(f"{layer.name} contains NaN or Inf")
+        s = singular_values(layer.matrix())
+        run.ranks.setdefault(layer.name, []).append(int(ranks.numerical_rank(s, layer.weight.dtype).max()))
+        run.rows.setdefault(layer.name, []).append(int(layer.rows.flatten(1).any(1).sum()))

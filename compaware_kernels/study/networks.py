@@ -1,0 +1,88 @@
+"""The study's networks, by name: ``NETWORKS[name](channels, classes)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def mlp(channels: int, classes: int, size: int = 28) -> nn.Sequential:
+    """Three linear layers, 256 and 128 wide, on images of ``size`` x ``size`` pixels."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(channels * size * size, 256), nn.ReLU(),
+        nn.Linear(256, 128), nn.ReLU(),
+        nn.Linear(128, classes),
+    )  # fmt: skip
+
+
+def dec(channels: int, classes: int, size: int = 28) -> nn.Sequential:
+    """Convolutions with 1-D kernels only, a ReLU after each: 3 x 1, 1 x 3, three times, with 16, 32 and 64 channels.
+
+    The kind of network of the NIPS 2017 paper's experiments (Alvarez & Petersson, DecomposeMe, arXiv 1606.05426), for
+    small images.
+    """
+    layers: list[nn.Module] = []
+    for width in (16, 32, 64):
+        layers += [
+            nn.Conv2d(channels, width, (3, 1), padding=(1, 0)), nn.ReLU(),
+            nn.Conv2d(width, width, (1, 3), padding=(0, 1)), nn.ReLU(), nn.MaxPool2d(2),
+        ]  # fmt: skip
+        channels = width
+    rest = size // 8
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * rest * rest, classes))
+
+
+class _Block(nn.Module):
+    """Two 3 x 3 convolutions and a shortcut without weights (He et al., CVPR 2016, option A)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.stride, self.extra = stride, outputs - inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.extra // 2, self.extra // 2))
+        return F.relu(y + shortcut)
+
+
+def resnet20(channels: int, classes: int, size: int = 28) -> nn.Sequential:
+    """He et al., CVPR 2016, section 4.2: 19 convolutions of 16, 32 and 64 channels and a linear layer."""
+    blocks, inputs = [], 16
+    for width, stride in ((16, 1), (32, 2), (64, 2)):
+        blocks += [_Block(inputs, width, stride), _Block(width, width, 1), _Block(width, width, 1)]
+        inputs = width
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes),
+    )  # fmt: skip
+
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "dec": dec, "resnet20": resnet20}
+
+
+def build(name: str, channels: int, classes: int, size: int, seed: int) -> nn.Module:
+    """The network with the initial weights that ``seed`` gives: Gaussian (He et al., ICCV 2015), biases zero.
+
+    With torch's own smaller ones, networks without batch norm start so slowly that a penalty can hold them at zero.
+    """
+    torch.manual_seed(seed)
+    model = NETWORKS[name](channels, classes, size)
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return model
+
+
+def last_layer(model: nn.Module) -> str:
+    """The name of the classifier, which every class needs a row of."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]

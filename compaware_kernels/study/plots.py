@@ -1,0 +1,134 @@
+"""A study's figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import mean, stdev
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..pages import log_axis
+from .arms import ARMS
+from .curves import Arms, Choice, curve, need, sizes
+from .runs import Record
+
+_COLOURS = ("#444444", "#d1495b", "#d1495b", "#8f1d2c", "#8f1d2c", "#2a7f9e", "#2a7f9e", "#e0a100", "#e0a100",
+            "#6f4ba0", "#6f4ba0", "#3a8f4d", "#8a8a8a", "#3a8f4d")  # fmt: skip
+_LINES = ("-", "-", "--", "-", "--", "-", "--", "-", "--", "-", "--", "-", "--", "--")
+STYLES = dict(zip(ARMS, zip(_COLOURS, _LINES, strict=True), strict=True))
+OURS = ("nuclear", "nuclear-steps", "nuclear+group", "reload")
+LABELS = {"macs": "multiply-adds for one image", "params": "parameters", "bytes": "bytes on disk",
+          "milliseconds": "milliseconds for a batch, one thread"}  # fmt: skip
+
+
+def curves(arms: Arms, choice: Choice, axes: Sequence[str], chance: float) -> Figure:
+    """Test accuracy against size, the mean over seeds; for ours also a band of one deviation."""
+    figure = Figure(figsize=(7.2 * len(axes), 6.4), layout="constrained")
+    for ax, axis in zip(figure.subplots(1, len(axes), squeeze=False)[0], axes, strict=True):
+        at = sizes(arms, choice, axis)
+        for arm, seeds in arms.items():
+            values = [curve(records, at, choice, axis, chance) for records in seeds.values()]
+            values = [v for v in values if v]
+            if values:
+                _line(ax, arm, at, values)
+        plain = mean(record.test for records in arms["plain"].values() for record in records)
+        ax.axhline(plain - 1, color="#999", lw=1, ls=":")
+        ax.annotate("plain accuracy less 1 point", (0.01, plain - 1), xycoords=("axes fraction", "data"), va="bottom",
+                    color="#666", fontsize=9)  # fmt: skip
+        ax.set(xscale="log", xlabel=LABELS[axis], ylabel="test accuracy, %", ylim=_range(plain, chance))
+        log_axis(ax.xaxis)
+        ax.grid(alpha=0.25, which="both")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=9, loc="outside lower center", ncols=2 * len(axes), frameon=False)
+    return figure
+
+
+def _line(ax: Axes, arm: str, at: list[float], values: list[list[float]]) -> None:
+    colour, line = STYLES[arm]
+    middle = [mean(v) for v in zip(*values, strict=True)]
+    ax.plot(at, middle, line, color=colour, lw=2.4 if arm in OURS else 1.4, label=ARMS[arm].title,
+            zorder=3 if arm in OURS else 2)  # fmt: skip
+    if arm in OURS and len(values) > 1:
+        off = [stdev(v) for v in zip(*values, strict=True)]
+        ax.fill_between(at, [m - o for m, o in zip(middle, off, strict=True)],
+                        [m + o for m, o in zip(middle, off, strict=True)], color=colour, alpha=0.12, lw=0)  # fmt: skip
+
+
+def _range(plain: float, chance: float) -> tuple[float, float]:
+    """The upper part of what lies between guessing and the plain network."""
+    return plain - (plain - chance) / 4, min(100.0, plain + (plain - chance) / 40)
+
+
+def over_time(arms: Arms, choice: Choice) -> Figure:
+    """Share of the full rank and share of the live rows, over all layers, of the network each arm would use."""
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    for ax, (what, name) in zip(figure.subplots(1, 2), (("ranks", "rank"), ("rows", "rows not zero")), strict=True):
+        for arm in arms:
+            if record := chosen(arms, arm, choice):
+                seen = list(getattr(record, what).values())
+                first = sum(values[0] for values in seen if len(values) == len(record.losses))
+                totals = [sum(epoch) for epoch in zip(*(v for v in seen if len(v) == len(record.losses)), strict=True)]
+                if first:
+                    colour, line = STYLES[arm]
+                    ax.plot(range(1, len(totals) + 1), totals, line, color=colour, label=ARMS[arm].title)
+        ax.set(xlabel="epoch", ylabel=f"{name}, sum over layers", ylim=(0, None))
+        ax.grid(alpha=0.25)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=9, loc="outside right center", frameon=False)
+    return figure
+
+
+def spectra(arms: Arms, choice: Choice) -> Figure:
+    """Every layer's singular values at the end of training, of the network each arm would use."""
+    records = {arm: record for arm in arms if (record := chosen(arms, arm, choice))}
+    names = list(arms["plain"][0][0].spectra)
+    columns = min(4, len(names))
+    figure = Figure(figsize=(3.4 * columns, 3.0 * math.ceil(len(names) / columns)), layout="constrained")
+    grid = figure.subplots(math.ceil(len(names) / columns), columns, squeeze=False, sharey=True)
+    for ax in grid.flat[len(names) :]:
+        ax.set_visible(False)
+    for ax, name in zip(grid.flat, names, strict=False):
+        for arm, record in records.items():
+            if s := record.spectra.get(name):
+                colour, line = STYLES[arm]
+                ax.plot(range(1, len(s) + 1), [max(v / s[0], 1e-4) if s[0] else 1e-4 for v in s], line, color=colour,
+                        lw=2 if arm in OURS else 1.2, label=ARMS[arm].title)  # fmt: skip
+        ax.set(yscale="log", ylim=(0.8e-4, 1.5), xlabel="number", title=f"layer {name}")
+        ax.grid(alpha=0.25)
+    figure.axes[0].set_ylabel("singular value / largest")
+    figure.legend(*figure.axes[-1 if len(names) == grid.size else 0].get_legend_handles_labels(), fontsize=9,
+                  loc="outside right center", frameon=False)  # fmt: skip
+    return figure
+
+
+def sensitivity(records: Sequence[Record], values: dict[str, list[float]], rule: str) -> Figure | None:
+    """Test accuracy and multiply-adds at one rank rule over the strengths of both penalties; None without a map."""
+    found = {r.key.strength: r for r in records if r.key.arm == "nuclear+group" and r.key.seed == 0}
+    if not values:
+        return None
+    figure = Figure(figsize=(13, 1.6 + 0.7 * len(values["group"])), layout="constrained")
+    for ax, (what, form) in zip(figure.subplots(1, 2), (("test", "{:.1f}"), ("macs", "{:,.0f}")), strict=True):
+        table = [[_at(found.get((("nuclear", n), ("group", g))), rule, what) for n in values["nuclear"]]
+                 for g in values["group"]]  # fmt: skip
+        ax.imshow(table, aspect="auto", cmap="viridis" if what == "test" else "viridis_r", alpha=0.75)
+        for y, row in enumerate(table):
+            for x, value in enumerate(row):
+                ax.text(x, y, "diverged" if math.isnan(value) else form.format(value), ha="center", va="center")
+        ax.set(title="test accuracy, %" if what == "test" else LABELS["macs"], xlabel="nuclear", ylabel="group")
+        ax.set_xticks(range(len(values["nuclear"])), [f"{v:g}" for v in values["nuclear"]])
+        ax.set_yticks(range(len(values["group"])), [f"{v:g}" for v in values["group"]])
+    return figure
+
+
+def _at(record: Record | None, rule: str, what: str) -> float:
+    if record is None or record.diverged:
+        return math.nan
+    return float(next(getattr(p, what) for p in record.points if p.setting == rule))
+
+
+def chosen(arms: Arms, arm: str, choice: Choice) -> Record | None:
+    """The first seed's training that an arm's smallest network within a point of plain comes from."""
+    records = arms[arm].get(0, [])
+    point = need(choice.of(records), choice, arms["plain"][0][0].validation - 1)
+    return next((r for r in records if any(p is point for p in r.points)), None)

@@ -1,0 +1,123 @@
+"""What a trained network becomes when it is compressed, the same way whatever trained it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .. import checkpoint, ranks
+from ..compress import CompressReport, compress
+from ..demo.data import Images
+from ..folds import foldable_layers
+from ..leaving import to_dense
+from .arms import threshold
+from .config import Config
+from .fit import Trained, accuracy, tune
+
+LOW_RANK, SPARSE = "low rank", "sparse"
+
+
+@dataclass
+class Point:
+    """A compressed network.  Sizes and multiply-adds (for one image) of a sparse one count what is not zero.
+
+    Attributes:
+        bytes: fp32 values; a sparse layer also has one bit per weight that says where they are.
+        validation, test: per cent of the images right.  tuned_...: after fine-tuning.
+        model: file of the network, tuned if it was, where it was kept.  milliseconds: for a batch, where it was timed.
+    """
+
+    kind: str
+    setting: str
+    params: int
+    macs: int
+    bytes: int
+    validation: float
+    test: float
+    tuned_validation: float | None = None
+    tuned_test: float | None = None
+    model: str | None = None
+    milliseconds: float | None = None
+
+
+def points(
+    run: Trained, config: Config, seed: int, data: Images, held_out: tuple[Tensor, Tensor],
+    keep: Path | None, advance: Callable[[], None],
+) -> list[Point]:  # fmt: skip
+    """Compress, measure and fine-tune at every setting; ``advance`` is called after each.
+
+    Low rank: dead neurons removed, then every layer cut to the rank that a rule gives and factorised where that is
+    smaller. Sparse: the weights that matter least are set to zero, then dead neurons removed.
+
+    Args:
+        held_out: validation images and labels.
+        keep: folder for the low-rank networks.
+    """
+    found, example, dense = [], (data.test_x[:1],), to_dense(run.model)
+    for rule in config.rules:
+        small, report = compress(dense, ranks.parse(rule), example, goal="size")
+        point = _measured(Point(LOW_RANK, rule, report.params, report.macs, report.bytes, 0, 0), small, data, held_out)
+        if config.tune_epochs:
+            tune(small, data, config, seed)
+            point.tuned_validation, point.tuned_test = _accuracies(small, data, held_out)
+        if keep:
+            keep.mkdir(parents=True, exist_ok=True)
+            point.model = f"{rule.replace(':', '-')}.safetensors"
+            checkpoint.save(small, keep / point.model)
+        found.append(point)
+        advance()
+    for sparsity in config.sparsities:
+        pruned, masks = prune(run, sparsity)
+        point = _measured(Point(SPARSE, f"{sparsity:g}", *_sparse_sizes(pruned, example), 0, 0), pruned, data, held_out)
+        if config.tune_epochs:
+            tune(pruned, data, config, seed, masks)
+            point.tuned_validation, point.tuned_test = _accuracies(pruned, data, held_out)
+        found.append(point)
+        advance()
+    return found
+
+
+@torch.no_grad()
+def prune(run: Trained, sparsity: float) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A copy of the network in which at least that share of the weights is zero, and what is not, by layer."""
+    pruned, scores = copy.deepcopy(run.model), run.arm.scores()
+    level, masks = threshold(scores, sparsity), {}
+    for layer in foldable_layers(pruned)[0]:
+        if layer.name in scores:
+            layer.weight.mul_(scores[layer.name] > level)
+            masks[layer.name] = layer.weight != 0
+    return pruned, masks
+
+
+def _sparse_sizes(pruned: nn.Module, example: tuple[Tensor, ...]) -> tuple[int, int, int]:
+    """Parameters, multiply-adds and bytes, without zeros and what dead neurons read."""
+    small, report = compress(pruned, {}, example, goal="size")
+    weights = {layer.name: layer.weight for layer in foldable_layers(small)[0]}
+    params, macs, size = report.params, report.macs, report.bytes
+    for row in report.layers:
+        weight = weights[row.name]
+        zeros = int((weight == 0).sum())
+        if zeros:
+            params -= zeros
+            macs -= round(row.macs * zeros / weight.numel())
+            size -= 4 * zeros - -(-weight.numel() // 8)
+    return params, macs, size
+
+
+def whole(run: Trained, data: Images) -> CompressReport:
+    """The sizes of the network as it was trained."""
+    return compress(run.model, {}, (data.test_x[:1],), goal="size", remove_dead=False)[1]
+
+
+def _measured(point: Point, model: nn.Module, data: Images, held_out: tuple[Tensor, Tensor]) -> Point:
+    point.validation, point.test = _accuracies(model, data, held_out)
+    return point
+
+
+def _accuracies(model: nn.Module, data: Images, held_out: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    return accuracy(model, *held_out), accuracy(model, data.test_x, data.test_y)

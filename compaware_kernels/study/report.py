@@ -1,0 +1,75 @@
+"""A study's results as JSON and as one self-contained HTML page."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from statistics import mean
+
+from jinja2 import Environment
+
+from ..demo.data import Images
+from ..files import write_text
+from ..pages import machine, svg
+from . import plots
+from .arms import ARMS
+from .config import Config
+from .curves import Arms, Choice, area, by_arm, curve, needs, sizes, spread
+from .points import LOW_RANK, SPARSE
+from .runs import Record
+
+RULE = "energy:0.99"  # of the sensitivity map, where the study has it; else its last rule
+
+
+def write(config: Config, data: Images, records: list[Record], folder: Path) -> dict[str, Path]:
+    """Write ``results.json`` and ``report.html`` into ``folder``, atomically; returns their paths by name."""
+    arms, best = by_arm(records, config), Choice(config.tune_epochs > 0)
+    chance = 100 / (int(data.train_y.max()) + 1)
+    page = Environment(autoescape=True).from_string(files(__package__).joinpath("report.html.j2").read_text())
+    figure = plots.sensitivity(records, config.map, RULE if RULE in config.rules else config.rules[-1])
+    html = page.render(
+        config=config, data=data.name, machine=machine(), rule=RULE if RULE in config.rules else config.rules[-1],
+        choices=[(describe(c), svg(plots.curves(arms, c, ("macs",), chance)), rows(arms, c, chance))
+                 for c in choices(config)],
+        others=svg(plots.curves(arms, best, ("params", "bytes"), chance)),
+        latency=svg(plots.curves({arm: {0: seeds[0]} for arm, seeds in arms.items()}, best, ("milliseconds",), chance)),
+        over_time=svg(plots.over_time(arms, best)), spectra=svg(plots.spectra(arms, best)),
+        map=svg(figure) if figure else None, diverged=[str(r.key) for r in records if r.diverged], ours=plots.OURS,
+        arms=[(arm, ARMS[arm].title, " ".join((ARMS[arm].__doc__ or "").split()), config.arms[arm]) for arm in arms],
+    )  # fmt: skip
+    needed = {describe(c): {axis: [asdict(n) for n in needs(arms, c, axis=axis)] for axis in ("macs", "params")}
+              for c in choices(config)}  # fmt: skip
+    table = {"config": config.to_dict(), "data": data.name, "machine": machine(), "needs": needed,
+             "records": [asdict(record) for record in records]}  # fmt: skip
+    return {
+        "report": write_text(folder / "report.html", html),
+        "results": write_text(folder / "results.json", json.dumps(table)),
+    }
+
+
+def choices(config: Config) -> list[Choice]:
+    """The ways to read the points: low rank alone first, fine-tuned last."""
+    kinds = [(LOW_RANK,), (LOW_RANK, SPARSE)] if config.sparsities else [(LOW_RANK,)]
+    return [Choice(tuned, kind) for kind in kinds for tuned in ([False, True] if config.tune_epochs else [False])]
+
+
+def describe(choice: Choice) -> str:
+    how = "compressed and fine-tuned" if choice.tuned else "compressed, not fine-tuned"
+    return f"{how}{', low rank or sparse with zeros free' if SPARSE in choice.kinds else ', low rank'}"
+
+
+def rows(arms: Arms, choice: Choice, chance: float) -> list[tuple[str, ...]]:
+    """For every arm, the cheapest first: what it needs to stay within a point of plain (multiply-adds, over those of
+    plain, parameters, what it loses in test accuracy), the area under its curve, and seconds of a training."""
+    macs, params = needs(arms, choice), {n.arm: n for n in needs(arms, choice, axis="params")}
+    reference = next(mean(n.values) if n.values else None for n in macs if n.arm == "plain")
+    at, table = sizes(arms, choice, "macs"), []
+    for n in sorted(macs, key=lambda n: (n.missing, mean(n.values) if n.values else 0)):
+        areas = [area(curve(records, at, choice, "macs", chance)) for records in arms[n.arm].values()]
+        seconds = mean(r.seconds for records in arms[n.arm].values() for r in records)
+        ratio = f"{mean(n.values) / reference:.2f}" if n.values and reference and not n.missing else "-"
+        table.append((n.arm, str(n), ratio, str(params[n.arm]), spread(n.tests, "{:+.1f}"), spread(areas, "{:.1f}"),
+                      f"{seconds:.1f}"))  # fmt: skip
+    return table

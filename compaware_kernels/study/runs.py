@@ -1,0 +1,217 @@
+"""All trainings of a study, in parallel, each with a file of its own: a study that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..demo.data import Images, digits, idx_folder
+from ..factorize import singular_values
+from ..files import write_text
+from ..folds import foldable_layers
+from . import Stopped
+from .config import Config, Key
+from .fit import Diverged, Trained, accuracy, fit
+from .points import Point, points, whole
+
+
+@dataclass
+class Record:
+    """One training and what came of it.
+
+    Attributes:
+        diverged: why there is nothing else; else None.
+        validation, test: per cent of the images right, before compression.
+        seconds: of training, without compression.
+        ranks, rows: per layer, after every epoch; rows that are not zero.  spectra: at the end.
+    """
+
+    key: Key
+    diverged: str | None = None
+    validation: float = 0.0
+    test: float = 0.0
+    params: int = 0
+    macs: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    ranks: dict[str, list[int]] = field(default_factory=dict)
+    rows: dict[str, list[int]] = field(default_factory=dict)
+    spectra: dict[str, list[float]] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)
+    points: list[Point] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, table: dict) -> Record:
+        key = table["key"]
+        key = Key(key["arm"], tuple((name, value) for name, value in key["strength"]), key["seed"])
+        return cls(**table | {"key": key, "points": [Point(**point) for point in table["points"]]})
+
+
+class Study:
+    """A study's folder.
+
+    ::
+
+        study.json                          the settings that its trainings depend on
+        runs/ARM/STRENGTH/SEED.json         a Record, once it is whole
+        runs/ARM/STRENGTH/SEED.running/     a training's checkpoint, until then
+        models/ARM/STRENGTH/RULE.safetensors  the first seed's low-rank networks
+
+    Raises:
+        ValueError: the folder holds a study with other settings, or a record that cannot be read.
+    """
+
+    def __init__(self, config: Config, folder: Path):
+        self.config, self.folder = config, folder
+        about = folder / "study.json"
+        if about.is_file():
+            before = read_json(about)
+            settings = json.loads(json.dumps(config.training))
+            if other := [k for k in settings if before.get(k) != settings[k]]:
+                text = ", ".join(f"{k} was {before.get(k)!r}, now {settings[k]!r}" for k in other)
+                raise ValueError(f"{folder} holds another study: {text}; choose another folder, or remove it")
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(about, config.training)
+
+    def path(self, key: Key) -> Path:
+        return self.folder / "runs" / key.arm / key.setting / f"{key.seed}.json"
+
+    def models(self, key: Key) -> Path:
+        return self.folder / "models" / key.arm / key.setting
+
+    @property
+    def left(self) -> list[Key]:
+        """Trainings that are not done."""
+        return [key for key in self.config.keys if not self.path(key).is_file()]
+
+    def records(self) -> list[Record]:
+        """Of the trainings that are done."""
+        paths = [path for key in self.config.keys if (path := self.path(key)).is_file()]
+        try:
+            return [Record.from_dict(read_json(path)) for path in paths]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{self.folder}: a record of another version: {error}") from error
+
+    @property
+    def units(self) -> int:
+        """How often a training calls ``advance``."""
+        return self.config.epochs + len(self.config.rules) + len(self.config.sparsities)
+
+    def run(self, processes: int, advance: Callable[[Key], None]) -> None:
+        """Do what is left, in so many processes of one thread each.
+
+        Raises:
+            Stopped: some trainings failed, and why; the others were done first.
+        """
+        failures, context = [], multiprocessing.get_context("spawn")
+        if not self.left:
+            return
+        with context.Manager() as manager:
+            queue = manager.Queue()
+            listener = threading.Thread(target=lambda: [advance(key) for key in iter(queue.get, None)], daemon=True)
+            listener.start()
+            with ProcessPoolExecutor(processes, context, _begin, (self, queue, os.getpid())) as pool:
+                jobs = {pool.submit(_do, key): key for key in self.left}
+                try:
+                    for job in as_completed(jobs):
+                        if error := job.exception():
+                            failures.append(f"{jobs[job]}: {type(error).__name__}: {error}")
+                except KeyboardInterrupt:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+            queue.put(None)
+            listener.join()
+        if failures:
+            raise Stopped("; ".join(failures))
+
+    def train(self, key: Key, data: Images, advance: Callable[[], None]) -> Record:
+        """One training with all that follows, written to its file when it is whole."""
+        path = self.path(key)
+        part = path.with_suffix(".running")
+        fitted, held_out = split(data, self.config.validation)
+        try:
+            run = fit(self.config, key, fitted, part, advance)
+            record = self._record(key, run, fitted, held_out, advance)
+        except Diverged as error:
+            record = Record(key, diverged=str(error))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, asdict(record))
+        shutil.rmtree(part, ignore_errors=True)
+        return record
+
+    def _record(
+        self, key: Key, run: Trained, data: Images, held_out: tuple[Tensor, Tensor], advance: Callable[[], None]
+    ) -> Record:
+        sizes = whole(run, data)
+        layers = foldable_layers(run.model)[0]
+        return Record(
+            key,
+            validation=accuracy(run.model, *held_out),
+            test=accuracy(run.model, data.test_x, data.test_y),
+            params=sizes.params, macs=sizes.macs, bytes=sizes.bytes,
+            seconds=run.seconds, losses=run.losses, ranks=run.ranks, rows=run.rows,
+            spectra={layer.name: singular_values(layer.matrix())[0].tolist() for layer in layers},
+            facts=run.arm.facts(),
+            points=points(run, self.config, key.seed, data, held_out, self.models(key) if key.seed == 0 else None,
+                          advance),
+        )  # fmt: skip
+
+
+def load(name: str) -> Images:
+    """``digits``, or a folder of IDX files."""
+    return digits() if name == "digits" else idx_folder(Path(name))
+
+
+def split(data: Images, share: float) -> tuple[Images, tuple[Tensor, Tensor]]:
+    """The images to train on, and a share of the training images to choose on, always the same ones."""
+    order = torch.randperm(len(data.train_x), generator=torch.Generator().manual_seed(0))
+    count = round(share * len(order))
+    rest, held = order[count:], order[:count]
+    fitted = Images(data.name, data.train_x[rest], data.train_y[rest], data.test_x, data.test_y)
+    return fitted, (data.train_x[held], data.train_y[held])
+
+
+def write_json(path: Path, table: dict) -> None:
+    """Atomically."""
+    write_text(path, json.dumps(table))
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: damaged: {error}; remove it to do that part again") from error
+
+
+# --- in the pool's processes ----------------------------------------------------------------------------------------
+
+_here: tuple[Study, Images, object, int]
+
+
+def _begin(study: Study, queue, parent: int) -> None:
+    global _here
+    torch.set_num_threads(1)
+    _here = study, load(study.config.data), queue, parent
+
+
+def _do(key: Key) -> None:
+    study, data, queue, parent = _here
+
+    def advance() -> None:
+        if os.getppid() != parent:  # nobody is there to go on for
+            os._exit(1)
+        queue.put(key)
+
+    study.train(key, data, advance)

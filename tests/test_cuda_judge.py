@@ -80,6 +80,14 @@ def test_ritz_of_little(tau):
     assert x.inside[:checked].all() and not x.inside[checked:].any()
 
 
+def test_ritz_keeps_what_is_not_lost():
+    """Columns of H that differ by less than a millionth, where the small value is not yet rounding."""
+    R, mu = torch.tensor([[1, -1], [1, 1]]) / torch.tensor(2, dtype=torch.float64).sqrt(), [100, 3e-5]
+    x = ritz(R * torch.tensor(mu, dtype=torch.float64) ** 2 @ R.mT)
+    assert x.mu.tolist() == pytest.approx(mu, rel=1e-2)
+    torch.testing.assert_close(x.Qs.double().abs(), R.abs(), rtol=1e-6, atol=0)
+
+
 def test_ritz_of_nothing():
     for H in (torch.zeros(16, 16), torch.full((16, 16), math.nan)):
         x = ritz(H)
@@ -176,12 +184,20 @@ def test_judge_of_what_the_basis_leaves_out():
         check_judged(*judge(SIZES[0], 0.75, mu=torch.full((16,), last)), TOL, 1.0)
 
 
-def put_rest(x, rho):
-    """The fourth power shows the least."""
+def put_rest(x, rho, least=4):
+    """Of all powers, one shows the least."""
     for j in POWERS.tolist():
         power = subspace._power(j, x)
         power.zero_()
-        power[-1, -1] = (rho * (1 + 1e-3 * (j != 4))) ** j / step_case.FACTOR
+        power[-1, -1] = (rho * (1 + 1e-3 * (j != least))) ** j / step_case.FACTOR
+
+
+def test_judge_takes_the_best_power():
+    """However small: the ninth is 1e-18 here."""
+    for least in POWERS.tolist():
+        made, x = judge(SIZES[0], 0.3, spoil=lambda x, least=least: put_rest(x, 0.01, least))
+        check_judged(made, x, TOL, 1.0)
+        assert report(x)["rho"] == pytest.approx(0.01, rel=5e-3)
 
 
 def test_judge_ignores_powers_that_fp32_has_lost():
@@ -272,6 +288,19 @@ def test_finish_refills_the_basis():
     kept = torch.ones(16, dtype=torch.bool)
     kept[lost] = False
     assert all((x.V[:, kept] == 3).all() for x in made.layers)
+
+
+def test_finish_refills_with_the_same_at_all_calls():
+    made = step_case.make([low_rank(200, 64, 6) for _ in range(2)], [16, 16])
+    found = []
+    for _ in range(2):
+        for x in made.layers:
+            trying(x)
+            x.mu.zero_()
+            x.V.fill_(3)
+        launch(made, "finish")
+        found.append([x.V.clone() for x in made.layers])
+    assert made.call[1] == step_case.CALL + 2 and all(map(torch.equal, *found))
 
 
 def test_finish_refills_all_of_nothing():

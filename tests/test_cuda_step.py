@@ -178,6 +178,25 @@ def test_what_the_polynomials_get(tau, tol):
     check_polynomials(x, tol)
 
 
+def test_polynomials_at_the_boundaries():
+    """Where the smallest number that counts is next to the end of an interval; beta is near 2, where its 1 counts."""
+    made, x = one(k=0)
+    decide(made)
+    norm, lows = report(x)["norm"], [low for low, *_ in schedule()]
+    x.tau.fill_(norm / 1.1)
+    ratio = norm / x.tau.item()
+    for low in lows[2::2]:
+        for factor in (1 + 1e-9, 1 - 1e-9):
+            tol = 2 * (ratio**2 + 1) * low * factor
+            decide(made, tol)
+            check_polynomials(x, tol)
+    for low in (low for low in lows[14::2] if 0.9 / low > 2):
+        for factor in (1 + 1e-9, 1 - 1e-9):
+            x.tau.fill_(norm / math.sqrt((0.9 / low) ** 2 - 2) * factor)
+            decide(made)
+            check_polynomials(x, TOL)
+
+
 def check_polynomials(x, tol):
     beta, tau = (report(x)["norm"] / x.tau.item()) ** 2 + 1, x.tau.item()
     wanted = {"project": (-1 / tau, 1 / tau, 0), "power": (1 / tau, 0, 0), "gram": (1 / tau**2, 0, -1),

@@ -21,6 +21,8 @@ from .arms import ARMS, Arm, Plan
 from .config import Config, Key
 from .networks import build, last_layer
 
+SAVE_EVERY = 5.0  # seconds, at the end of an epoch
+
 
 class Diverged(ValueError):
     """The loss or a weight became NaN or Inf."""
@@ -57,7 +59,7 @@ def fit(config: Config, key: Key, data: Images, folder: Path, advance: Callable[
         _epoch(run, config, key, data)
         run.seconds += time.perf_counter() - started
         _look(run)
-        if time.monotonic() - saved > 5 and run.epoch < config.epochs:
+        if time.monotonic() - saved >= SAVE_EVERY and run.epoch < config.epochs:
             _save(run, folder)
             saved = time.monotonic()
         advance()
@@ -93,8 +95,9 @@ def _start(config: Config, key: Key, data: Images, folder: Path) -> Trained:
     steps = math.ceil(len(data.train_x) / config.batch)
     plan = Plan(config.epochs, steps, len(data.train_x), key.seed, (last_layer(model),), data.train_x[:1])
     arm = ARMS[key.arm](dict(key.strength), plan)
-    model, path = arm.prepare(model), folder / "state.pt"
+    path = folder / "state.pt"
     if not path.is_file():
+        model = arm.prepare(model)
         run = Trained(model, arm, _optimizer(model, arm, config))
         arm.attach(run.model, run.optimizer, 0)
         return run

@@ -118,21 +118,20 @@ class Study:
         failures, context = [], multiprocessing.get_context("spawn")
         if not self.left:
             return
-        with context.Manager() as manager:
-            queue = manager.Queue()
-            listener = threading.Thread(target=lambda: [advance(key) for key in iter(queue.get, None)], daemon=True)
-            listener.start()
-            with ProcessPoolExecutor(processes, context, _begin, (self, queue, os.getpid())) as pool:
-                jobs = {pool.submit(_do, key): key for key in self.left}
-                try:
-                    for job in as_completed(jobs):
-                        if error := job.exception():
-                            failures.append(f"{jobs[job]}: {type(error).__name__}: {error}")
-                except KeyboardInterrupt:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
-            queue.put(None)
-            listener.join()
+        queue = context.Queue()
+        listener = threading.Thread(target=lambda: [advance(key) for key in iter(queue.get, None)], daemon=True)
+        listener.start()
+        with ProcessPoolExecutor(processes, context, _begin, (self, queue, os.getpid())) as pool:
+            jobs = {pool.submit(_do, key): key for key in self.left}
+            try:
+                for job in as_completed(jobs):
+                    if error := job.exception():
+                        failures.append(f"{jobs[job]}: {type(error).__name__}: {error}")
+            except KeyboardInterrupt:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        queue.put(None)
+        listener.join()
         if failures:
             raise Stopped("; ".join(failures))
 

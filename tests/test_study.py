@@ -1,0 +1,314 @@
+"""A study: nothing is done twice and nothing is lost, sizes are counted right, curves say what the points say."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from study_case import CONFIG, STRENGTHS, key, some_digits
+from torch import nn
+
+import compaware_kernels as ck
+from compaware_kernels.study import Stopped, curves, fit, points, runs
+from compaware_kernels.study.arms import ARMS, Plan
+from compaware_kernels.study.config import Config, Key
+from compaware_kernels.study.curves import Choice
+from compaware_kernels.study.points import LOW_RANK, SPARSE, Point
+from compaware_kernels.study.runs import Record, Study
+
+data = pytest.fixture(scope="module")(some_digits)
+TINY = """
+epochs = 2
+seeds = 2
+lr = 0.02
+tune_epochs = 1
+rules = ["energy:0.9", "energy:0.999"]
+sparsities = [0.5]
+[arms]
+plain = [{}]
+"nuclear+group" = [{ nuclear = 2, group = 0.1 }, { nuclear = 8, group = 0.4 }]
+[map]
+nuclear = [2, 8]
+group = [0.1]
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+def command(*args, **kwargs):
+    words = [sys.executable, "-m", "compaware_kernels", "study", *map(str, args)]
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def stamps(folder, pattern="runs/**/*.json"):
+    return {path: path.stat().st_mtime_ns for path in folder.glob(pattern)}
+
+
+# --- a whole study --------------------------------------------------------------------------------------------------
+
+
+def test_killed_and_run_again(config, tmp_path):
+    """SIGKILL in the middle: its processes end, finished trainings stay; the next run does the rest, and a third one
+    nothing."""
+    out = tmp_path / "out"
+    words = [sys.executable, "-m", "compaware_kernels", "study", str(config), "--out", str(out)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(words, start_new_session=True, **quiet) as process:
+        wait(lambda: stamps(out), 120)
+        process.send_signal(signal.SIGKILL)
+    wait(lambda: not alive(process.pid), 60)
+    first = stamps(out)
+    assert 0 < len(first) < 7
+
+    second = command(config, "--out", out, "--processes", 2)
+    assert second.returncode == 0, second.stderr
+    assert f"7 trainings, {7 - len(first)} left" in second.stdout
+    every = stamps(out)
+    assert len(every) == 7 and first.items() <= every.items() and not list(out.glob("runs/**/*.running"))
+    assert "nuclear+group" in second.stdout and "Written:" in second.stdout
+
+    models, latency = stamps(out, "models/**/*"), (out / "latency.json").stat().st_mtime_ns
+    third = command(config, "--out", out)
+    assert third.returncode == 0 and "7 trainings, 0 left" in third.stdout
+    assert stamps(out) == every and stamps(out, "models/**/*") == models
+    assert (out / "latency.json").stat().st_mtime_ns == latency
+
+    page, results = (out / "report.html").read_text(), json.loads((out / "results.json").read_text())
+    assert page.count("<svg") >= 8 and "Sensitivity" in page and "nan" not in page.lower()
+    assert len(results["records"]) == 7 and results["config"]["epochs"] == 2
+    assert all(r["points"][0]["milliseconds"] > 0 for r in results["records"] if r["key"]["seed"] == 0)
+
+
+def alive(group):
+    """Whether any process of the group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait(until, seconds):
+    end = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_more_arms_are_added_and_other_settings_refused(data, tmp_path):
+    study = Study(replace(CONFIG, arms={"plain": [{}]}), tmp_path)
+    study.train(key("plain"), data, lambda: None)
+    more = Study(replace(CONFIG, arms={"plain": [{}], "l2": [{"l2": 1e-3}]}, seeds=2), tmp_path)
+    assert [str(k) for k in more.left] == ["l2 l2=0.001 seed 0", "plain none seed 1", "l2 l2=0.001 seed 1"]
+    with pytest.raises(ValueError, match=r"another study: epochs was 4, now 5"):
+        Study(replace(CONFIG, epochs=5), tmp_path)
+
+
+def test_damaged_record_is_named(data, tmp_path):
+    study = Study(replace(CONFIG, arms={"plain": [{}]}), tmp_path)
+    study.train(key("plain"), data, lambda: None)
+    path = study.path(key("plain"))
+    for text, words in (("{", "damaged"), ('{"key": {}}', "another version")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            study.records()
+
+
+def test_records_are_read_as_written(data, tmp_path):
+    study, seen = Study(replace(CONFIG, arms={"group": [{"group": 0.8}], "plain": [{}]}), tmp_path), []
+    record = study.train(key("group"), data, lambda: seen.append(1))
+    assert study.records() == [record] and len(seen) == study.units
+    assert [p.kind for p in record.points] == [LOW_RANK, LOW_RANK, SPARSE] and record.key == key("group")
+    for point in record.points[:2]:
+        model = ck.load(study.models(record.key) / point.model, fit.build("dec", 1, 10, 8, 1))
+        assert fit.accuracy(model, data.test_x, data.test_y) == pytest.approx(point.tuned_test)
+        assert sum(p.numel() for p in model.parameters()) == point.params
+
+
+def test_diverged_trainings_are_kept(data, tmp_path):
+    study = Study(replace(CONFIG, lr=1e4, arms={"plain": [{}]}), tmp_path)
+    assert "nan" in study.train(key("plain"), data, lambda: None).diverged
+    assert study.left == [] and study.records()[0].diverged
+
+
+def test_failures_do_not_stop_the_others(tmp_path, monkeypatch):
+    config = replace(CONFIG, epochs=1, arms={"plain": [{}], "l2": [{"l2": 1e-3}]})
+    study = Study(config, tmp_path)
+    study.path(key("plain")).with_suffix(".running").mkdir(parents=True)
+    (study.path(key("plain")).with_suffix(".running") / "state.pt").write_bytes(b"garbage")
+    with pytest.raises(Stopped, match=r"plain none seed 0: \w+Error"):
+        study.run(1, lambda key: None)
+    assert study.left == [key("plain")]
+
+
+def test_the_first_split_is_always_the_same(data):
+    fitted, (x, y) = runs.split(data, 0.2)
+    assert len(x) == 54 == len(y) and len(fitted.train_x) == 216
+    assert torch.equal(runs.split(data, 0.2)[1][0], x)
+    rows = {tuple(image.flatten().tolist()) for image in fitted.train_x}
+    assert not any(tuple(image.flatten().tolist()) in rows for image in x)
+
+
+# --- settings -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epoch = 3", "unknown settings: epoch"),
+        ("epochs = 0", "epochs: wanted a number >= 1; got 0"),
+        ('network = "lenet"', "network: wanted one of mlp, dec"),
+        ('rules = ["magic:1"]', "a rank rule is written"),
+        ("sparsities = [1.5]", "sparsities: wanted shares"),
+        ("[arms]\nfancy = [{}]", "arms: wanted plain and any of"),
+        ("[arms]\nplain = [{}]\nl1 = [{ l2 = 1 }]", "arms.l1: wanted strengths of l1"),
+        ("[arms]\nplain = [{}]\n[map]\nl1 = [1]", "map: wanted lists named nuclear and group"),
+        ("a = ", "not TOML"),
+    ],
+)
+def test_wrong_settings(text, words, tmp_path):
+    path = tmp_path / "wrong.toml"
+    path.write_text(text if "[arms]" in text else f"{text}\n[arms]\nplain = [{{}}]\n")
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {words}")):
+        Config.read(path)
+
+
+def test_errors_are_one_line(tmp_path):
+    """Before anything is written."""
+    path = tmp_path / "wrong.toml"
+    path.write_text("epoch = 3")
+    done = command(path, "--out", tmp_path / "out")
+    assert done.returncode == 1 and "unknown settings: epoch" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_such_study(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no study of that name"):
+        Config.read("nowhere")
+
+
+def test_shipped_studies():
+    from importlib.resources import files
+
+    names = [path.name[:-5] for path in (files("compaware_kernels.study") / "configs").iterdir()]
+    assert "digits" in names
+    for name in names:
+        config = Config.read(name)
+        assert config.seeds >= 3 and set(config.arms) == set(ARMS)
+        budgets = {arm: len(strengths) for arm, strengths in config.arms.items() if arm != "plain"}
+        assert len(set(budgets.values())) == 1, budgets
+        assert len(set(config.keys)) == len(config.keys)
+
+
+# --- points ---------------------------------------------------------------------------------------------------------
+
+
+def made(model, arm="plain"):
+    """The network as if it had been trained."""
+    made = ARMS[arm]({}, Plan(1, 1, 1, 0, ("4",), torch.zeros(1, 1, 4, 4)))
+    made.attach(model, None, 0)
+    return fit.Trained(model, made, None)
+
+
+def test_zeros_are_not_counted(data):
+    """Two layers of known zeros; a dead neuron's outgoing weights do not count either."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Dropout(0.0), nn.Linear(4 * 36, 10))
+    with torch.no_grad():
+        model[0].weight[0] = 0
+        model[0].weight[1, 0, 0] = 0
+        model[4].weight[:5, 36:] = 0
+        model[0].bias[0] = -1
+    params, macs, size = points._sparse_sizes(model, (torch.zeros(1, 1, 8, 8),))
+    conv, linear = 3 * 9 - 3, 10 * 3 * 36 - 5 * 3 * 36
+    assert macs == 36 * conv + linear and params == conv + 3 + linear + 10
+    assert size == 4 * params + math.ceil(27 / 8) + math.ceil(1080 / 8)
+
+
+def test_pruning_takes_the_least(data):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 20), nn.Linear(20, 10))
+    run = made(model)
+    pruned, masks = points.prune(run, 0.75)
+    both = torch.cat([pruned[i].weight.flatten() for i in (0, 3)])
+    before = torch.cat([model[i].weight.flatten() for i in (0, 3)])
+    assert (both == 0).sum() == round(0.75 * len(both)) and before[both == 0].abs().max() < both[both != 0].abs().min()
+    assert torch.equal(pruned[4].weight, model[4].weight) and set(masks) == {"0", "3"}
+
+
+def test_fine_tuning_keeps_zeros(data):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 20), nn.Linear(20, 10))
+    pruned, masks = points.prune(made(model), 0.75)
+    before = [p.clone() for p in pruned.parameters()]
+    fit.tune(pruned, data, CONFIG, 0, masks)
+    assert not any(torch.equal(p, old) for p, old in zip(pruned.parameters(), before, strict=True))
+    assert all(torch.equal(pruned[int(name)].weight != 0, mask) for name, mask in masks.items())
+
+
+# --- curves ---------------------------------------------------------------------------------------------------------
+
+
+def point(macs, validation, test, kind=LOW_RANK, tuned=None):
+    tuned = tuned or (None, None)
+    return Point(kind, "", macs // 2, macs, macs * 2, validation, test, *tuned)
+
+
+def record(arm, seed, *found, validation=98.0, test=97.0):
+    strength = tuple((name, float(value)) for name, value in STRENGTHS[arm].items())
+    return Record(Key(arm, strength, seed), validation=validation, test=test, points=list(found), seconds=1.0)
+
+
+def test_validation_chooses_and_test_counts():
+    few = [point(10, 90, 70), point(20, 80, 99), point(30, 95, 94), point(30, 94, 98), point(50, 97, 96)]
+    choice = Choice(tuned=False)
+    assert curves.front(few, choice) == [few[0], few[2], few[4]]
+    values = curves.curve([record("l2", 0, *few)], [5, 10, 29, 30, 100], choice, "macs", chance=10)
+    assert values == [10, 70, 70, 94, 96]
+    assert curves.need(few, choice, 94.5) is few[2] and curves.need(few, choice, 99) is None
+
+
+def test_choices_read_their_points():
+    few = [point(10, 1, 2, tuned=(3, 4)), point(20, 5, 6, SPARSE), point(30, 7, 8)]
+    r = record("l2", 0, *few)
+    assert Choice(True).of([r]) == few[:1] and Choice(True).accuracies(few[0]) == (3, 4)
+    assert Choice(False).of([r]) == [few[0], few[2]] and Choice(False, (LOW_RANK, SPARSE)).of([r]) == few
+
+
+def test_needs():
+    """At each seed's own plain accuracy less a point; what is not reached is told."""
+    plain = [record("plain", s, point(100, 98, 97), validation=98 + s, test=97) for s in (0, 1)]
+    low = [record("l2", 0, point(50, 97, 96), point(20, 96.9, 99)), record("l2", 1, point(10, 97.9, 99))]
+    arms = curves.by_arm([*plain, *low], CONFIG)
+    found = {n.arm: n for n in curves.needs(arms, Choice(False))}
+    assert found["l2"].values == [50] and found["l2"].tests == [-1] and found["l2"].missing == 1
+    assert found["plain"].values == [100, 100] and str(found["plain"]) == "100 ± 0"
+    assert "1 seed(s) do not reach it" in str(found["l2"])
+
+
+def test_arms_leave_out_the_map_and_what_diverged():
+    other = replace(CONFIG, map={"nuclear": [1.0], "group": [2.0]})
+    grid = Record(Key("nuclear+group", (("nuclear", 1.0), ("group", 2.0)), 0))
+    assert grid.key in other.keys and len(other.keys) == len(CONFIG.keys) + 1
+    broken = record("l1", 0)
+    broken.diverged = "NaN"
+    assert curves.by_arm([grid, broken, record("plain", 0)], other) == {"plain": {0: [record("plain", 0)]}}
+
+
+def test_sizes_and_spread():
+    few = [point(10, 90, 10), point(100, 90, 60), point(10000, 98, 97)]
+    at = curves.sizes({"plain": {0: [record("plain", 0, *few)]}}, Choice(False), "macs", 3)
+    assert at == pytest.approx([100, 1000, 10000])
+    assert curves.spread([1, 3], "{:+.1f}") == "+2.0 ± 1.4" and curves.spread([], "{}") == "-"

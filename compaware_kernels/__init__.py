@@ -4,6 +4,7 @@ weights --prox--> shrunk weights --ranks--> ranks --factorize--> two small weigh
 """
 
 from . import _library, folds, lowrank_ops, ops, ranks, triton
+from .budgets import allocate
 from .checkpoint import CheckpointError, load, save
 from .compress import CompressReport, LayerReport, compress
 from .fuse import fuse
@@ -47,8 +48,8 @@ verdicts.replace_shrink()
 __all__ = [
     "CheckpointError", "CompressReport", "LayerReport", "LoraReport", "LowRankConv1d", "LowRankConv2d", "LowRankConv3d",
     "LowRankConvTranspose1d", "LowRankConvTranspose2d", "LowRankConvTranspose3d", "LowRankLinear", "ProximalReport",
-    "ProximalStep", "SvtInfo", "WarmState", "compress", "export_lora", "folds", "fuse", "group_shrink", "group_shrink_",
-    "info", "load", "lowrank_conv2d", "lowrank_linear", "ranks", "save", "soft_threshold", "soft_threshold_",
-    "sparse_group_shrink", "sparse_group_shrink_", "spectral_ball_", "svt", "svt_", "to_dense", "to_plain", "truncate_",
-    "weighted_svt_",
+    "ProximalStep", "SvtInfo", "WarmState", "allocate", "compress", "export_lora", "folds", "fuse", "group_shrink",
+    "group_shrink_", "info", "load", "lowrank_conv2d", "lowrank_linear", "ranks", "save", "soft_threshold",
+    "soft_threshold_", "sparse_group_shrink", "sparse_group_shrink_", "spectral_ball_", "svt", "svt_", "to_dense",
+    "to_plain", "truncate_", "weighted_svt_",
 ]  # fmt: skip

@@ -7,13 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from . import planner
 from . import ranks as rank_rules
 from .factorize import singular_values
+from .flops import count_macs
 from .folds import FOLDS, Layer, foldable_layers, require_matches, row_axes
 from .graphs import same_outputs
 from .layers import LOW_RANK, low_rank_type
@@ -130,7 +129,7 @@ def compress(
         if not layer.weight.isfinite().all():
             raise ValueError(f"{layer.name}: its weight contains NaN or Inf; nothing was compressed")
 
-    macs_before = _count_macs(model, inputs)
+    macs_before = count_macs(model, inputs)
     small, removed, notes = copy.deepcopy(model).eval(), {}, {}
     if remove_dead:
         small, removed, notes = remove_dead_neurons(small, inputs, tuple(skip))
@@ -148,7 +147,7 @@ def compress(
         small, gains = dense, {}
     for name, module in model.named_modules():  # parents before children
         small.get_submodule(name).train(module.training)
-    return small, _report(model, small, layers, skipped, macs_before, _count_macs(small, inputs), removed, notes, gains)
+    return small, _report(model, small, layers, skipped, macs_before, count_macs(small, inputs), removed, notes, gains)
 
 
 def _factorize(
@@ -214,7 +213,7 @@ def _keep_what_is_cheaper(
     small: nn.Module, dense: nn.Module, gains: dict, inputs: tuple, notes: dict[str, str]
 ) -> None:
     """Put dense layers back whose factors need no fewer multiply-adds on the example inputs."""
-    macs, before = _count_macs(small, inputs), _count_macs(dense, inputs)
+    macs, before = count_macs(small, inputs), count_macs(dense, inputs)
     for name in [name for name in gains if macs.get(name, 0) >= before.get(name, 0) > 0]:
         small.set_submodule(name, dense.get_submodule(name))
         del gains[name]
@@ -229,25 +228,6 @@ def _channels_last(model: nn.Module, inputs: tuple) -> nn.Module:
 
 def _note(notes: dict[str, str], name: str, text: str) -> None:
     notes[name] = f"{notes[name]}; {text}" if name in notes else text
-
-
-def _count_macs(model: nn.Module, inputs: tuple) -> dict[str, int]:
-    """Multiply-adds per submodule (and of the whole model under "") of one forward pass in eval mode."""
-    modes = {module: module.training for module in model.modules()}
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # the fused attention kernels are not counted
-    try:
-        model.eval()
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(*inputs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        for module, training in modes.items():
-            module.training = training
-    root = type(model).__name__
-    counts = counter.get_flop_counts().items()
-    macs = {key.removeprefix(f"{root}."): sum(ops.values()) // 2 for key, ops in counts if key.startswith(f"{root}.")}
-    return macs | {"": counter.get_total_flops() // 2}
 
 
 def _report(model, small, layers, skipped, macs_before, macs, removed, notes, gains) -> CompressReport:

@@ -108,16 +108,18 @@ def wait(until, seconds):
 
 
 def test_more_arms_are_added_and_other_settings_refused(data, tmp_path):
-    study = Study(replace(CONFIG, arms={"plain": [{}]}), tmp_path)
+    study = Study(replace(CONFIG, arms={"plain": [{}]}), "digits", tmp_path)
     study.train(key("plain"), data, lambda: None)
-    more = Study(replace(CONFIG, arms={"plain": [{}], "l2": [{"l2": 1e-3}]}, seeds=2), tmp_path)
+    more = Study(replace(CONFIG, arms={"plain": [{}], "l2": [{"l2": 1e-3}]}, seeds=2), "digits", tmp_path)
     assert [str(k) for k in more.left] == ["l2 l2=0.001 seed 0", "plain none seed 1", "l2 l2=0.001 seed 1"]
     with pytest.raises(ValueError, match=r"another study: epochs was 4, now 5"):
-        Study(replace(CONFIG, epochs=5), tmp_path)
+        Study(replace(CONFIG, epochs=5), "digits", tmp_path)
+    with pytest.raises(ValueError, match=r"another study: data was 'digits', now 'letters'"):
+        Study(CONFIG, "letters", tmp_path)
 
 
 def test_damaged_record_is_named(data, tmp_path):
-    study = Study(replace(CONFIG, arms={"plain": [{}]}), tmp_path)
+    study = Study(replace(CONFIG, arms={"plain": [{}]}), "digits", tmp_path)
     study.train(key("plain"), data, lambda: None)
     path = study.path(key("plain"))
     for text, words in (("{", "damaged"), ('{"key": {}}', "another version")):
@@ -127,7 +129,7 @@ def test_damaged_record_is_named(data, tmp_path):
 
 
 def test_records_are_read_as_written(data, tmp_path):
-    study, seen = Study(replace(CONFIG, arms={"group": [{"group": 0.8}], "plain": [{}]}), tmp_path), []
+    study, seen = Study(replace(CONFIG, arms={"group": [{"group": 0.8}], "plain": [{}]}), "digits", tmp_path), []
     record = study.train(key("group"), data, lambda: seen.append(1))
     assert study.records() == [record] and len(seen) == study.units
     assert [p.kind for p in record.points] == [LOW_RANK, LOW_RANK, SPARSE] and record.key == key("group")
@@ -138,14 +140,14 @@ def test_records_are_read_as_written(data, tmp_path):
 
 
 def test_diverged_trainings_are_kept(data, tmp_path):
-    study = Study(replace(CONFIG, lr=1e4, arms={"plain": [{}]}), tmp_path)
+    study = Study(replace(CONFIG, lr=1e4, arms={"plain": [{}]}), "digits", tmp_path)
     assert "nan" in study.train(key("plain"), data, lambda: None).diverged
     assert study.left == [] and study.records()[0].diverged
 
 
 def test_failures_do_not_stop_the_others(tmp_path, monkeypatch):
     config = replace(CONFIG, epochs=1, arms={"plain": [{}], "l2": [{"l2": 1e-3}]})
-    study = Study(config, tmp_path)
+    study = Study(config, "digits", tmp_path)
     study.path(key("plain")).with_suffix(".running").mkdir(parents=True)
     (study.path(key("plain")).with_suffix(".running") / "state.pt").write_bytes(b"garbage")
     with pytest.raises(Stopped, match=r"plain none seed 0: \w+Error"):

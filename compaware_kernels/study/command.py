@@ -14,7 +14,7 @@ from .config import Config
 from .runs import Study, load
 
 COLUMNS = ("arm", "multiply-adds within a point of plain", "of plain's", "parameters", "test accuracy, points",
-           "area, %", "s / training")  # fmt: skip
+           "area, %", "CPU s")  # fmt: skip
 
 
 def run(config: str, data: str | None, out: Path | None, processes: int, progress: Callable[[], Progress]) -> None:
@@ -23,7 +23,7 @@ def run(config: str, data: str | None, out: Path | None, processes: int, progres
     if data:
         settings = replace(settings, data=data)
     images = load(settings.data)  # also: fail before anything is written
-    work = Study(settings, out or Path("out/study") / Path(config).stem)
+    work = Study(settings, images.name, out or Path("out/study") / Path(config).stem)
     left = work.left
     print(f"{len(settings.keys)} trainings, {len(left)} left")
     with progress() as bar:

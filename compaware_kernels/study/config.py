@@ -125,8 +125,8 @@ class Config:
 
     @property
     def training(self) -> dict:
-        """The settings that a finished training depends on, whatever other arms there are."""
-        return {k: v for k, v in self.to_dict().items() if k not in ("seeds", "arms", "map")}
+        """The settings, beside the data, that a finished training depends on, whatever other arms there are."""
+        return {k: v for k, v in self.to_dict().items() if k not in ("data", "seeds", "arms", "map")}
 
     @property
     def keys(self) -> list[Key]:

@@ -55,9 +55,9 @@ def fit(config: Config, key: Key, data: Images, folder: Path, advance: Callable[
         advance()
     saved = time.monotonic()
     while run.epoch < config.epochs:
-        started = time.perf_counter()
+        started = time.process_time()
         _epoch(run, config, key, data)
-        run.seconds += time.perf_counter() - started
+        run.seconds += time.process_time() - started
         _look(run)
         if time.monotonic() - saved >= SAVE_EVERY and run.epoch < config.epochs:
             _save(run, folder)

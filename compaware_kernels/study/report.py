@@ -41,7 +41,7 @@ def write(config: Config, data: Images, records: list[Record], folder: Path) -> 
     )  # fmt: skip
     needed = {describe(c): {axis: [asdict(n) for n in needs(arms, c, axis=axis)] for axis in ("macs", "params")}
               for c in choices(config)}  # fmt: skip
-    table = {"config": config.to_dict(), "data": data.name, "machine": machine(), "needs": needed,
+    table = {"config": config.to_dict() | {"data": data.name}, "machine": machine(), "needs": needed,
              "records": [asdict(record) for record in records]}  # fmt: skip
     return {
         "report": write_text(folder / "report.html", html),

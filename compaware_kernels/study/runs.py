@@ -32,7 +32,7 @@ class Record:
     Attributes:
         diverged: why there is nothing else; else None.
         validation, test: per cent of the images right, before compression.
-        seconds: of training, without compression.
+        seconds: of the processor for training, without compression.
         ranks, rows: per layer, after every epoch; rows that are not zero.  spectra: at the end.
     """
 
@@ -59,7 +59,7 @@ class Record:
 
 
 class Study:
-    """A study's folder.
+    """A study of data of that name, and its folder.
 
     ::
 
@@ -72,18 +72,17 @@ class Study:
         ValueError: the folder holds a study with other settings, or a record that cannot be read.
     """
 
-    def __init__(self, config: Config, folder: Path):
+    def __init__(self, config: Config, name: str, folder: Path):
         self.config, self.folder = config, folder
-        about = folder / "study.json"
+        about, settings = folder / "study.json", {"data": name} | json.loads(json.dumps(config.training))
         if about.is_file():
             before = read_json(about)
-            settings = json.loads(json.dumps(config.training))
             if other := [k for k in settings if before.get(k) != settings[k]]:
                 text = ", ".join(f"{k} was {before.get(k)!r}, now {settings[k]!r}" for k in other)
                 raise ValueError(f"{folder} holds another study: {text}; choose another folder, or remove it")
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(about, config.training)
+            write_json(about, settings)
 
     def path(self, key: Key) -> Path:
         return self.folder / "runs" / key.arm / key.setting / f"{key.seed}.json"

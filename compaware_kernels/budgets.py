@@ -1,0 +1,171 @@
+"""A budget for a whole model -> a rank for every layer: :func:`allocate`."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import ranks
+from .factorize import singular_values
+from .flops import count_macs
+from .folds import foldable_layers, row_axes
+from .layers import LOW_RANK, low_rank_type
+from .surgery import replace
+from .wrappers import bare
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer's choices, the cheapest first; the last is to stay dense.
+
+    Attributes:
+        full: its full rank, which stands for dense.  costs: of each choice, ascending.  errors: squared Frobenius norm
+            of what each choice cuts off, descending to 0.  norm: squared, of the whole.
+    """
+
+    name: str
+    full: int
+    costs: Tensor
+    errors: Tensor
+    norm: float
+
+    def rank(self, choice: int) -> int:
+        return self.full if choice == len(self.costs) - 1 else choice + 1
+
+
+def allocate(
+    model: nn.Module,
+    budget: float,
+    example_inputs: Sequence[object],
+    *,
+    of: str = "macs",
+    by: str = "relative",
+    fold: str = "paper",
+    skip: Sequence[str] = (),
+) -> dict[str, ranks.Rule]:
+    """Ranks with which the model's factorised and dense layers together keep a budget: for ``ck.compress(ranks=...)``.
+
+    ``by`` says what is least under the budget, with ``e_l(r) = sum_{i > r} sigma_i^2`` what layer l loses at rank r:
+
+    ==============  ==================================================================================================
+    ``relative``    ``sum_l e_l(r_l) / ||W_l||_F^2``
+    ``absolute``    ``sum_l e_l(r_l)``, the C step of Idelbayev & Carreira-Perpinan, CVPR 2020 ("LC")
+    ``equal``       ``max_l e_l(r_l) / ||W_l||_F^2``: all layers lose alike (Liebenwein et al., ALDS, NeurIPS 2021)
+    ==============  ==================================================================================================
+
+    The sums are minimised through their Lagrangian ``e_l(r) + lambda cost_l(r)``, layer by layer, which is exact but
+    for what is left of the budget; that is spent on whatever ranks gain most for it.
+
+    Args:
+        model, example_inputs, fold, skip: as for :func:`compaware_kernels.compress`.
+        budget: share (0 to 1) of what the layers that fold cost dense.
+        of: ``macs``, multiply-adds on the example inputs, or ``params``.
+
+    Returns:
+        rules by layer name; layers that are better off dense have their full rank.
+
+    Raises:
+        ValueError: unknown ``of``, ``by`` or fold; a budget that is no share, or smaller than what rank 1 everywhere
+            needs (which is said).
+    """
+    row_axes(fold, 0)
+    if of not in ("macs", "params") or by not in _WAYS:
+        raise ValueError(f"wanted of=macs or params, by={' or '.join(_WAYS)}; got of={of!r}, by={by!r}")
+    if not 0 < budget <= 1:
+        raise ValueError(f"budget: wanted a share of the dense cost, above 0 and up to 1; got {budget!r}")
+    layers = _layers(bare(model), tuple(example_inputs), of, fold, skip)
+    dense, least = (sum(float(layer.costs[i]) for layer in layers) for i in (-1, 0))
+    if budget * dense < least:
+        raise ValueError(f"budget: rank 1 everywhere needs {least / dense:.4g} of the dense {of}; got {budget}")
+    chosen = _WAYS[by](layers, budget * dense)
+    return {layer.name: ranks.fixed(layer.rank(i)) for layer, i in zip(layers, chosen, strict=True)}
+
+
+def _layers(model: nn.Module, inputs: tuple, of: str, fold: str, skip: Sequence[str]) -> list[_Layer]:
+    """The layers that :func:`compress` may factorise, with their choices."""
+    found = [layer for layer in foldable_layers(model, skip)[0] if type(layer.module) in LOW_RANK]
+    one = copy.deepcopy(model).eval()
+    for layer in found:
+        one = replace(one, layer.name, low_rank_type(layer.module).like(layer.module, 1, fold))
+    if of == "macs":
+        dense, each = count_macs(model, inputs), count_macs(one, inputs)
+    else:
+        dense = {layer.name: layer.weight.numel() for layer in found}
+        each = {layer.name: sum(p.numel() for name, p in one.get_submodule(layer.name).named_parameters()
+                                if name.endswith("weight")) for layer in found}  # fmt: skip
+    return [_choices(layer.name, singular_values(layer.matrix(fold)), dense.get(layer.name, 0), each.get(layer.name, 0))
+            for layer in found if dense.get(layer.name)]  # fmt: skip
+
+
+def _choices(name: str, s: Tensor, dense: float, one: float) -> _Layer:
+    """Ranks that are cheaper than dense, and dense; the groups of a convolution share a rank."""
+    squares = s.square().sum(0)
+    count = min(len(squares), math.ceil(dense / one) - 1)
+    lost = squares.flip(0).cumsum(0).flip(0)  # by all from i on
+    errors = torch.cat([lost, lost.new_zeros(1)])[1 : count + 1]
+    costs = torch.arange(1, count + 1, dtype=torch.float64) * one
+    return _Layer(name, len(squares), torch.cat([costs, costs.new_tensor([dense])]),
+                  torch.cat([errors, errors.new_zeros(1)]), float(lost[0]))  # fmt: skip
+
+
+def _equal(layers: list[_Layer], budget: float) -> list[int]:
+    """Bisection over all errors that there are."""
+    levels = torch.cat([layer.errors / (layer.norm or 1.0) for layer in layers]).unique()
+
+    def at(level: float) -> list[int]:
+        return [int((layer.errors / (layer.norm or 1.0) > level).sum()) for layer in layers]
+
+    low, high = 0, len(levels) - 1  # at(levels[high]) keeps the budget
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _cost(layers, at(float(levels[middle]))) <= budget else (middle + 1, high)
+    return at(float(levels[high]))
+
+
+def _least_sum(layers: list[_Layer], budget: float, weight: Callable[[_Layer], float]) -> list[int]:
+    """Bisection over the price of cost, then what is left is spent."""
+    if _cost(layers, dense := [len(layer.costs) - 1 for layer in layers]) <= budget:
+        return dense
+
+    def at(price: float) -> list[int]:
+        return [int((weight(layer) * layer.errors + price * layer.costs).argmin()) for layer in layers]
+
+    scale = max(weight(layer) * layer.norm / float(layer.costs[0]) for layer in layers) or 1.0
+    low, high = 1e-18 * scale, 1e3 * scale  # prices
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if _cost(layers, at(middle)) <= budget else (middle, high)
+    return _spend(layers, at(high), budget, weight)
+
+
+def _spend(layers: list[_Layer], chosen: list[int], budget: float, weight: Callable[[_Layer], float]) -> list[int]:
+    """Raise ranks while the budget allows it, the one that gains most for its cost first."""
+    chosen, left = list(chosen), budget - _cost(layers, chosen)
+    while True:
+        steps = []
+        for i, (layer, at) in enumerate(zip(layers, chosen, strict=True)):
+            for to in {at + 1, len(layer.costs) - 1} - {at, len(layer.costs)}:
+                cost = float(layer.costs[to] - layer.costs[at])
+                gain = weight(layer) * float(layer.errors[at] - layer.errors[to])
+                if cost <= left and gain > 0:
+                    steps.append((gain / cost, cost, i, to))
+        if not steps:
+            return chosen
+        _, cost, i, to = max(steps)
+        chosen[i], left = to, left - cost
+
+
+def _cost(layers: list[_Layer], chosen: list[int]) -> float:
+    return sum(float(layer.costs[i]) for layer, i in zip(layers, chosen, strict=True))
+
+
+_WAYS: dict[str, Callable[[list[_Layer], float], list[int]]] = {
+    "relative": lambda layers, budget: _least_sum(layers, budget, lambda layer: 1 / (layer.norm or 1.0)),
+    "absolute": lambda layers, budget: _least_sum(layers, budget, lambda layer: 1.0),
+    "equal": _equal,
+}

@@ -1,0 +1,141 @@
+"""Ranks under a budget: kept, used up, and the best there are."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import compaware_kernels as ck
+from compaware_kernels import budgets, ranks
+from compaware_kernels.demo.networks import small_convnet
+from compaware_kernels.factorize import singular_values
+from compaware_kernels.folds import foldable_layers
+
+X = (torch.zeros(1, 1, 8, 8),)
+
+
+def network(seed=0):
+    """Layers with spectra of their own."""
+    torch.manual_seed(seed)
+    model = small_convnet()
+    for i, layer in enumerate(foldable_layers(model)[0]):
+        U, s, Vh = torch.linalg.svd(layer.matrix().detach(), full_matrices=False)
+        s = (1 + i) * torch.exp(-torch.arange(s.shape[-1]) / (2.0 + 5 * i))
+        layer.set_rows(((U * s) @ Vh).reshape(layer.rows.shape))
+    return model
+
+
+def spent(model, rules, of):
+    """Of the dense cost of all layers, by compress's own report."""
+    _, report = ck.compress(model, rules, X, goal="size", remove_dead=False)
+    return getattr(report, of) / getattr(report, f"{of}_before")
+
+
+@pytest.mark.parametrize("by", ["relative", "absolute", "equal"])
+@pytest.mark.parametrize("of", ["macs", "params"])
+@pytest.mark.parametrize("budget", [0.05, 0.2, 0.4, 0.75, 1.0])
+def test_budget_is_kept_and_used(by, of, budget):
+    model = network()
+    rules = ck.allocate(model, budget, X, of=of, by=by)
+    share = spent(model, rules, of)
+    # Biases are parameters that no rank saves; the largest step is one rank of one layer, or to dense.
+    assert share <= budget + (0.01 if of == "params" else 1e-9)
+    if by != "equal":
+        assert share > budget - 0.06
+    assert set(rules) == {layer.name for layer in foldable_layers(model)[0]}
+
+
+def lost(model, rules):
+    """(absolute, relative) by layer."""
+    found = []
+    for layer in foldable_layers(model)[0]:
+        squares = singular_values(layer.matrix()).square().sum(0)
+        cut = squares[rules[layer.name](squares) :].sum()
+        found.append((float(cut), float(cut / squares.sum())))
+    return found
+
+
+@pytest.mark.parametrize(("by", "column"), [("absolute", 0), ("relative", 1)])
+def test_sums_are_the_least(by, column):
+    """Against all ranks of two layers; within the one rank that no price gives."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(20, 16), nn.Linear(16, 12))
+    with torch.no_grad():
+        model[0].weight.mul_(3)
+    sizes, x = [(16, 20), (12, 16)], (torch.zeros(1, 20),)
+
+    def choices(m, n):
+        cheap = [(r, r * (m + n)) for r in range(1, min(m, n) + 1) if r * (m + n) < m * n]
+        return [*cheap, (min(m, n), m * n)]
+
+    spectra = [singular_values(layer.matrix())[0].square() for layer in foldable_layers(model)[0]]
+    scale = [1.0, 1.0] if column == 0 else [float(s.sum()) for s in spectra]
+    for budget in (0.25, 0.4, 0.6, 0.9):
+        best = min(
+            sum(float(s[r:].sum()) / w for s, (r, _), w in zip(spectra, both, scale, strict=True))
+            for both in itertools.product(*(choices(m, n) for m, n in sizes))
+            if sum(cost for _, cost in both) <= budget * (16 * 20 + 12 * 16)
+        )
+        found = ck.allocate(model, budget, x, by=by)
+        got = sum(values[column] for values in lost(model, found))
+        assert best - 1e-9 <= got <= 1.12 * best + 1e-9
+
+
+def test_equal_loses_alike():
+    model = network()
+    rules = ck.allocate(model, 0.3, X, by="equal")
+    worst = max(relative for _, relative in lost(model, rules))
+    for layer in foldable_layers(model)[0]:  # one rank less would lose more than the worst does
+        squares = singular_values(layer.matrix()).square().sum(0)
+        r = rules[layer.name](squares)
+        m, n = layer.matrix().shape[1:]
+        r = min(r, ranks.break_even(m, n) + 1)
+        assert r == 1 or float(squares[r - 1 :].sum() / squares.sum()) > worst or r > ranks.break_even(m, n)
+
+
+def test_ways_differ():
+    model = network()
+    found = {by: {k: str(v) for k, v in ck.allocate(model, 0.3, X, by=by).items()} for by in budgets._WAYS}
+    assert found["relative"] != found["absolute"] != found["equal"] != found["relative"]
+
+
+def test_groups_strides_and_folds():
+    """Costs are those of the factors as they run."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 16, 3, stride=2, groups=2), nn.ReLU(), nn.Conv2d(16, 32, 3))
+    x = (torch.zeros(1, 8, 16, 16),)
+    for fold in ("paper", "spatial", "input"):
+        rules = ck.allocate(model, 0.5, x, fold=fold)
+        _, report = ck.compress(model, rules, x, goal="size", fold=fold)
+        assert 0.4 < report.macs / report.macs_before <= 0.5
+
+
+def test_skipped_layers_stay_dense():
+    rules = ck.allocate(network(), 0.3, X, skip=["11"])
+    assert "11" not in rules and rules
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"budget": 0}, "above 0 and up to 1; got 0"),
+        ({"budget": 1.5}, "got 1.5"),
+        ({"budget": float("nan")}, "got nan"),
+        ({"budget": 1e-4}, r"rank 1 everywhere needs 0\.0"),
+        ({"of": "bytes"}, "of='bytes'"),
+        ({"by": "luck"}, "by='luck'"),
+        ({"fold": "crane"}, "got 'crane'"),
+    ],
+    ids=str,
+)
+def test_errors(options, words):
+    with pytest.raises(ValueError, match=words):
+        ck.allocate(network(), **({"budget": 0.5, "example_inputs": X} | options))
+
+
+def test_model_is_not_changed():
+    model = network()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    ck.allocate(model, 0.3, X)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and model.training

@@ -139,3 +139,30 @@ def test_model_is_not_changed():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     ck.allocate(model, 0.3, X)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and model.training
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.2, 0.3, 0.45, 0.6, 0.8])
+def test_equal_is_the_least(budget):
+    """If all layers lost less than the worst does now, the budget would be broken."""
+    model = network()
+    rules = ck.allocate(model, budget, X, of="params", by="equal")
+    worst, needed, dense = max(relative for _, relative in lost(model, rules)), 0, 0
+    for layer in foldable_layers(model)[0]:
+        squares = singular_values(layer.matrix()).square().sum(0)
+        left = 1 - squares.cumsum(0) / squares.sum()
+        m, n = layer.matrix().shape[1:]
+        needed += min(m * n, (m + n) * (1 + int((left >= worst * (1 - 1e-9)).sum())))
+        dense += m * n
+    assert needed > budget * dense
+
+
+def test_all_groups_count():
+    """The first group of the first layer needs one rank, its second group all of them; the second layer is small."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(32, 32, 1, groups=2, bias=False), nn.Conv1d(32, 32, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight[:16] = 1e-3
+        nn.init.orthogonal_(model[0].weight[16:, :, 0])
+        model[1].weight.mul_(0.1)
+    rules = ck.allocate(model, 0.4, (torch.zeros(1, 32, 4),), by="absolute")
+    assert rules["0"](torch.ones(16)) > 4 > rules["1"](torch.ones(32))

@@ -158,8 +158,6 @@ void shrink_(const std::vector<Tensor>& weights, const std::vector<Tensor>& bias
   for (const MaybeTau& t : {l1, tau})
     STD_TORCH_CHECK(!t || (t->dim() >= 1 && t->size(0) == L),
                     "thresholds: wanted one per weight, shape [", L, "]; got shape ", text(t->sizes()));
-  STD_TORCH_CHECK(biases.empty() || biases.size() == weights.size(), "biases: wanted one per weight, ", L, "; got ",
-                  biases.size());
   for (int64_t i = 0; i < L; ++i) {
     const std::string name = "weights[" + std::to_string(i) + "]";
     check_weight(weights[i], name, device);
@@ -203,6 +201,8 @@ struct ShrinkOps {
   static void soft_threshold_(List weights, T tau) { shrink_<device, run>(weights, {}, tau, std::nullopt); }
   static void group_shrink_(List weights, T tau) { shrink_<device, run>(weights, {}, std::nullopt, tau); }
   static void neuron_shrink_(List weights, List biases, T tau) {
+    STD_TORCH_CHECK(biases.size() == weights.size(), "biases: wanted one per weight, ", weights.size(), "; got ",
+                    biases.size());
     shrink_<device, run>(weights, biases, std::nullopt, tau);
   }
   static void sparse_group_shrink_(List weights, T l1, T tau) { shrink_<device, run>(weights, {}, l1, tau); }

@@ -109,6 +109,7 @@ def neuron_refusals(device):
     before = W.clone()
     bad = {
         "biases: wanted one per weight, 2; got 1": [b],
+        "biases: wanted one per weight, 2; got 0": [],
         r"biases\[1\]: wanted one number per row, shape \[4\]": [b, b[:3]],
         r"biases\[1\]: .*of the weight's dtype": [b, b.double()],
         r"biases\[1\]: .*written through; got stride 0": [b, b[:1].expand(4)],

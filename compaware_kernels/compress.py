@@ -16,6 +16,7 @@ from .flops import count_macs
 from .folds import FOLDS, Layer, foldable_layers, require_matches, row_axes
 from .graphs import same_outputs
 from .layers import LOW_RANK, low_rank_type
+from .low_rank import LowRank
 from .neurons import remove_dead_neurons
 from .surgery import to_channels_last
 from .tables import text_table
@@ -194,6 +195,8 @@ def _candidates(
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
         return f"nn.{type(parent).__name__} reads its weight directly", []
+    if isinstance(parent, LowRank):
+        return "a factor of a low-rank layer; ck.to_dense(model) first, to cut its rank further", []
     reason, found = "", {}
     for fold in folds:
         M = Layer(name, dense).matrix(fold)

@@ -77,6 +77,18 @@ def test_other_architecture_names_the_layer(tmp_path):
         ck.load(tmp_path / "m.safetensors", nn.Sequential(nn.Linear(3, 3)))
 
 
+def test_compressed_twice(tmp_path):
+    """Factors are not cut again into factors of their own; from the dense model they can be cut further."""
+    small, _ = by_size(network(), ck.ranks.fixed(20), (X,))
+    again, report = by_size(small, ck.ranks.fixed(1), (X,))
+    notes = {row.name: row.reason for row in report.layers}
+    assert notes["5.first"] == notes["5.second"] and "ck.to_dense(model) first" in notes["5.first"]
+    ck.save(again, tmp_path / "again.safetensors")
+    torch.testing.assert_close(ck.load(tmp_path / "again.safetensors", network())(X), again(X))
+    less, further = by_size(ck.to_dense(small), ck.ranks.fixed(1), (X,))
+    assert further.params < report.params and less[5].rank == 1
+
+
 def test_rules_by_pattern_and_skip():
     model = network()
     rules = {"9": ck.ranks.fixed(2), "[25]": ck.ranks.fixed(3)}

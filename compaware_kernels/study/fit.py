@@ -70,10 +70,11 @@ def tune(model: nn.Module, data: Images, config: Config, seed: int, masks: Mappi
     """Train a compressed network further, on the loss alone; weights that ``masks`` names as cut stay zero."""
     optimizer = torch.optim.SGD(model.parameters(), config.tune_lr, config.momentum)
     layers = [layer for layer in foldable_layers(model)[0] if layer.name in (masks or {})]
+    steps = math.ceil(len(data.train_x) / config.batch)
+    model.train()
     for epoch in range(config.tune_epochs):
-        _set_rate(optimizer, config.tune_lr, epoch, config.tune_epochs)
-        model.train()
-        for x, y in _batches(data, config.batch, seed, epoch):
+        for i, (x, y) in enumerate(_batches(data, config.batch, seed, epoch)):
+            _set_rate(optimizer, config.tune_lr, epoch + i / steps, config.tune_epochs)
             _backward(model, optimizer, x, y)
             optimizer.step()
             with torch.no_grad():
@@ -156,8 +157,8 @@ def _optimizer(model: nn.Module, arm: Arm, config: Config) -> torch.optim.Optimi
     return torch.optim.SGD(model.parameters(), config.lr, config.momentum, **arm.options())
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, lr: float, epoch: int, epochs: int) -> None:
-    """Half a cosine from ``lr`` down, by epochs."""
+def _set_rate(optimizer: torch.optim.Optimizer, lr: float, epoch: float, epochs: int) -> None:
+    """Half a cosine from ``lr`` down; in training by whole epochs, in fine-tuning, which may be one, by steps."""
     for group in optimizer.param_groups:
         group["lr"] = lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
 

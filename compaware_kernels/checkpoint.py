@@ -33,7 +33,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
         OSError: the folder is missing or cannot be written; nothing is left behind.
     """
     model, path = bare(model), Path(path)
-    metadata = {"format": FORMAT, "layers": json.dumps(_structure(model))}
+    metadata = {"format": FORMAT, "layers": json.dumps(structure_of(model))}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_model(model, temporary, metadata=metadata)
@@ -57,10 +57,7 @@ def load(path: str | os.PathLike, model: nn.Module) -> nn.Module:
     Raises:
         CheckpointError: the file is missing, damaged, not written by :func:`save`, or of another architecture.
     """
-    structure = _read_structure(path)
-    model = copy.deepcopy(bare(model))
-    for name, entry in structure.items():
-        _restructure(model, name, entry, path)
+    model = restructured(model, _read_structure(path), str(path))
     try:
         load_model(model, path, strict=True)
     except (RuntimeError, SafetensorError) as error:
@@ -68,7 +65,8 @@ def load(path: str | os.PathLike, model: nn.Module) -> nn.Module:
     return model
 
 
-def _structure(model: nn.Module) -> dict[str, dict]:
+def structure_of(model: nn.Module) -> dict[str, dict]:
+    """Class, sizes, rank and fold of every Linear, convolution, batch norm and low-rank layer: plain data for JSON."""
     structure = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -81,6 +79,18 @@ def _structure(model: nn.Module) -> dict[str, dict]:
         elif isinstance(module, (*LOW_RANK, *NORMS)):
             structure[name] = _entry(module, *sizes(module))
     return structure
+
+
+def restructured(model: nn.Module, structure: dict[str, dict], source: str) -> nn.Module:
+    """A copy of the dense ``model`` with the layers that :func:`structure_of` saw; those that change are uninitialised.
+
+    Raises:
+        CheckpointError: it is of another architecture; says ``source`` and the layer.
+    """
+    model = copy.deepcopy(bare(model))
+    for name, entry in structure.items():
+        _restructure(model, name, entry, source)
+    return model
 
 
 def _entry(module: nn.Module, inputs: int, outputs: int, **more: object) -> dict:
@@ -104,7 +114,7 @@ def _read_structure(path: str | os.PathLike) -> dict[str, dict]:
         raise CheckpointError(f"{path}: its description of the layers is damaged: {error}") from error
 
 
-def _restructure(model: nn.Module, name: str, entry: dict, path: str | os.PathLike) -> None:
+def _restructure(model: nn.Module, name: str, entry: dict, source: str) -> None:
     """Give one layer of the dense model the saved class, sizes and rank."""
     try:
         dense = model.get_submodule(name)
@@ -120,4 +130,4 @@ def _restructure(model: nn.Module, name: str, entry: dict, path: str | os.PathLi
         if layer is not dense:
             model.set_submodule(name, layer.train(dense.training))
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: layer {name} does not fit the model: {error}") from error
+        raise CheckpointError(f"{source}: layer {name} does not fit the model: {error}") from error

@@ -79,16 +79,15 @@ def test_killed_and_run_again(config, tmp_path):
     assert len(every) == 7 and first.items() <= every.items() and not list(out.glob("runs/**/*.running"))
     assert "nuclear+group" in second.stdout and "Written:" in second.stdout
 
-    models, latency = stamps(out, "models/**/*"), (out / "latency.json").stat().st_mtime_ns
+    latency = (out / "latency.json").stat().st_mtime_ns
     third = command(config, "--out", out)
     assert third.returncode == 0 and "7 trainings, 0 left" in third.stdout
-    assert stamps(out) == every and stamps(out, "models/**/*") == models
-    assert (out / "latency.json").stat().st_mtime_ns == latency
+    assert stamps(out) == every and (out / "latency.json").stat().st_mtime_ns == latency
 
     page, results = (out / "report.html").read_text(), json.loads((out / "results.json").read_text())
     assert page.count("<svg") >= 8 and "Sensitivity" in page and "nan" not in page.lower()
     assert len(results["records"]) == 7 and results["config"]["epochs"] == 2
-    assert all(r["points"][0]["milliseconds"] > 0 for r in results["records"] if r["key"]["seed"] == 0)
+    assert all(r["points"][0]["milliseconds"] > 0 for r in results["records"])
 
 
 def alive(group):
@@ -134,8 +133,7 @@ def test_records_are_read_as_written(data, tmp_path):
     assert study.records() == [record] and len(seen) == study.units
     assert [p.kind for p in record.points] == [LOW_RANK, LOW_RANK, SPARSE] and record.key == key("group")
     for point in record.points[:2]:
-        model = ck.load(study.models(record.key) / point.model, fit.build("dec", 1, 10, 8, 1))
-        assert fit.accuracy(model, data.test_x, data.test_y) == pytest.approx(point.tuned_test)
+        model = ck.checkpoint.restructured(fit.build("dec", 1, 10, 8, 1), point.structure, "")
         assert sum(p.numel() for p in model.parameters()) == point.params
 
 

@@ -51,7 +51,7 @@ def front(points: Iterable[Point], choice: Choice, axis: str = "macs") -> list[P
 def curve(records: Iterable[Record], at: Sequence[float], choice: Choice, axis: str, chance: float) -> list[float]:
     """Test accuracy of the network an arm would use if no more than each size were allowed; chance where it has none.
 
-    Empty if the sizes are not known (milliseconds are of the first seed alone).
+    Empty if the sizes are not known (sparse networks are not timed).
     """
     points = [p for p in choice.of(records) if getattr(p, axis) is not None]
     best, values = front(points, choice, axis), []

@@ -1,10 +1,10 @@
-"""How long the compressed networks of the first seed take, measured beside each other: ``latency.json``."""
+"""How long the low-rank networks take, measured beside each other: ``latency.json``."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -21,32 +21,27 @@ ROUNDS = 7
 
 
 def measure(study: Study, records: list[Record], data: Images, advance: Callable[[], None]) -> None:
-    """Measure every kept network that was not, and set ``milliseconds`` of all points that have one.
+    """Set ``milliseconds`` of all low-rank points; measures what is not in the file yet.
 
     Milliseconds for 32 images on one thread, after :func:`compaware_kernels.fuse`; the median of 7 rounds, in each of
-    which every network has its turn. ``advance`` is called once for every round.
+    which every network has its turn. Networks of the same structure are the same here: weights do not matter.
+    ``advance`` is called once for every round.
     """
     path = study.folder / "latency.json"
     known = read_json(path) if path.is_file() else {}
-    kept = {(id(p), study.models(r.key) / p.model) for r in records for p in r.points if p.model}
-    missing = sorted({str(file.relative_to(study.folder)) for _, file in kept} - set(known))
-    if missing:
-        known |= _time([study.folder / name for name in missing], missing, study, data, advance)
+    points = [(p, json.dumps(p.structure)) for record in records for p in record.points if p.structure]
+    if missing := list(dict.fromkeys(text for _, text in points if text not in known)):
+        known |= _time(missing, study.config.network, data, advance)
         write_json(path, known)
-    for record in records:
-        for point in record.points:
-            if point.model:
-                name = (study.models(record.key) / point.model).relative_to(study.folder)
-                point.milliseconds = known[str(name)]
+    for point, text in points:
+        point.milliseconds = known[text]
 
 
-def _time(
-    paths: list[Path], names: list[str], study: Study, data: Images, advance: Callable[[], None]
-) -> dict[str, float]:
+def _time(structures: list[str], name: str, data: Images, advance: Callable[[], None]) -> dict[str, float]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    x = data.test_x[:IMAGES]
-    networks = [_network(path, study, data, x) for path in paths]
+    x, classes = data.test_x[:IMAGES], int(data.train_y.max()) + 1
+    networks = [_network(text, build(name, x.shape[1], classes, x.shape[-1], 0), x) for text in structures]
     times: list[list[float]] = [[] for _ in networks]
     with torch.inference_mode():
         for _ in range(ROUNDS):
@@ -58,9 +53,11 @@ def _time(
                 taken.append((time.perf_counter() - started) / 2)
             advance()
     torch.set_num_threads(threads)
-    return {name: 1e3 * median(taken) for name, taken in zip(names, times, strict=True)}
+    return {text: 1e3 * median(taken) for text, taken in zip(structures, times, strict=True)}
 
 
-def _network(path: Path, study: Study, data: Images, x: Tensor) -> nn.Module:
-    dense = build(study.config.network, x.shape[1], int(data.train_y.max()) + 1, x.shape[-1], 0)
-    return fuse(checkpoint.load(path, dense).eval(), (x,))
+def _network(structure: str, dense: nn.Module, x: Tensor) -> nn.Module:
+    network = checkpoint.restructured(dense, json.loads(structure), "a record of the study").eval()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    return fuse(network, (x,))

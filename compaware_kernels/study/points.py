@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,8 @@ class Point:
     Attributes:
         bytes: fp32 values; a sparse layer also has one bit per weight that says where they are.
         validation, test: per cent of the images right.  tuned_...: after fine-tuning.
-        model: file of the network, tuned if it was, where it was kept.  milliseconds: for a batch, where it was timed.
+        structure: of a low-rank one, for :func:`compaware_kernels.checkpoint.restructured`.
+        milliseconds: for a batch, where it was timed.
     """
 
     kind: str
@@ -41,14 +41,13 @@ class Point:
     test: float
     tuned_validation: float | None = None
     tuned_test: float | None = None
-    model: str | None = None
+    structure: dict[str, dict] | None = None
     milliseconds: float | None = None
 
 
 def points(
-    run: Trained, config: Config, seed: int, data: Images, held_out: tuple[Tensor, Tensor],
-    keep: Path | None, advance: Callable[[], None],
-) -> list[Point]:  # fmt: skip
+    run: Trained, config: Config, seed: int, data: Images, held_out: tuple[Tensor, Tensor], advance: Callable[[], None]
+) -> list[Point]:
     """Compress, measure and fine-tune at every setting; ``advance`` is called after each.
 
     Low rank: dead neurons removed, then every layer cut to the rank that a rule gives and factorised where that is
@@ -56,7 +55,6 @@ def points(
 
     Args:
         held_out: validation images and labels.
-        keep: folder for the low-rank networks.
     """
     found, example, dense = [], (data.test_x[:1],), to_dense(run.model)
     for rule in config.rules:
@@ -65,10 +63,7 @@ def points(
         if config.tune_epochs:
             tune(small, data, config, seed)
             point.tuned_validation, point.tuned_test = _accuracies(small, data, held_out)
-        if keep:
-            keep.mkdir(parents=True, exist_ok=True)
-            point.model = f"{rule.replace(':', '-')}.safetensors"
-            checkpoint.save(small, keep / point.model)
+        point.structure = checkpoint.structure_of(small)
         found.append(point)
         advance()
     for sparsity in config.sparsities:

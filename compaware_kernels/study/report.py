@@ -13,7 +13,7 @@ from jinja2 import Environment
 from ..demo.data import Images
 from ..files import write_text
 from ..pages import machine, svg
-from . import plots
+from . import latency, plots
 from .arms import ARMS
 from .config import Config
 from .curves import Arms, Choice, area, by_arm, curve, needs, sizes, spread
@@ -34,7 +34,7 @@ def write(config: Config, data: Images, records: list[Record], folder: Path) -> 
         choices=[(describe(c), svg(plots.curves(arms, c, ("macs",), chance)), rows(arms, c, chance))
                  for c in choices(config)],
         others=svg(plots.curves(arms, best, ("params", "bytes"), chance)),
-        latency=svg(plots.curves({arm: {0: seeds[0]} for arm, seeds in arms.items()}, best, ("milliseconds",), chance)),
+        latency=svg(plots.curves(arms, best, ("milliseconds",), chance)), images=latency.IMAGES,
         over_time=svg(plots.over_time(arms, best)), spectra=svg(plots.spectra(arms, best)),
         map=svg(figure) if figure else None, diverged=[str(r.key) for r in records if r.diverged], ours=plots.OURS,
         arms=[(arm, ARMS[arm].title, " ".join((ARMS[arm].__doc__ or "").split()), config.arms[arm]) for arm in arms],

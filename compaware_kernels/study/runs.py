@@ -66,7 +66,6 @@ class Study:
         study.json                          the settings that its trainings depend on
         runs/ARM/STRENGTH/SEED.json         a Record, once it is whole
         runs/ARM/STRENGTH/SEED.running/     a training's checkpoint, until then
-        models/ARM/STRENGTH/RULE.safetensors  the first seed's low-rank networks
 
     Raises:
         ValueError: the folder holds a study with other settings, or a record that cannot be read.
@@ -86,9 +85,6 @@ class Study:
 
     def path(self, key: Key) -> Path:
         return self.folder / "runs" / key.arm / key.setting / f"{key.seed}.json"
-
-    def models(self, key: Key) -> Path:
-        return self.folder / "models" / key.arm / key.setting
 
     @property
     def left(self) -> list[Key]:
@@ -162,8 +158,7 @@ class Study:
             seconds=run.seconds, losses=run.losses, ranks=run.ranks, rows=run.rows,
             spectra={layer.name: singular_values(layer.matrix())[0].tolist() for layer in layers},
             facts=run.arm.facts(),
-            points=points(run, self.config, key.seed, data, held_out, self.models(key) if key.seed == 0 else None,
-                          advance),
+            points=points(run, self.config, key.seed, data, held_out, advance),
         )  # fmt: skip
 
 

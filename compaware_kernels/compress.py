@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from . import planner
 from . import ranks as rank_rules
+from .calibration import Calibration
 from .factorize import singular_values
 from .flops import count_macs
-from .folds import FOLDS, Layer, foldable_layers, require_matches, row_axes
+from .folds import FOLDS, Layer, foldable_layers, from_matrix, require_matches, row_axes
 from .graphs import same_outputs
 from .layers import LOW_RANK, low_rank_type
 from .low_rank import LowRank
@@ -83,6 +84,7 @@ def compress(
     measure: bool = False,
     skip: Sequence[str] = (),
     remove_dead: bool = True,
+    calibration: Iterable[tuple] | None = None,
 ) -> tuple[nn.Module, CompressReport]:
     """Factorise the low-rank layers of a model and remove its dead neurons.  The model itself is not changed.
 
@@ -108,13 +110,15 @@ def compress(
         measure: whether to measure instead of predicting; for ``goal="speed"``.
         skip: name patterns of layers to leave alone.
         remove_dead: whether to remove dead neurons.
+        calibration: a few unlabelled inputs of the model, ``[(x,), ...]``: ranks are chosen and layers cut by what that
+            does to outputs, not to weights (:mod:`compaware_kernels.calibration`).
 
     Returns:
         the new model, and a :class:`CompressReport`.
 
     Raises:
         ValueError: unknown fold or goal, ``measure`` for size, a pattern that matches no layer, NaN or Inf in a
-            weight, a rule that returns no rank.
+            weight or in what a layer reads while calibrating, no calibration inputs, a rule that returns no rank.
         TypeError: example_inputs is a tensor instead of a tuple.
     """
     if isinstance(example_inputs, Tensor):
@@ -134,10 +138,11 @@ def compress(
     small, removed, notes = copy.deepcopy(model).eval(), {}, {}
     if remove_dead:
         small, removed, notes = remove_dead_neurons(small, inputs, tuple(skip))
+    seen = None if calibration is None else Calibration(small, [layer.name for layer in layers], calibration, folds)
     dense = copy.deepcopy(small)
     if goal == "speed":
         small = _channels_last(small, inputs)
-    gains = _factorize(small, layers, rules, folds, inputs if goal == "speed" else None, measure, notes)
+    gains = _factorize(small, layers, rules, folds, inputs if goal == "speed" else None, measure, notes, seen)
     if not gains:
         small = dense
     elif goal == "size":
@@ -159,6 +164,7 @@ def _factorize(
     inputs: tuple | None,
     measure: bool,
     notes: dict[str, str],
+    calibration: Calibration | None,
 ) -> dict[str, float | None]:
     """Replace layers of ``model`` by their factors, those that gain time on ``inputs`` if these are given.
 
@@ -169,7 +175,7 @@ def _factorize(
     for name in names:
         dense, gain = model.get_submodule(name), None
         rule = next((rule for pattern, rule in rules.items() if fnmatchcase(name, pattern)), None)
-        reason, candidates = _candidates(model, name, dense, rule, folds, inputs is not None)
+        reason, candidates = _candidates(model, name, dense, rule, folds, inputs is not None, calibration)
         if inputs is None:
             choice = min(candidates, key=lambda c: _size(low_rank_type(dense).like(dense, c[1], c[0])), default=None)
         elif candidates and name in seen:
@@ -180,12 +186,23 @@ def _factorize(
             _note(notes, name, reason)
         if choice:
             gains[name] = gain
-            model.set_submodule(name, low_rank_type(dense).from_dense(dense, choice[1], choice[0]))
+            fold, rank = choice
+            if calibration:
+                layer = Layer(name, dense)
+                M = calibration.best(name, fold, layer.matrix(fold), rank)
+                layer.set_rows(from_matrix(M, layer.rows.shape, fold))
+            model.set_submodule(name, low_rank_type(dense).from_dense(dense, rank, fold))
     return gains
 
 
 def _candidates(
-    model: nn.Module, name: str, dense: nn.Module, rule: RankRule | None, folds: Sequence[str], rounded: bool
+    model: nn.Module,
+    name: str,
+    dense: nn.Module,
+    rule: RankRule | None,
+    folds: Sequence[str],
+    rounded: bool,
+    calibration: Calibration | None,
 ) -> tuple[str, list[tuple[str, int]]]:
     """(fold, rank) of each way to factorise the layer, or why there is none."""
     if rule is None:
@@ -200,7 +217,7 @@ def _candidates(
     reason, found = "", {}
     for fold in folds:
         M = Layer(name, dense).matrix(fold)
-        rank = rule(singular_values(M))
+        rank = rule(calibration.spectrum(name, fold, M) if calibration else singular_values(M))
         if not isinstance(rank, int) or rank < 0:
             raise ValueError(f"{name}: the rank rule must return a whole number >= 0; got {rank!r}")
         m, n = M.shape[-2:]

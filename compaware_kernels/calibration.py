@@ -1,0 +1,124 @@
+"""Factorisation by what layers read: the directions that inputs use weigh more than those they do not.
+
+With ``x`` the columns that a layer's folded matrix M is multiplied with, the rank-r matrix that is best on the inputs,
+
+    ``argmin E ||(M - M_r) x||^2 = trunc_r(M C^(1/2)) C^(-1/2)``,  ``C = E[x x^T]``
+
+has the same factors' shape as the best one by weights alone (C = I). Few inputs do not tell all directions: C gets a
+hundredth of its mean eigenvalue on the diagonal. Needs inputs, no labels.
+
+Source: Yu & Wu, Compressing Transformers, AAAI 2023 (AFM); Wang et al., SVD-LLM, ICLR 2025 (section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .factorize import singular_values
+from .folds import CONVS, row_axes
+
+RIDGE = 1e-2
+
+
+class Calibration:
+    """Second moments of what the layers of a model read.
+
+    Args:
+        model: run in eval mode.
+        names: its layers of interest; those that are no Linear or plain convolution count as if C were I.
+        batches: positional inputs of the model, ``[(x,), ...]``.
+        folds: which columns are asked for later.
+
+    Raises:
+        ValueError: no batch; NaN or Inf in what a layer reads.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], batches: Iterable[tuple], folds: Sequence[str]):
+        self._moments: dict[tuple[str, str], Tensor] = {}
+        modules = {name: model.get_submodule(name) for name in names}
+        hooks = [
+            module.register_forward_pre_hook(partial(self._read, name), with_kwargs=True)
+            for name, module in modules.items()
+            if isinstance(module, (nn.Linear, *CONVS))
+        ]  # fmt: skip
+        self._folds, count = folds, 0
+        was_training = model.training
+        try:
+            model.eval()
+            with torch.no_grad():
+                for count, batch in enumerate(batches, 1):  # noqa: B007
+                    model(*batch)
+        finally:
+            model.train(was_training)
+            for hook in hooks:
+                hook.remove()
+        if not count:
+            raise ValueError("calibration: wanted inputs of the model, [(x,), ...]; got none")
+        for (name, _), moment in self._moments.items():
+            if not moment.isfinite().all():
+                raise ValueError(f"calibration: {name} reads NaN or Inf")
+
+    def _read(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = args[0] if args else kwargs["input"]
+        for fold in self._folds:
+            moment = second_moment(module, x.detach(), fold)
+            key = (name, fold)
+            self._moments[key] = self._moments[key] + moment if key in self._moments else moment
+
+    def spectrum(self, name: str, fold: str, M: Tensor) -> Tensor:
+        """Singular values ``[G, k]`` of ``M C^(1/2)``: what rank rules look at.  M: ``[G, m, n]``."""
+        return singular_values(M if (roots := self._roots(name, fold)) is None else M.detach().double() @ roots[0])
+
+    def best(self, name: str, fold: str, M: Tensor, rank: int) -> Tensor:
+        """The matrix of rank ``rank`` that is nearest on the inputs; without moments, M itself."""
+        if (roots := self._roots(name, fold)) is None:
+            return M
+        root, inverse = roots
+        U, s, Vh = torch.linalg.svd(M.detach().double() @ root, full_matrices=False)
+        return ((U[..., :rank] * s[..., None, :rank]) @ (Vh[..., :rank, :] @ inverse)).to(M.dtype)
+
+    def _roots(self, name: str, fold: str) -> tuple[Tensor, Tensor] | None:
+        """``C^(1/2)`` and its inverse, up to a factor."""
+        if (C := self._moments.get((name, fold))) is None:
+            return None
+        values, Q = torch.linalg.eigh(C)
+        mean = values.clamp_min(0).mean(-1, keepdim=True)
+        root = (values.clamp_min(0) + torch.where(mean > 0, RIDGE * mean, 1.0)).sqrt()
+        return Q * root[..., None, :] @ Q.mT, Q / root[..., None, :] @ Q.mT
+
+
+def second_moment(module: nn.Module, x: Tensor, fold: str) -> Tensor:
+    """``sum x x^T`` ``[G, n, n]`` in fp64 over all columns that the folded matrix meets in the input ``x``.
+
+    Kernel axes that the fold sends to the rows meet every pixel, without padding.
+    """
+    if isinstance(module, nn.Linear):
+        X = x.reshape(1, -1, x.shape[-1])
+        return _gram(X)
+    axes = x.ndim - 2 if x.ndim > len(module.kernel_size) + 1 else x.ndim - 1
+    x = x if x.ndim == axes + 2 else x[None]
+    k = row_axes(fold, axes)
+    pads = list(module._reversed_padding_repeated_twice)  # the last axis first
+    pads[2 * (axes - k) :] = [0] * (2 * k)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return sum(_gram(_columns(part, module, k)) for part in F.pad(x, pads, mode=mode).split(1))
+
+
+def _columns(x: Tensor, module: nn.Module, k: int) -> Tensor:
+    """``[1, C, *S]`` -> ``[G, positions, C/G prod(K[k:])]``."""
+    for axis in range(k, len(module.kernel_size)):
+        span = (module.kernel_size[axis] - 1) * module.dilation[axis] + 1
+        x = x.unfold(2 + axis, span, module.stride[axis])[..., :: module.dilation[axis]]
+    kernel = tuple(range(2 + len(module.kernel_size), x.ndim))
+    x = x.permute(1, *kernel, 0, *range(2, 2 + len(module.kernel_size)))  # [C, *K[k:], 1, *positions]
+    return x.reshape(module.groups, x.shape[0] // module.groups * x.shape[1 : 1 + len(kernel)].numel(), -1).mT
+
+
+def _gram(X: Tensor) -> Tensor:
+    X = X.double()
+    return X.mT @ X

@@ -1,0 +1,149 @@
+"""Factorisation by what layers read."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import compaware_kernels as ck
+from compaware_kernels.calibration import Calibration, second_moment
+from compaware_kernels.demo.networks import small_convnet
+from compaware_kernels.folds import FOLDS, Layer, from_matrix
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(12, 20), (7, 5, 12)),
+    "plain": (lambda: nn.Conv2d(3, 8, 3), (2, 3, 9, 8)),
+    "one image": (lambda: nn.Conv2d(3, 8, 3), (3, 9, 8)),
+    "strided": (lambda: nn.Conv2d(3, 8, (3, 2), stride=(2, 3), padding=(1, 2), dilation=(2, 1)), (2, 3, 11, 10)),
+    "same": (lambda: nn.Conv2d(3, 8, 4, padding="same"), (2, 3, 9, 8)),
+    "circular": (lambda: nn.Conv2d(3, 8, 3, padding=2, padding_mode="circular"), (2, 3, 9, 8)),
+    "groups": (lambda: nn.Conv2d(6, 8, 3, groups=2, padding=1), (2, 6, 7, 8)),
+    "1-D": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (3, 4, 17)),
+    "3-D": (lambda: nn.Conv3d(2, 6, (2, 3, 1), padding=1), (2, 2, 5, 6, 4)),
+}
+
+
+def inputs(shape):
+    """Of uneven channels, so that moments are far from the identity."""
+    torch.manual_seed(3)
+    return torch.randn(shape).cumsum(1 if len(shape) > 3 else -1).double()
+
+
+def responses(module, x, M, fold="paper"):
+    """What the layer gives for the folded matrix M, without its bias."""
+    other = copy.deepcopy(module)
+    with torch.no_grad():
+        Layer("", other).set_rows(from_matrix(M, Layer("", other).rows.shape, fold))
+        other.bias.zero_()
+    return other(x)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_moments_are_those_of_the_outputs(name):
+    """tr(M C M^T) is the energy of the outputs, whatever M; to the paper's fold all kernel axes are columns."""
+    make, shape = LAYERS[name]
+    module, x = make().double(), inputs(shape)
+    C = second_moment(module, x, "paper")
+    for seed in range(3):
+        torch.manual_seed(seed)
+        M = torch.randn_like(Layer("", module).matrix().detach())
+        energy = responses(module, x, M).square().sum()
+        torch.testing.assert_close((M @ C @ M.mT).diagonal(dim1=-2, dim2=-1).sum(), energy.detach())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("fold", FOLDS)
+def test_best_is_the_best(name, fold):
+    """By the moments no other matrix of that rank is nearer: not the SVD's, not one beside it; and it keeps a matrix of
+    that rank as it is."""
+    make, shape = LAYERS[name]
+    module, x = make().double(), inputs(shape)
+    M = Layer("0", module).matrix(fold).detach()
+    seen = Calibration(nn.Sequential(module), ["0"], [(x,)], [fold])
+    root, inverse = seen._roots("0", fold)
+    torch.testing.assert_close(root @ inverse, torch.eye(len(root[0])).expand_as(root).double(), atol=1e-9, rtol=0)
+
+    def loss(R):
+        return float(((M - R) @ root).square().sum())
+
+    rank = min(M.shape[1:]) // 2 or 1
+    R = seen.best("0", fold, M, rank)
+    s = seen.spectrum("0", fold, M)
+    assert loss(R) == pytest.approx(float(s[:, rank:].square().sum()), abs=1e-9)
+    U, sigma, Vh = torch.linalg.svd(M, full_matrices=False)
+    assert loss(R) <= loss((U[..., :rank] * sigma[:, None, :rank]) @ Vh[:, :rank]) + 1e-9
+    U, sigma, Vh = torch.linalg.svd(R, full_matrices=False)
+    assert (sigma[:, rank:] < 1e-9 * sigma[:, :1]).all()
+    for _ in range(5):
+        beside = (U[..., :rank] + 1e-3 * torch.randn_like(U[..., :rank])) * sigma[:, None, :rank] @ Vh[:, :rank]
+        assert loss(beside) >= loss(R)
+    torch.testing.assert_close(seen.best("0", fold, R, rank), R, atol=1e-8, rtol=0)
+
+
+def test_compress_loses_less_on_such_inputs():
+    """On inputs of a few directions, at the same ranks."""
+    torch.manual_seed(0)
+    model = small_convnet().double().eval()
+    basis = torch.randn(6, 64, dtype=torch.float64)
+    draw = lambda count: (torch.randn(count, 6, dtype=torch.float64) @ basis).view(count, 1, 8, 8)  # noqa: E731
+    few, others = draw(64), draw(256)
+    options = {"ranks": {name: ck.ranks.share(0.2) for name in ("2", "5", "9")}, "example_inputs": (few[:1],)}
+    errors = []
+    for calibration in (None, [(few,)]):
+        small, report = ck.compress(model, goal="size", calibration=calibration, **options)
+        assert [r.rank for r in report.layers] == [None, 13, 13, 13, None]
+        errors.append(float((small(others) - model(others)).norm() / model(others).norm()))
+    assert errors[1] < 0.6 * errors[0]
+
+
+def test_rules_see_outputs():
+    """Inputs in two directions need rank 2 of a full-rank layer; those that nothing reads need no more than one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 40).double())
+    x = torch.randn(500, 2).double() @ torch.randn(2, 40).double()
+    small, report = ck.compress(
+        model, ck.ranks.energy(0.97), (x[:1],), goal="size", calibration=[(x[:250],), (x[250:],)]
+    )
+    assert report.layers[0].rank == 2
+    assert float((small(x) - model(x)).norm() / (model(x) - model[0].bias).norm()) < 0.05
+    zero = [(torch.zeros_like(x),)]
+    small, report = ck.compress(model, ck.ranks.fixed(5), (x[:1],), goal="size", calibration=zero)
+    plain, _ = ck.compress(model, ck.ranks.fixed(5), (x[:1],), goal="size")
+    torch.testing.assert_close(small(x), plain(x))
+
+
+def test_batches_add_up():
+    torch.manual_seed(0)
+    model, x = small_convnet().double().eval(), torch.randn(12, 1, 8, 8).double()
+    whole, parts = (Calibration(model, ["2"], batches, ["paper"])._moments["2", "paper"]
+                    for batches in ([(x,)], [(x[:5],), (x[5:],)]))  # fmt: skip
+    torch.testing.assert_close(whole, parts)
+
+
+def test_model_is_left_as_it_was():
+    model = small_convnet()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    ck.compress(model, ck.ranks.share(0.2), (torch.zeros(1, 1, 8, 8),), calibration=[(torch.randn(4, 1, 8, 8),)])
+    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("batches", "words"),
+    [([], "wanted inputs of the model"), ([(torch.full((1, 1, 8, 8), torch.nan),)], "calibration: 0 reads NaN or Inf")],
+)
+def test_errors(batches, words):
+    model = small_convnet()
+    with pytest.raises(ValueError, match=words):
+        ck.compress(model, ck.ranks.share(0.2), (torch.zeros(1, 1, 8, 8),), calibration=batches)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_padding_counts():
+    """A pixel that is only padded has nothing to say."""
+    conv, x = nn.Conv2d(1, 4, 3, padding=3).double(), torch.randn(1, 1, 2, 2).double()
+    C = second_moment(conv, x, "paper")
+    full = F.unfold(x, 3, padding=3)[0]
+    torch.testing.assert_close(C[0], full @ full.T)

@@ -31,9 +31,9 @@ def run(config: str, data: str | None, out: Path | None, processes: int, progres
             task = bar.add_task("starting", total=len(left) * work.units)
             work.run(processes, lambda key: bar.update(task, advance=1, description=str(key)))
         records = work.records()
-        timing = bar.add_task("measuring time", total=latency.ROUNDS)
-        latency.measure(work, records, images, lambda: bar.update(timing, advance=1))
-        bar.update(timing, completed=latency.ROUNDS)
+        timing = bar.add_task("measuring time", total=1)
+        latency.measure(work, records, images)
+        bar.update(timing, advance=1)
     paths = report.write(settings, images, records, work.folder)
     arms, chance = report.by_arm(records, settings), 100 / (int(images.train_y.max()) + 1)
     for choice in report.choices(settings):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from . import ranks
+from .calibration import Calibration
 from .factorize import singular_values
 from .flops import count_macs
 from .folds import foldable_layers, row_axes
@@ -47,6 +48,7 @@ def allocate(
     by: str = "relative",
     fold: str = "paper",
     skip: Sequence[str] = (),
+    calibration: Iterable[tuple] | None = None,
 ) -> dict[str, ranks.Rule]:
     """Ranks with which the model's factorised and dense layers together keep a budget: for ``ck.compress(ranks=...)``.
 
@@ -56,13 +58,15 @@ def allocate(
     ``relative``    ``sum_l e_l(r_l) / ||W_l||_F^2``
     ``absolute``    ``sum_l e_l(r_l)``, the C step of Idelbayev & Carreira-Perpinan, CVPR 2020 ("LC")
     ``equal``       ``max_l e_l(r_l) / ||W_l||_F^2``: all layers lose alike (Liebenwein et al., ALDS, NeurIPS 2021)
+    ``share``       nothing: every layer keeps the same share of its full rank; to compare with
     ==============  ==================================================================================================
 
     The sums are minimised through their Lagrangian ``e_l(r) + lambda cost_l(r)``, layer by layer, which is exact but
     for what is left of the budget; that is spent on whatever ranks gain most for it.
 
     Args:
-        model, example_inputs, fold, skip: as for :func:`compaware_kernels.compress`.
+        model, example_inputs, fold, skip, calibration: as for :func:`compaware_kernels.compress`; with calibration
+            inputs, losses are those of the outputs.
         budget: share (0 to 1) of what the layers that fold cost dense.
         of: ``macs``, multiply-adds on the example inputs, or ``params``.
 
@@ -78,7 +82,7 @@ def allocate(
         raise ValueError(f"wanted of=macs or params, by={' or '.join(_WAYS)}; got of={of!r}, by={by!r}")
     if not 0 < budget <= 1:
         raise ValueError(f"budget: wanted a share of the dense cost, above 0 and up to 1; got {budget!r}")
-    layers = _layers(bare(model), tuple(example_inputs), of, fold, skip)
+    layers = _layers(bare(model), tuple(example_inputs), of, fold, skip, calibration)
     dense, least = (sum(float(layer.costs[i]) for layer in layers) for i in (-1, 0))
     if budget * dense < least:
         raise ValueError(f"budget: rank 1 everywhere needs {least / dense:.4g} of the dense {of}; got {budget}")
@@ -86,7 +90,9 @@ def allocate(
     return {layer.name: ranks.fixed(layer.rank(i)) for layer, i in zip(layers, chosen, strict=True)}
 
 
-def _layers(model: nn.Module, inputs: tuple, of: str, fold: str, skip: Sequence[str]) -> list[_Layer]:
+def _layers(
+    model: nn.Module, inputs: tuple, of: str, fold: str, skip: Sequence[str], calibration: Iterable[tuple] | None
+) -> list[_Layer]:
     """The layers that :func:`compress` may factorise, with their choices."""
     found = [layer for layer in foldable_layers(model, skip)[0] if type(layer.module) in LOW_RANK]
     one = copy.deepcopy(model).eval()
@@ -98,8 +104,16 @@ def _layers(model: nn.Module, inputs: tuple, of: str, fold: str, skip: Sequence[
         dense = {layer.name: layer.weight.numel() for layer in found}
         each = {layer.name: sum(p.numel() for name, p in one.get_submodule(layer.name).named_parameters()
                                 if name.endswith("weight")) for layer in found}  # fmt: skip
-    return [_choices(layer.name, singular_values(layer.matrix(fold)), dense.get(layer.name, 0), each.get(layer.name, 0))
-            for layer in found if dense.get(layer.name)]  # fmt: skip
+    seen = (
+        Calibration(model, [layer.name for layer in found], calibration, (fold,)) if calibration is not None else None
+    )
+    chosen = []
+    for layer in found:
+        if dense.get(layer.name):
+            M = layer.matrix(fold)
+            s = seen.spectrum(layer.name, fold, M) if seen else singular_values(M)
+            chosen.append(_choices(layer.name, s, dense[layer.name], each[layer.name]))
+    return chosen
 
 
 def _choices(name: str, s: Tensor, dense: float, one: float) -> _Layer:
@@ -125,6 +139,19 @@ def _equal(layers: list[_Layer], budget: float) -> list[int]:
         middle = (low + high) // 2
         low, high = (low, middle) if _cost(layers, at(float(levels[middle]))) <= budget else (middle + 1, high)
     return at(float(levels[high]))
+
+
+def _share(layers: list[_Layer], budget: float) -> list[int]:
+    """Bisection over the share."""
+
+    def at(share: float) -> list[int]:
+        return [min(math.ceil(share * layer.full), len(layer.costs)) - 1 for layer in layers]
+
+    low, high = 1e-9, 1.0  # at(low) keeps the budget
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _cost(layers, at(middle)) <= budget else (low, middle)
+    return at(high if _cost(layers, at(high)) <= budget else low)
 
 
 def _least_sum(layers: list[_Layer], budget: float, weight: Callable[[_Layer], float]) -> list[int]:
@@ -168,4 +195,5 @@ _WAYS: dict[str, Callable[[list[_Layer], float], list[int]]] = {
     "relative": lambda layers, budget: _least_sum(layers, budget, lambda layer: 1 / (layer.norm or 1.0)),
     "absolute": lambda layers, budget: _least_sum(layers, budget, lambda layer: 1.0),
     "equal": _equal,
+    "share": _share,
 }

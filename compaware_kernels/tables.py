@@ -9,9 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 
-def text_table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[int] = ()) -> str:
+def text_table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[int] = (), markdown: bool = False
+) -> str:
     """``rows`` under ``columns`` as text, as wide as it needs to be; the columns numbered in ``right`` end flush."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table = Table(box=box.MARKDOWN) if markdown else Table(box=box.SIMPLE_HEAD, show_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i in right else "left", overflow="fold")
     for row in rows:
@@ -19,4 +21,4 @@ def text_table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: 
     console = Console(width=220, no_color=True)
     with console.capture() as capture:
         console.print(table)
-    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+    return "\n".join(line.rstrip() for line in capture.get().strip("\n").rstrip().splitlines())

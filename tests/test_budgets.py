@@ -32,7 +32,7 @@ def spent(model, rules, of):
     return getattr(report, of) / getattr(report, f"{of}_before")
 
 
-@pytest.mark.parametrize("by", ["relative", "absolute", "equal"])
+@pytest.mark.parametrize("by", ["relative", "absolute", "equal", "share"])
 @pytest.mark.parametrize("of", ["macs", "params"])
 @pytest.mark.parametrize("budget", [0.05, 0.2, 0.4, 0.75, 1.0])
 def test_budget_is_kept_and_used(by, of, budget):
@@ -41,7 +41,7 @@ def test_budget_is_kept_and_used(by, of, budget):
     share = spent(model, rules, of)
     # Biases are parameters that no rank saves; the largest step is one rank of one layer, or to dense.
     assert share <= budget + (0.01 if of == "params" else 1e-9)
-    if by != "equal":
+    if by in ("relative", "absolute"):
         assert share > budget - 0.06
     assert set(rules) == {layer.name for layer in foldable_layers(model)[0]}
 
@@ -154,6 +154,38 @@ def test_equal_is_the_least(budget):
         needed += min(m * n, (m + n) * (1 + int((left >= worst * (1 - 1e-9)).sum())))
         dense += m * n
     assert needed > budget * dense
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.3, 0.6, 0.9])
+def test_share_is_the_same(budget):
+    """The next larger share would break the budget."""
+    model = network()
+    rules = ck.allocate(model, budget, X, of="params", by="share")
+    layers = {layer.name: layer.matrix().shape[1:] for layer in foldable_layers(model)[0]}
+    kept = {name: (rules[name](torch.ones(min(m, n))), m, n) for name, (m, n) in layers.items()}
+    factorised = [(r, m, n) for r, m, n in kept.values() if r * (m + n) < m * n]
+    low = max((r - 1) / min(m, n) for r, m, n in factorised)
+    high = min(r / min(m, n) for r, m, n in factorised)
+    assert low < high
+    more = [min(m * n, (m + n) * (int(high * min(m, n) + 1e-9) + 1)) for m, n in layers.values()]
+    assert sum(more) > budget * sum(m * n for m, n in layers.values())
+
+
+def test_calibration_moves_ranks_to_where_inputs_go():
+    """Two layers alike on the same input, of which the first reads only what is nearly nothing."""
+    torch.manual_seed(0)
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(30, 30), nn.Linear(30, 30)
+
+        def forward(self, x):
+            return self.a(1e-3 * x) + self.b(x)
+
+    model, x = Two(), torch.randn(200, 30)
+    rules = ck.allocate(model, 0.5, (x[:1],), by="absolute", calibration=[(x,)])
+    assert rules["a"](torch.ones(30)) == 1 and rules["b"](torch.ones(30)) > 10
 
 
 def test_all_groups_count():

@@ -13,7 +13,7 @@ from . import latency, report
 from .config import Config
 from .runs import Study, load
 
-COLUMNS = ("arm", "multiply-adds within a point of plain", "of plain's", "parameters", "test accuracy, points",
+COLUMNS = ("arm", "multiply-adds at plain accuracy less {:g}", "of plain's", "parameters", "test accuracy, points",
            "area, %", "CPU s")  # fmt: skip
 
 
@@ -38,7 +38,9 @@ def run(config: str, data: str | None, out: Path | None, processes: int, progres
     arms, chance = report.by_arm(records, settings), 100 / (int(images.train_y.max()) + 1)
     for choice in report.choices(settings):
         print(f"\n{images.name}, {settings.network}: {report.describe(choice)}\n")
-        print(text_table(COLUMNS, report.rows(arms, choice, chance), right=range(1, 7)))
+        print(
+            text_table([c.format(settings.lost) for c in COLUMNS], report.rows(arms, choice, chance), right=range(1, 7))
+        )
     print("\nWritten:")
     for name, path in paths.items():
         print(f"  {name}: {path}")

@@ -47,6 +47,7 @@ class Config:
         epochs, batch, lr, momentum: of SGD with a cosine schedule, the same for every arm.
         tune_epochs, tune_lr: of fine-tuning after compression; 0 epochs: none.
         rules: rank rules (``energy:0.9``) of the low-rank compression.  sparsities: shares of zeros of the sparse one.
+        lost: points below the plain network's accuracy that a compressed one may have.
         arms: for each arm its strengths, dictionaries of numbers.
         map: nuclear and group strengths, whose combinations make the sensitivity map; trained with the first seed.
     """
@@ -63,6 +64,7 @@ class Config:
     tune_lr: float = 0.01
     rules: tuple[str, ...] = ()
     sparsities: tuple[float, ...] = ()
+    lost: float = 1.0
     arms: dict[str, list[Strength]] = field(default_factory=dict)
     map: dict[str, list[float]] = field(default_factory=dict)
 
@@ -77,6 +79,7 @@ class Config:
             "epochs": (self.epochs >= 1, "a number >= 1"),
             "tune_epochs": (self.tune_epochs >= 0, "a number >= 0"),
             "batch": (self.batch >= 1, "a number >= 1"),
+            "lost": (0 <= self.lost < 100, "points of accuracy >= 0"),
             "validation": (0 < self.validation < 1, "a share between 0 and 1"),
             "sparsities": (all(0 < s < 1 for s in self.sparsities), "shares between 0 and 1"),
             "arms": ("plain" in self.arms and set(self.arms) <= set(ARMS), f"plain and any of {', '.join(ARMS)}"),
@@ -126,7 +129,7 @@ class Config:
     @property
     def training(self) -> dict:
         """The settings, beside the data, that a finished training depends on, whatever other arms there are."""
-        return {k: v for k, v in self.to_dict().items() if k not in ("data", "seeds", "arms", "map")}
+        return {k: v for k, v in self.to_dict().items() if k not in ("data", "seeds", "lost", "arms", "map")}
 
     @property
     def keys(self) -> list[Key]:

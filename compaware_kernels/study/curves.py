@@ -22,6 +22,7 @@ class Choice:
 
     tuned: bool
     kinds: tuple[str, ...] = (LOW_RANK,)
+    lost: float = 1.0  # points of accuracy below the plain network's
 
     def accuracies(self, point: Point) -> tuple[float, float]:
         """(validation, test)"""
@@ -97,7 +98,7 @@ def by_arm(records: Sequence[Record], config) -> Arms:
 
 @dataclass
 class Need:
-    """What an arm needs to keep the plain network's accuracy less some points, over the seeds that reach it."""
+    """What an arm needs to keep the plain network's accuracy less the points lost, over the seeds that reach it."""
 
     arm: str
     values: list[float]  # by seed
@@ -108,15 +109,13 @@ class Need:
         return spread(self.values, "{:,.0f}") + (f"; {self.missing} seed(s) do not reach it" if self.missing else "")
 
 
-def needs(
-    arms: dict[str, dict[int, list[Record]]], choice: Choice, lost: float = 1.0, axis: str = "macs"
-) -> list[Need]:
-    """For every arm, at the validation accuracy of the same seed's plain network, before compression, less ``lost``."""
+def needs(arms: Arms, choice: Choice, axis: str = "macs") -> list[Need]:
+    """For every arm, at the same seed's plain network's validation accuracy, uncompressed, less the points lost."""
     table = []
     for arm, seeds in arms.items():
         found = []
         for seed, plain in arms["plain"].items():
-            point = need(choice.of(seeds.get(seed, [])), choice, plain[0].validation - lost, axis)
+            point = need(choice.of(seeds.get(seed, [])), choice, plain[0].validation - choice.lost, axis)
             found.append((point, plain[0].test))
         have = [(p, test) for p, test in found if p]
         values = [float(getattr(p, axis)) for p, _ in have]

@@ -34,9 +34,9 @@ def curves(arms: Arms, choice: Choice, axes: Sequence[str], chance: float) -> Fi
             if values:
                 _line(ax, arm, at, values)
         plain = mean(record.test for records in arms["plain"].values() for record in records)
-        ax.axhline(plain - 1, color="#999", lw=1, ls=":")
-        ax.annotate("plain accuracy less 1 point", (0.01, plain - 1), xycoords=("axes fraction", "data"), va="bottom",
-                    color="#666", fontsize=9)  # fmt: skip
+        ax.axhline(plain - choice.lost, color="#999", lw=1, ls=":")
+        where = {"xy": (0.01, plain - choice.lost), "xycoords": ("axes fraction", "data"), "va": "bottom"}
+        ax.annotate(f"plain accuracy less {choice.lost:g}", **where, color="#666", fontsize=9)
         ax.set(xscale="log", xlabel=LABELS[axis], ylabel="test accuracy, %", ylim=_range(plain, chance))
         log_axis(ax.xaxis)
         ax.grid(alpha=0.25, which="both")
@@ -128,7 +128,7 @@ def _at(record: Record | None, rule: str, what: str) -> float:
 
 
 def chosen(arms: Arms, arm: str, choice: Choice) -> Record | None:
-    """The first seed's training that an arm's smallest network within a point of plain comes from."""
+    """The first seed's training that an arm's smallest network that keeps the accuracy comes from."""
     records = arms[arm].get(0, [])
-    point = need(choice.of(records), choice, arms["plain"][0][0].validation - 1)
+    point = need(choice.of(records), choice, arms["plain"][0][0].validation - choice.lost)
     return next((r for r in records if any(p is point for p in r.points)), None)

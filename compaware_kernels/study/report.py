@@ -25,7 +25,7 @@ RULE = "energy:0.99"  # of the sensitivity map, where the study has it; else its
 
 def write(config: Config, data: Images, records: list[Record], folder: Path) -> dict[str, Path]:
     """Write ``results.json`` and ``report.html`` into ``folder``, atomically; returns their paths by name."""
-    arms, best = by_arm(records, config), Choice(config.tune_epochs > 0)
+    arms, best = by_arm(records, config), Choice(config.tune_epochs > 0, lost=config.lost)
     chance = 100 / (int(data.train_y.max()) + 1)
     page = Environment(autoescape=True).from_string(files(__package__).joinpath("report.html.j2").read_text())
     figure = plots.sensitivity(records, config.map, RULE if RULE in config.rules else config.rules[-1])
@@ -52,7 +52,11 @@ def write(config: Config, data: Images, records: list[Record], folder: Path) -> 
 def choices(config: Config) -> list[Choice]:
     """The ways to read the points: low rank alone first, fine-tuned last."""
     kinds = [(LOW_RANK,), (LOW_RANK, SPARSE)] if config.sparsities else [(LOW_RANK,)]
-    return [Choice(tuned, kind) for kind in kinds for tuned in ([False, True] if config.tune_epochs else [False])]
+    return [
+        Choice(tuned, kind, config.lost)
+        for kind in kinds
+        for tuned in ([False, True] if config.tune_epochs else [False])
+    ]
 
 
 def describe(choice: Choice) -> str:
@@ -61,7 +65,7 @@ def describe(choice: Choice) -> str:
 
 
 def rows(arms: Arms, choice: Choice, chance: float) -> list[tuple[str, ...]]:
-    """For every arm, the cheapest first: what it needs to stay within a point of plain (multiply-adds, over those of
+    """For every arm, the cheapest first: what it needs to keep the accuracy (multiply-adds, over those of
     plain, parameters, what it loses in test accuracy), the area under its curve, and seconds of a training."""
     macs, params = needs(arms, choice), {n.arm: n for n in needs(arms, choice, axis="params")}
     reference = next(mean(n.values) if n.values else None for n in macs if n.arm == "plain")

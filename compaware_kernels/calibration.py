@@ -23,6 +23,7 @@ from .factorize import singular_values
 from .folds import CONVS, row_axes
 
 RIDGE = 1e-2
+FORWARDS = {kind.forward for kind in (nn.Linear, *CONVS)}  # a subclass may pad otherwise in its own
 
 
 class Calibration:
@@ -30,7 +31,7 @@ class Calibration:
 
     Args:
         model: run in eval mode.
-        names: its layers of interest; those that are no Linear or plain convolution count as if C were I.
+        names: its layers of interest; those with another forward than Linear's or a convolution's count as if C were I.
         batches: positional inputs of the model, ``[(x,), ...]``.
         folds: which columns are asked for later.
 
@@ -44,7 +45,7 @@ class Calibration:
         hooks = [
             module.register_forward_pre_hook(partial(self._read, name), with_kwargs=True)
             for name, module in modules.items()
-            if isinstance(module, (nn.Linear, *CONVS))
+            if type(module).forward in FORWARDS
         ]  # fmt: skip
         self._folds, count = folds, 0
         was_training = model.training

@@ -147,3 +147,19 @@ def test_padding_counts():
     C = second_moment(conv, x, "paper")
     full = F.unfold(x, 3, padding=3)[0]
     torch.testing.assert_close(C[0], full @ full.T)
+
+
+def test_convolution_that_pads_by_itself_counts_as_without_inputs():
+    """What its matrix meets is not known: an input narrower than its kernel, say."""
+
+    class Padded(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(F.pad(x, (2, 2, 2, 2)), self.weight, self.bias)
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Padded(4, 16, 5), nn.Conv2d(16, 16, 1)), torch.randn(2, 4, 3, 3)
+    moments = Calibration(model, ["0", "1"], [(x,)], ["paper"])
+    M = torch.randn(1, 16, 100)
+    assert torch.equal(moments.best("0", "paper", M, 3), M)
+    M = torch.randn(1, 16, 16)
+    assert not torch.equal(moments.best("1", "paper", M, 3), M)

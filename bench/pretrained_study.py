@@ -1,6 +1,6 @@
 """Pretrained models, compressed without training: what is left of them at a budget of multiply-adds.
 
-    OMP_NUM_THREADS=2 python bench/pretrained_study.py    # 15 minutes on two cores
+    make pretrained-study    # 25 minutes
 
 writes bench/results/pretrained.md. Every way to spend the budget, by weights alone and with 64 unlabelled inputs. The
 plain way is a truncated SVD of every layer at the same share of its full rank.
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import sklearn
-import torch
 import typer
 from pretrained_data import CALIBRATION, TRAIN, Task, images, probe, sentences
 from rich.progress import Progress
@@ -31,7 +30,7 @@ rank, the largest that keeps the budget. The ways are `ck.allocate`'s. *Inputs*:
 
 {table}
 
-{machine}, scikit-learn {sklearn}. `OMP_NUM_THREADS={threads} python bench/pretrained_study.py`
+{machine}, scikit-learn {sklearn}. `make pretrained-study`
 """
 COLUMNS = ("model", "budget", "ranks", "by", "multiply-adds", "parameters", "probe, %", "features moved")
 
@@ -46,7 +45,7 @@ def main(
             task = make(cache)
             todo = bar.add_task(task.name, total=2 * len(BUDGETS) * len(WAYS) + 1)
             rows += run(task, lambda todo=todo: bar.advance(todo))
-    facts = {"machine": machine(), "sklearn": sklearn.__version__, "threads": torch.get_num_threads()}
+    facts = {"machine": machine(), "sklearn": sklearn.__version__}
     table = text_table(COLUMNS, rows, right=range(4, 8), markdown=True)
     out.write_text(TEXT.format(table=table, train=f"{TRAIN:,}", few=CALIBRATION, **facts), encoding="utf-8")
     print(table, f"\nWritten: {out}")

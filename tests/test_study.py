@@ -86,6 +86,7 @@ def test_killed_and_run_again(config, tmp_path):
 
     page, results = (out / "report.html").read_text(), json.loads((out / "results.json").read_text())
     assert page.count("<svg") >= 8 and "Sensitivity" in page and "nan" not in page.lower()
+    assert (out / "curves.svg").read_text().startswith("<svg")
     assert len(results["records"]) == 7 and results["config"]["epochs"] == 2
     assert all(r["points"][0]["milliseconds"] > 0 for r in results["records"])
 

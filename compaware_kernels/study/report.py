@@ -1,4 +1,4 @@
-"""A study's results as JSON and as one self-contained HTML page."""
+"""A study's results as JSON, as one self-contained HTML page, and its main plot as a file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RULE = "energy:0.99"  # of the sensitivity map, where the study has it; else its
 
 
 def write(config: Config, data: Images, records: list[Record], folder: Path) -> dict[str, Path]:
-    """Write ``results.json`` and ``report.html`` into ``folder``, atomically; returns their paths by name."""
+    """Write ``results.json``, ``report.html`` and ``curves.svg`` into ``folder``, atomically; returns the paths."""
     arms, best = by_arm(records, config), Choice(config.tune_epochs > 0, lost=config.lost)
     chance = 100 / (int(data.train_y.max()) + 1)
     page = Environment(autoescape=True).from_string(files(__package__).joinpath("report.html.j2").read_text())
@@ -45,6 +45,7 @@ def write(config: Config, data: Images, records: list[Record], folder: Path) -> 
              "records": [asdict(record) for record in records]}  # fmt: skip
     return {
         "report": write_text(folder / "report.html", html),
+        "curves": write_text(folder / "curves.svg", svg(plots.curves(arms, best, ("macs",), chance))),
         "results": write_text(folder / "results.json", json.dumps(table)),
     }
 

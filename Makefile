@@ -40,7 +40,7 @@ bench-communication: .venv/built
 study: .venv/built
 	$(BIN)/compaware study digits --out bench/study/digits
 
-# Pretrained models, which it downloads from the package index, compressed without training; 25 minutes.
+# Pretrained models, which it downloads from the package index, compressed without training; 30 minutes.
 pretrained-study: .venv/built
 	OMP_NUM_THREADS=1 $(BIN)/python bench/pretrained_study.py
 

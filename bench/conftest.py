@@ -183,10 +183,10 @@ def pytest_terminal_summary(terminalreporter):
         shown = [f"{of_floor:9.1f}" if of_floor else " " * 9, f"{error:11.1e}", f"{bound:11.1e}" if bound else ""]
         write(f"{case:28}{name:20}{value:11.2f}{text}{''.join(shown)}")
     if training_rows:
-        write(f"{'training':16}{'step, ms':>10}{'prox, ms':>10}{'per epoch':>11}{'every 10':>10}{'error/tau':>11}")
+        write(f"{'training':24}{'step, ms':>10}{'prox, ms':>10}{'per epoch':>11}{'every 10':>10}{'error/tau':>11}")
     for regime, plain, extra, epoch, often, error, correct in training_rows:
-        shares = f"{epoch:11.2%}{often:10.1%}" if correct else f"{'wrong':>21}"
-        write(f"{regime:16}{plain:10.1f}{extra:10.1f}{shares}{error:11.1e}")
+        shares = f"{100 * epoch:10.2g}%{often:10.1%}" if correct else f"{'wrong':>21}"
+        write(f"{regime:24}{plain:10.1f}{extra:10.1f}{shares}{error:11.1e}")
     if gpu_rows:
         write(f"{'svt on a GPU':28}{'':20}{'ms':>9}{'predicted':>11}{'svd / it':>10}{'error/tau':>11}{'bound/tau':>11}")
     for case, name, row in gpu_rows:

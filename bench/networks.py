@@ -1,6 +1,6 @@
 """The networks whose inference is measured, in plain torch.nn: ResNets (He et al., 2016), VGG-16 without its
 classifier of 120 million weights (Simonyan & Zisserman, 2015), MobileNetV2 (Sandler et al., 2018), an encoder as BERT's
-(Devlin et al., 2019)."""
+(Devlin et al., 2019), and ViT-B/16 of such encoders (Dosovitskiy et al., 2021)."""
 
 import torch
 from torch import Tensor, nn
@@ -106,3 +106,23 @@ class Encoder(nn.Module):
 
 def bert(layers: int = 4) -> nn.Module:
     return nn.Sequential(*(Encoder() for _ in range(layers)))
+
+
+class Patches(nn.Module):
+    """An image as a row of 196 vectors, one for every 16 x 16 pixels."""
+
+    def __init__(self, width: int = 768):
+        super().__init__()
+        self.embed = nn.Conv2d(3, width, 16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.embed(x).flatten(2).transpose(1, 2)
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+def vit_b() -> nn.Module:
+    return nn.Sequential(Patches(), *bert(12), Mean(), nn.Linear(768, 1000))

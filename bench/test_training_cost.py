@@ -1,4 +1,5 @@
-"""What proximal steps add to training: ResNet-18, fp32, SGD with momentum, 128 images of 3 x 32 x 32 in a step.
+"""What proximal steps add to training: fp32, SGD with momentum; ResNet-18 with 128 images of 3 x 32 x 32 in a step and
+50,000 in an epoch; ResNet-50 and ViT-B/16 with 8 of 3 x 224 x 224 and ImageNet's 1,281,167.
 
 Weights, in units of tau: ``full rank``: those of a fresh network at tau = 0.05, whose singular values all exceed it;
 ``first step``: the same, and nothing is known of them yet; ``low rank``: an eighth of the full rank, drifted since the
@@ -14,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 import compaware_kernels as ck
 
-BATCH, SIDE, IMAGES, EVERY = 128, 32, 50_000, 10
+EVERY = 10
 TAU, SHARE, WARMUP = 0.05, 0.125, 3
 
 
@@ -52,11 +53,24 @@ def write(prox, weights):
         layer.weight.copy_(W.view_as(layer.weight))
 
 
-@pytest.mark.parametrize(("regime", "kind"), [("first step", First), ("full rank", Full), ("low rank", Drift)])
+REGIMES = pytest.mark.parametrize(("regime", "kind"), [("first step", First), ("full rank", Full), ("low rank", Drift)])
+
+
+@REGIMES
 def test_resnet18(training_race, regime, kind):
+    race(training_race, regime, kind, networks.resnet18, 128, 32, 50_000, 9)
+
+
+@REGIMES
+@pytest.mark.parametrize("network", ["resnet50", "vit_b"])
+def test_imagenet(training_race, regime, kind, network):
+    race(training_race, f"{network}, {regime}", kind, getattr(networks, network), 8, 224, 1_281_167, 3)
+
+
+def race(training_race, regime, kind, network, batch, side, images, rounds):
     torch.manual_seed(0)
-    x, y = torch.randn(BATCH, 3, SIDE, SIDE), torch.randint(1000, (BATCH,))
-    trained, model = networks.resnet18(), networks.resnet18()
+    x, y = torch.randn(batch, 3, side, side), torch.randint(1000, (batch,))
+    trained, model = network(), network()
     optimizer = torch.optim.SGD(trained.parameters(), lr=0.01, momentum=0.9)
     prox = ck.ProximalStep(model, torch.optim.SGD(model.parameters(), lr=1.0), nuclear=1.0)
     source = kind(prox)
@@ -73,7 +87,7 @@ def test_resnet18(training_race, regime, kind):
         prox.step()
     results = [layer.weight.detach().flatten(1).clone() for layer in prox.layers]
     training_race(regime, results, [truth(W) for W in weights], step, lambda: write(prox, source.next()), prox.step,
-                  IMAGES // BATCH, EVERY)  # fmt: skip
+                  images // batch, EVERY, rounds)  # fmt: skip
 
 
 def truth(W):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import heapq
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ def allocate(
     ``relative``    ``sum_l e_l(r_l) / ||W_l||_F^2``
     ``absolute``    ``sum_l e_l(r_l)``, the C step of Idelbayev & Carreira-Perpinan, CVPR 2020 ("LC")
     ``equal``       ``max_l e_l(r_l) / ||W_l||_F^2``: all layers lose alike (Liebenwein et al., ALDS, NeurIPS 2021)
+    ``greedy``      ``relative``'s sum, one rank after another from 1 on: each time the one that gains most for its cost
     ``share``       nothing: every layer keeps the same share of its full rank; to compare with
     ==============  ==================================================================================================
 
@@ -173,18 +175,24 @@ def _least_sum(layers: list[_Layer], budget: float, weight: Callable[[_Layer], f
 def _spend(layers: list[_Layer], chosen: list[int], budget: float, weight: Callable[[_Layer], float]) -> list[int]:
     """Raise ranks while the budget allows it, the one that gains most for its cost first."""
     chosen, left = list(chosen), budget - _cost(layers, chosen)
-    while True:
-        steps = []
-        for i, (layer, at) in enumerate(zip(layers, chosen, strict=True)):
-            for to in {at + 1, len(layer.costs) - 1} - {at, len(layer.costs)}:
-                cost = float(layer.costs[to] - layer.costs[at])
-                gain = weight(layer) * float(layer.errors[at] - layer.errors[to])
-                if cost <= left and gain > 0:
-                    steps.append((gain / cost, cost, i, to))
-        if not steps:
-            return chosen
-        _, cost, i, to = max(steps)
-        chosen[i], left = to, left - cost
+    costs, errors = ([getattr(layer, name).tolist() for layer in layers] for name in ("costs", "errors"))
+    weights, steps = [weight(layer) for layer in layers], []
+
+    def offer(i: int) -> None:
+        at, last = chosen[i], len(costs[i]) - 1
+        for to in {at + 1, last} - {at, last + 1}:
+            cost, gain = costs[i][to] - costs[i][at], weights[i] * (errors[i][at] - errors[i][to])
+            if gain > 0:
+                heapq.heappush(steps, (-gain / cost, cost, i, at, to))
+
+    for i in range(len(layers)):
+        offer(i)
+    while steps:
+        _, cost, i, at, to = heapq.heappop(steps)
+        if chosen[i] == at and cost <= left:
+            chosen[i], left = to, left - cost
+            offer(i)
+    return chosen
 
 
 def _cost(layers: list[_Layer], chosen: list[int]) -> float:
@@ -195,5 +203,6 @@ _WAYS: dict[str, Callable[[list[_Layer], float], list[int]]] = {
     "relative": lambda layers, budget: _least_sum(layers, budget, lambda layer: 1 / (layer.norm or 1.0)),
     "absolute": lambda layers, budget: _least_sum(layers, budget, lambda layer: 1.0),
     "equal": _equal,
+    "greedy": lambda layers, budget: _spend(layers, [0] * len(layers), budget, lambda layer: 1 / (layer.norm or 1.0)),
     "share": _share,
 }

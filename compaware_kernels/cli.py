@@ -89,9 +89,10 @@ def demo(
 @app.command()
 def study(
     config: Annotated[str, typer.Argument(help="A study that comes with the package, or a TOML file.")] = "digits",
-    data: Annotated[str | None, typer.Option(help="Other data: digits, or a folder of IDX files.")] = None,
+    data: Annotated[str | None, typer.Option(help="Other data: digits, a folder of IDX files, or of images.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for everything. Default: out/study/CONFIG.")] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Trainings at a time, one thread each.")] = os.cpu_count() or 1,
+    processes: Annotated[int | None, typer.Option(min=1, help="Trainings at a time. Default: one for every GPU, else "
+                                                  "every core.")] = None,
 ) -> None:  # fmt: skip
     """Accuracy against compression, for this method and for its rivals.
 

@@ -2,6 +2,7 @@
 
 from compaware_kernels.demo.data import Images, digits
 from compaware_kernels.study.config import Config, Key
+from compaware_kernels.study.data import InMemory
 
 STRENGTHS = {
     "plain": {}, "nuclear": {"nuclear": 20}, "nuclear-steps": {"nuclear": 20}, "reload": {"nuclear": 20, "group": 1},
@@ -15,9 +16,10 @@ CONFIG = Config(
 )  # fmt: skip
 
 
-def some_digits() -> Images:
+def some_digits() -> InMemory:
     d = digits()
-    return Images(d.name, d.train_x[:270], d.train_y[:270], d.test_x[:180], d.test_y[:180])
+    few = Images(d.name, d.train_x[:270], d.train_y[:270], d.test_x[:180], d.test_y[:180])
+    return InMemory(few, CONFIG.validation)
 
 
 def key(arm: str) -> Key:

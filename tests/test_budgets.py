@@ -32,7 +32,7 @@ def spent(model, rules, of):
     return getattr(report, of) / getattr(report, f"{of}_before")
 
 
-@pytest.mark.parametrize("by", ["relative", "absolute", "equal", "share"])
+@pytest.mark.parametrize("by", ["relative", "absolute", "equal", "greedy", "share"])
 @pytest.mark.parametrize("of", ["macs", "params"])
 @pytest.mark.parametrize("budget", [0.05, 0.2, 0.4, 0.75, 1.0])
 def test_budget_is_kept_and_used(by, of, budget):
@@ -41,7 +41,7 @@ def test_budget_is_kept_and_used(by, of, budget):
     share = spent(model, rules, of)
     # Biases are parameters that no rank saves; the largest step is one rank of one layer, or to dense.
     assert share <= budget + (0.01 if of == "params" else 1e-9)
-    if by in ("relative", "absolute"):
+    if by in ("relative", "absolute", "greedy"):
         assert share > budget - 0.06
     assert set(rules) == {layer.name for layer in foldable_layers(model)[0]}
 
@@ -56,7 +56,7 @@ def lost(model, rules):
     return found
 
 
-@pytest.mark.parametrize(("by", "column"), [("absolute", 0), ("relative", 1)])
+@pytest.mark.parametrize(("by", "column"), [("absolute", 0), ("relative", 1), ("greedy", 1)])
 def test_sums_are_the_least(by, column):
     """Against all ranks of two layers; within the one rank that no price gives."""
     torch.manual_seed(1)

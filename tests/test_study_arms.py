@@ -24,7 +24,7 @@ data = pytest.fixture(scope="module")(some_digits)
 def started(arm, **strength):
     """The arm on a fresh network, and one batch."""
     arm = ARMS[arm](strength, PLAN)
-    model = arm.prepare(build("dec", 1, 10, 8, 0))
+    model = arm.prepare(build("dec", (1, 8, 8), 10, 0))
     optimizer = torch.optim.SGD(model.parameters(), 0.1, **arm.options())
     arm.attach(model, optimizer, 0)
     torch.manual_seed(1)
@@ -140,7 +140,7 @@ def test_trained_rank_pruning():
 
 def test_low_rank_from_scratch():
     arm, model, *rest = started("fixed-rank", share=0.25)
-    dense = build("dec", 1, 10, 8, 0)
+    dense = build("dec", (1, 8, 8), 10, 0)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRank)}
     assert len(layers) == 6 and "16" not in layers
     for name, layer in layers.items():

@@ -314,7 +314,7 @@ class Variational(Arm):
     def before(self) -> None:
         source = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + self.step)
         self.means = [layer.weight.detach().clone() for layer in self.layers]
-        self.noise = [torch.randn(mean.shape, generator=source) * rho.exp()
+        self.noise = [torch.randn(mean.shape, generator=source).to(mean.device) * rho.exp()
                       for mean, rho in zip(self.means, self.log_deviations, strict=True)]  # fmt: skip
         for layer, noise in zip(self.layers, self.noise, strict=True):
             layer.weight.add_(noise)

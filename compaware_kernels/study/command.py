@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,31 +12,34 @@ from rich.progress import Progress
 from ..tables import text_table
 from . import latency, report
 from .config import Config
-from .runs import Study, load
+from .data import load
+from .runs import Study
 
 COLUMNS = ("arm", "multiply-adds at plain accuracy less {:g}", "of plain's", "parameters", "test accuracy, points",
            "area, %", "CPU s")  # fmt: skip
 
 
-def run(config: str, data: str | None, out: Path | None, processes: int, progress: Callable[[], Progress]) -> None:
+def run(
+    config: str, data: str | None, out: Path | None, processes: int | None, progress: Callable[[], Progress]
+) -> None:
     """Do what is left of a study, and write and print what came of it."""
     settings = Config.read(config)
     if data:
         settings = replace(settings, data=data)
-    images = load(settings.data)  # also: fail before anything is written
+    images = load(settings, settings.devices[0])  # also: fail before anything is written
     work = Study(settings, images.name, out or Path("out/study") / Path(config).stem)
     left = work.left
     print(f"{len(settings.keys)} trainings, {len(left)} left")
     with progress() as bar:
         if left:
             task = bar.add_task("starting", total=len(left) * work.units)
-            work.run(processes, lambda key: bar.update(task, advance=1, description=str(key)))
+            work.run(processes or _processes(settings), lambda key: bar.update(task, advance=1, description=str(key)))
         records = work.records()
         timing = bar.add_task("measuring time", total=1)
         latency.measure(work, records, images)
         bar.update(timing, advance=1)
     paths = report.write(settings, images, records, work.folder)
-    arms, chance = report.by_arm(records, settings), 100 / (int(images.train_y.max()) + 1)
+    arms, chance = report.by_arm(records, settings), 100 / images.classes
     for choice in report.choices(settings):
         print(f"\n{images.name}, {settings.network}: {report.describe(choice)}\n")
         print(
@@ -44,3 +48,8 @@ def run(config: str, data: str | None, out: Path | None, processes: int, progres
     print("\nWritten:")
     for name, path in paths.items():
         print(f"  {name}: {path}")
+
+
+def _processes(settings: Config) -> int:
+    """One for every GPU, or every core."""
+    return len(settings.devices) if settings.devices[0].type == "cuda" else os.cpu_count() or 1

@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
 
+import torch
+
 from .. import ranks
-from .networks import NETWORKS
+from .networks import NETWORKS, TIMM, is_network
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -41,12 +43,16 @@ class Config:
     """Everything that decides a study's outcome.
 
     Attributes:
-        data: ``digits``, or a folder of IDX files.
-        network: ``dec``, ``resnet20`` or ``mlp``.
+        data: ``digits``, a folder of IDX files, or one of images, ``train/CLASS/IMAGE`` and ``val/CLASS/IMAGE``.
+        network: ``dec``, ``resnet20``, ``mlp``, or any of timm's, ``timm/NAME``.
+        weights: to start from: ``timm``, its pretrained ones, or a safetensors file; else random ones.
         seeds: trainings per arm and strength.  validation: share of the training images that choices are made on.
         epochs, batch, lr, momentum: of SGD with a cosine schedule, the same for every arm.
+        amp: whether networks are trained in bfloat16 where autocast allows it.
         tune_epochs, tune_lr: of fine-tuning after compression; 0 epochs: none.
         rules: rank rules (``energy:0.9``) of the low-rank compression.  sparsities: shares of zeros of the sparse one.
+        device: ``auto`` (CUDA if there is a GPU), ``cuda`` or ``cpu``.
+        workers: processes that read images, for each training.
         lost: points below the plain network's accuracy that a compressed one may have.
         arms: for each arm its strengths, dictionaries of numbers.
         map: nuclear and group strengths, whose combinations make the sensitivity map; trained with the first seed.
@@ -54,16 +60,20 @@ class Config:
 
     data: str = "digits"
     network: str = "dec"
+    weights: str = ""
     seeds: int = 3
     validation: float = 0.2
     epochs: int = 30
     batch: int = 32
     lr: float = 0.05
     momentum: float = 0.9
+    amp: bool = False
     tune_epochs: int = 3
     tune_lr: float = 0.01
     rules: tuple[str, ...] = ()
     sparsities: tuple[float, ...] = ()
+    device: str = "auto"
+    workers: int = 4
     lost: float = 1.0
     arms: dict[str, list[Strength]] = field(default_factory=dict)
     map: dict[str, list[float]] = field(default_factory=dict)
@@ -74,7 +84,15 @@ class Config:
         for rule in self.rules:
             ranks.parse(rule)
         wanted = {
-            "network": (self.network in NETWORKS, f"one of {', '.join(NETWORKS)}"),
+            "network": (is_network(self.network), f"one of {', '.join(NETWORKS)}, or a network of timm's, {TIMM}NAME"),
+            "weights": (
+                self.network.startswith(TIMM)
+                if self.weights == "timm"
+                else not self.weights or Path(self.weights).is_file(),
+                "timm, for a network of timm's, or a safetensors file that exists",
+            ),
+            "device": (self.device in ("auto", "cuda", "cpu"), "auto, cuda or cpu"),
+            "workers": (self.workers >= 1, "a number >= 1"),
             "seeds": (self.seeds >= 1, "a number >= 1"),
             "epochs": (self.epochs >= 1, "a number >= 1"),
             "tune_epochs": (self.tune_epochs >= 0, "a number >= 0"),
@@ -129,7 +147,15 @@ class Config:
     @property
     def training(self) -> dict:
         """The settings, beside the data, that a finished training depends on, whatever other arms there are."""
-        return {k: v for k, v in self.to_dict().items() if k not in ("data", "seeds", "lost", "arms", "map")}
+        others = ("data", "seeds", "device", "workers", "lost", "arms", "map")
+        return {k: v for k, v in self.to_dict().items() if k not in others}
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """All that trainings are spread over."""
+        if self.device == "cpu" or (self.device == "auto" and not torch.cuda.is_available()):
+            return [torch.device("cpu")]
+        return [torch.device("cuda", i) for i in range(max(1, torch.cuda.device_count()))]
 
     @property
     def keys(self) -> list[Key]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checkpoint, ranks
-from ..demo.data import Images
 from ..factorize import singular_values
 from ..folds import foldable_layers
 from .arms import ARMS, Arm, Plan
 from .config import Config, Key
+from .data import Batches, Source
 from .networks import build, last_layer
 
 SAVE_EVERY = 5.0  # seconds, at the end of an epoch
@@ -42,7 +42,7 @@ class Trained:
     rows: dict[str, list[int]] = field(default_factory=dict)  # that are not zero
 
 
-def fit(config: Config, key: Key, data: Images, folder: Path, advance: Callable[[], None]) -> Trained:
+def fit(config: Config, key: Key, data: Source, folder: Path, advance: Callable[[], None]) -> Trained:
     """Train as ``key`` says, from where the checkpoint in ``folder`` is, if there is one.
 
     ``advance`` is called once for every epoch of training, those done earlier included.
@@ -66,16 +66,16 @@ def fit(config: Config, key: Key, data: Images, folder: Path, advance: Callable[
     return run
 
 
-def tune(model: nn.Module, data: Images, config: Config, seed: int, masks: Mapping[str, Tensor] | None = None) -> None:
+def tune(model: nn.Module, data: Source, config: Config, seed: int, masks: Mapping[str, Tensor] | None = None) -> None:
     """Train a compressed network further, on the loss alone; weights that ``masks`` names as cut stay zero."""
     optimizer = torch.optim.SGD(model.parameters(), config.tune_lr, config.momentum)
     layers = [layer for layer in foldable_layers(model)[0] if layer.name in (masks or {})]
-    steps = math.ceil(len(data.train_x) / config.batch)
+    steps = math.ceil(data.examples / config.batch)
     model.train()
     for epoch in range(config.tune_epochs):
-        for i, (x, y) in enumerate(_batches(data, config.batch, seed, epoch)):
+        for i, (x, y) in enumerate(data.train(config.batch, seed, epoch)):
             _set_rate(optimizer, config.tune_lr, epoch + i / steps, config.tune_epochs)
-            _backward(model, optimizer, x, y)
+            _backward(model, optimizer, x, y, config.amp)
             optimizer.step()
             with torch.no_grad():
                 for layer in layers:
@@ -83,18 +83,21 @@ def tune(model: nn.Module, data: Images, config: Config, seed: int, masks: Mappi
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+def accuracy(model: nn.Module, batches: Batches) -> float:
     """Per cent of the images classified right."""
     model.eval()
-    right = [(model(part).argmax(1) == labels).sum() for part, labels in zip(x.split(512), y.split(512), strict=True)]
-    return 100 * int(sum(right)) / len(y)
+    right = count = 0
+    for x, y in batches:
+        right += int((model(x).argmax(1) == y).sum())
+        count += len(y)
+    return 100 * right / count
 
 
-def _start(config: Config, key: Key, data: Images, folder: Path) -> Trained:
-    size, classes = data.train_x.shape[-1], int(data.train_y.max()) + 1
-    model = build(config.network, data.train_x.shape[1], classes, size, key.seed)
-    steps = math.ceil(len(data.train_x) / config.batch)
-    plan = Plan(config.epochs, steps, len(data.train_x), key.seed, (last_layer(model),), data.train_x[:1])
+def _start(config: Config, key: Key, data: Source, folder: Path) -> Trained:
+    example = data.example(1)
+    model = build(config.network, data.shape, data.classes, key.seed, config.weights).to(example.device)
+    steps = math.ceil(data.examples / config.batch)
+    plan = Plan(config.epochs, steps, data.examples, key.seed, (last_layer(model),), example)
     arm = ARMS[key.arm](dict(key.strength), plan)
     path = folder / "state.pt"
     if not path.is_file():
@@ -102,8 +105,8 @@ def _start(config: Config, key: Key, data: Images, folder: Path) -> Trained:
         run = Trained(model, arm, _optimizer(model, arm, config))
         arm.attach(run.model, run.optimizer, 0)
         return run
-    state = torch.load(path, weights_only=True)
-    model = checkpoint.load(folder / state["model"], model)
+    state = torch.load(path, weights_only=True, map_location=example.device)
+    model = checkpoint.load(folder / state["model"], model).to(example.device)
     run = Trained(model, arm, _optimizer(model, arm, config), **state["run"])
     arm.attach(model, run.optimizer, run.epoch)
     run.optimizer.load_state_dict(state["optimizer"])
@@ -125,18 +128,18 @@ def _save(run: Trained, folder: Path) -> None:
             other.unlink()
 
 
-def _epoch(run: Trained, config: Config, key: Key, data: Images) -> None:
+def _epoch(run: Trained, config: Config, key: Key, data: Source) -> None:
     total, arm = 0.0, run.arm
     _set_rate(run.optimizer, config.lr, run.epoch, config.epochs)
     run.model.train()
-    for x, y in _batches(data, config.batch, key.seed, run.epoch):
+    for x, y in data.train(config.batch, key.seed, run.epoch):
         arm.before()
-        loss = _backward(run.model, run.optimizer, x, y)
+        loss = _backward(run.model, run.optimizer, x, y, config.amp)
         arm.after_backward()
         run.optimizer.step()
         arm.after_step()
         total += loss * len(x)
-    run.losses.append(total / len(data.train_x))
+    run.losses.append(total / data.examples)
     model = arm.after_epoch(run.model, run.epoch)
     run.epoch += 1
     if model is not run.model:
@@ -144,9 +147,10 @@ def _epoch(run: Trained, config: Config, key: Key, data: Images) -> None:
         arm.attach(model, run.optimizer, run.epoch)
 
 
-def _backward(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
+def _backward(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, amp: bool) -> float:
     optimizer.zero_grad()
-    loss = F.cross_entropy(model(x), y)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+        loss = F.cross_entropy(model(x), y)
     loss.backward()
     if not math.isfinite(value := loss.item()):
         raise Diverged(f"the loss became {value}")
@@ -161,12 +165,6 @@ def _set_rate(optimizer: torch.optim.Optimizer, lr: float, epoch: float, epochs:
     """Half a cosine from ``lr`` down; in training by whole epochs, in fine-tuning, which may be one, by steps."""
     for group in optimizer.param_groups:
         group["lr"] = lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
-
-
-def _batches(data: Images, size: int, seed: int, epoch: int) -> Sequence[tuple[Tensor, Tensor]]:
-    """The training images in the order that seed and epoch give."""
-    order = torch.randperm(len(data.train_x), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-    return ((data.train_x[batch], data.train_y[batch]) for batch in order.split(size))
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import partial
 
@@ -9,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoint, planner
-from ..demo.data import Images
 from ..fuse import fuse
+from .data import Source
 from .networks import build
 from .runs import Record, Study, read_json, write_json
 
 IMAGES = 32  # in a batch
+MEMORY = 1 << 32  # bytes of networks that are timed beside each other, dense
 
 
-def measure(study: Study, records: list[Record], data: Images) -> None:
+def measure(study: Study, records: list[Record], data: Source) -> None:
     """Set ``milliseconds`` of all low-rank points; measures what is not in the file yet.
 
     Milliseconds for 32 images on one thread, after :func:`compaware_kernels.fuse`; medians of rounds in each of which
@@ -33,19 +35,23 @@ def measure(study: Study, records: list[Record], data: Images) -> None:
         point.milliseconds = known[text]
 
 
-def _time(structures: list[str], name: str, data: Images) -> dict[str, float]:
+def _time(structures: list[str], name: str, data: Source) -> dict[str, float]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    x, classes = data.test_x[:IMAGES], int(data.train_y.max()) + 1
-    networks = [_network(text, build(name, x.shape[1], classes, x.shape[-1], 0), x) for text in structures]
-    with torch.inference_mode():
-        seconds = planner.seconds([partial(network, x) for network in networks], x.device)
+    x, seconds = data.example(IMAGES), []
+    dense = build(name, data.shape, data.classes, 0)
+    size = sum(4 * p.numel() for p in dense.parameters())
+    some = max(1, MEMORY // size)
+    for i in range(0, len(structures), some):
+        networks = [_network(text, copy.deepcopy(dense), x) for text in structures[i : i + some]]
+        with torch.inference_mode():
+            seconds += planner.seconds([partial(network, x) for network in networks], x.device)
     torch.set_num_threads(threads)
     return {text: 1e3 * time for text, time in zip(structures, seconds, strict=True)}
 
 
 def _network(structure: str, dense: nn.Module, x: Tensor) -> nn.Module:
-    network = checkpoint.restructured(dense, json.loads(structure), "a record of the study").eval()
+    network = checkpoint.restructured(dense, json.loads(structure), "a record of the study").to(x.device).eval()
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.05)
     return fuse(network, (x,))

@@ -1,4 +1,4 @@
-"""The study's networks, by name: ``NETWORKS[name](channels, classes)``."""
+"""The study's networks: small ones, ``NETWORKS[name](channels, classes, size)``, and all of timm's, ``timm/NAME``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_model
 from torch import Tensor, nn
+
+TIMM = "timm/"
 
 
 def mlp(channels: int, classes: int, size: int = 28) -> nn.Sequential:
@@ -68,13 +72,52 @@ def resnet20(channels: int, classes: int, size: int = 28) -> nn.Sequential:
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "dec": dec, "resnet20": resnet20}
 
 
-def build(name: str, channels: int, classes: int, size: int, seed: int) -> nn.Module:
-    """The network with the initial weights that ``seed`` gives: Gaussian (He et al., ICCV 2015), biases zero.
+def is_network(name: str) -> bool:
+    """Whether there is such a network.  Raises ImportError if it is timm's, and timm cannot be imported."""
+    return name in NETWORKS or (name.startswith(TIMM) and _timm().is_model(name.removeprefix(TIMM)))
 
-    With torch's own smaller ones, networks without batch norm start so slowly that a penalty can hold them at zero.
+
+def transforms(name: str) -> tuple[int, Callable, Callable]:
+    """What the network wants of photographs: their size, and what makes them of files, in training and otherwise.
+
+    timm's networks say so themselves; the others get 32 x 32.
+    """
+    timm = _timm()
+    if name.startswith(TIMM):
+        about = {"pretrained_cfg": timm.get_pretrained_cfg(name.removeprefix(TIMM)).to_dict()}
+    else:
+        about = {"args": {"input_size": (3, 32, 32)}}
+    wanted = timm.data.resolve_data_config(**about)
+    return wanted["input_size"][-1], *(timm.data.create_transform(**wanted, is_training=b) for b in (True, False))
+
+
+def build(name: str, shape: tuple[int, int, int], classes: int, seed: int, weights: str = "") -> nn.Module:
+    """The network for images ``[C, H, W]``, with the initial weights that ``seed`` gives, or others.
+
+    Those of the small networks are Gaussian (He et al., ICCV 2015), biases zero: with torch's own smaller ones,
+    networks without batch norm start so slowly that a penalty can hold them at zero. timm's networks have timm's.
+
+    Args:
+        weights: ``timm``: pretrained, which timm downloads; or a safetensors file of the network.
+
+    Raises:
+        FileNotFoundError: no such file.  ValueError: it is damaged, or of another network.
     """
     torch.manual_seed(seed)
-    model = NETWORKS[name](channels, classes, size)
+    if name.startswith(TIMM):
+        name = name.removeprefix(TIMM)
+        model = _timm().create_model(name, weights == "timm", num_classes=classes, in_chans=shape[0])
+    else:
+        model = _initialised(NETWORKS[name](shape[0], classes, shape[-1]))
+    if weights not in ("", "timm"):
+        try:
+            load_model(model, weights)
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{weights}: not this network's weights: {error}") from error
+    return model
+
+
+def _initialised(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -86,3 +129,11 @@ def build(name: str, channels: int, classes: int, size: int, seed: int) -> nn.Mo
 def last_layer(model: nn.Module) -> str:
     """The name of the classifier, which every class needs a row of."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+
+
+def _timm():
+    try:
+        import timm.data
+    except (ImportError, RuntimeError) as error:  # torchvision raises RuntimeError if it was made for another torch
+        raise ImportError(f"timm cannot be imported ({error}): pip install 'compaware-kernels[timm]'") from error
+    return timm

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from .. import checkpoint, ranks
 from ..compress import CompressReport, compress
-from ..demo.data import Images
 from ..folds import foldable_layers
 from ..leaving import to_dense
 from .arms import threshold
 from .config import Config
+from .data import Source
 from .fit import Trained, accuracy, tune
 
 LOW_RANK, SPARSE = "low rank", "sparse"
@@ -45,33 +45,28 @@ class Point:
     milliseconds: float | None = None
 
 
-def points(
-    run: Trained, config: Config, seed: int, data: Images, held_out: tuple[Tensor, Tensor], advance: Callable[[], None]
-) -> list[Point]:
+def points(run: Trained, config: Config, seed: int, data: Source, advance: Callable[[], None]) -> list[Point]:
     """Compress, measure and fine-tune at every setting; ``advance`` is called after each.
 
     Low rank: dead neurons removed, then every layer cut to the rank that a rule gives and factorised where that is
     smaller. Sparse: the weights that matter least are set to zero, then dead neurons removed.
-
-    Args:
-        held_out: validation images and labels.
     """
-    found, example, dense = [], (data.test_x[:1],), to_dense(run.model)
+    found, example, dense = [], (data.example(1),), to_dense(run.model)
     for rule in config.rules:
         small, report = compress(dense, ranks.parse(rule), example, goal="size")
-        point = _measured(Point(LOW_RANK, rule, report.params, report.macs, report.bytes, 0, 0), small, data, held_out)
+        point = _measured(Point(LOW_RANK, rule, report.params, report.macs, report.bytes, 0, 0), small, data)
         if config.tune_epochs:
             tune(small, data, config, seed)
-            point.tuned_validation, point.tuned_test = _accuracies(small, data, held_out)
+            point.tuned_validation, point.tuned_test = _accuracies(small, data)
         point.structure = checkpoint.structure_of(small)
         found.append(point)
         advance()
     for sparsity in config.sparsities:
         pruned, masks = prune(run, sparsity)
-        point = _measured(Point(SPARSE, f"{sparsity:g}", *_sparse_sizes(pruned, example), 0, 0), pruned, data, held_out)
+        point = _measured(Point(SPARSE, f"{sparsity:g}", *_sparse_sizes(pruned, example), 0, 0), pruned, data)
         if config.tune_epochs:
             tune(pruned, data, config, seed, masks)
-            point.tuned_validation, point.tuned_test = _accuracies(pruned, data, held_out)
+            point.tuned_validation, point.tuned_test = _accuracies(pruned, data)
         found.append(point)
         advance()
     return found
@@ -104,15 +99,15 @@ def _sparse_sizes(pruned: nn.Module, example: tuple[Tensor, ...]) -> tuple[int, 
     return params, macs, size
 
 
-def whole(run: Trained, data: Images) -> CompressReport:
+def whole(run: Trained, data: Source) -> CompressReport:
     """The sizes of the network as it was trained."""
-    return compress(run.model, {}, (data.test_x[:1],), goal="size", remove_dead=False)[1]
+    return compress(run.model, {}, (data.example(1),), goal="size", remove_dead=False)[1]
 
 
-def _measured(point: Point, model: nn.Module, data: Images, held_out: tuple[Tensor, Tensor]) -> Point:
-    point.validation, point.test = _accuracies(model, data, held_out)
+def _measured(point: Point, model: nn.Module, data: Source) -> Point:
+    point.validation, point.test = _accuracies(model, data)
     return point
 
 
-def _accuracies(model: nn.Module, data: Images, held_out: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    return accuracy(model, *held_out), accuracy(model, data.test_x, data.test_y)
+def _accuracies(model: nn.Module, data: Source) -> tuple[float, float]:
+    return accuracy(model, data.validation()), accuracy(model, data.test())

@@ -10,23 +10,23 @@ from statistics import mean
 
 from jinja2 import Environment
 
-from ..demo.data import Images
 from ..files import write_text
 from ..pages import machine, svg
 from . import latency, plots
 from .arms import ARMS
 from .config import Config
 from .curves import Arms, Choice, area, by_arm, curve, needs, sizes, spread
+from .data import Source
 from .points import LOW_RANK, SPARSE
 from .runs import Record
 
 RULE = "energy:0.99"  # of the sensitivity map, where the study has it; else its last rule
 
 
-def write(config: Config, data: Images, records: list[Record], folder: Path) -> dict[str, Path]:
+def write(config: Config, data: Source, records: list[Record], folder: Path) -> dict[str, Path]:
     """Write ``results.json``, ``report.html`` and ``curves.svg`` into ``folder``, atomically; returns the paths."""
     arms, best = by_arm(records, config), Choice(config.tune_epochs > 0, lost=config.lost)
-    chance = 100 / (int(data.train_y.max()) + 1)
+    chance = 100 / data.classes
     page = Environment(autoescape=True).from_string(files(__package__).joinpath("report.html.j2").read_text())
     figure = plots.sensitivity(records, config.map, RULE if RULE in config.rules else config.rules[-1])
     html = page.render(

@@ -9,18 +9,17 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from ..demo.data import Images, digits, idx_folder
 from ..factorize import singular_values
 from ..files import write_text
 from ..folds import foldable_layers
 from . import Stopped
 from .config import Config, Key
+from .data import Source, load
 from .fit import Diverged, Trained, accuracy, fit
 from .points import Point, points, whole
 
@@ -75,7 +74,7 @@ class Study:
         self.config, self.folder = config, folder
         about, settings = folder / "study.json", {"data": name} | json.loads(json.dumps(config.training))
         if about.is_file():
-            before = read_json(about)
+            before = {f.name: f.default for f in fields(Config)} | read_json(about)
             if other := [k for k in settings if before.get(k) != settings[k]]:
                 text = ", ".join(f"{k} was {before.get(k)!r}, now {settings[k]!r}" for k in other)
                 raise ValueError(f"{folder} holds another study: {text}; choose another folder, or remove it")
@@ -113,10 +112,10 @@ class Study:
         failures, context = [], multiprocessing.get_context("spawn")
         if not self.left:
             return
-        queue = context.Queue()
+        queue, begun = context.Queue(), context.Value("i", 0)
         listener = threading.Thread(target=lambda: [advance(key) for key in iter(queue.get, None)], daemon=True)
         listener.start()
-        with ProcessPoolExecutor(processes, context, _begin, (self, queue, os.getpid())) as pool:
+        with ProcessPoolExecutor(processes, context, _begin, (self, queue, begun, os.getpid())) as pool:
             jobs = {pool.submit(_do, key): key for key in self.left}
             try:
                 for job in as_completed(jobs):
@@ -130,14 +129,13 @@ class Study:
         if failures:
             raise Stopped("; ".join(failures))
 
-    def train(self, key: Key, data: Images, advance: Callable[[], None]) -> Record:
+    def train(self, key: Key, data: Source, advance: Callable[[], None]) -> Record:
         """One training with all that follows, written to its file when it is whole."""
         path = self.path(key)
         part = path.with_suffix(".running")
-        fitted, held_out = split(data, self.config.validation)
         try:
-            run = fit(self.config, key, fitted, part, advance)
-            record = self._record(key, run, fitted, held_out, advance)
+            run = fit(self.config, key, data, part, advance)
+            record = self._record(key, run, data, advance)
         except Diverged as error:
             record = Record(key, diverged=str(error))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,35 +143,19 @@ class Study:
         shutil.rmtree(part, ignore_errors=True)
         return record
 
-    def _record(
-        self, key: Key, run: Trained, data: Images, held_out: tuple[Tensor, Tensor], advance: Callable[[], None]
-    ) -> Record:
+    def _record(self, key: Key, run: Trained, data: Source, advance: Callable[[], None]) -> Record:
         sizes = whole(run, data)
         layers = foldable_layers(run.model)[0]
         return Record(
             key,
-            validation=accuracy(run.model, *held_out),
-            test=accuracy(run.model, data.test_x, data.test_y),
+            validation=accuracy(run.model, data.validation()),
+            test=accuracy(run.model, data.test()),
             params=sizes.params, macs=sizes.macs, bytes=sizes.bytes,
             seconds=run.seconds, losses=run.losses, ranks=run.ranks, rows=run.rows,
             spectra={layer.name: singular_values(layer.matrix())[0].tolist() for layer in layers},
             facts=run.arm.facts(),
-            points=points(run, self.config, key.seed, data, held_out, advance),
+            points=points(run, self.config, key.seed, data, advance),
         )  # fmt: skip
-
-
-def load(name: str) -> Images:
-    """``digits``, or a folder of IDX files."""
-    return digits() if name == "digits" else idx_folder(Path(name))
-
-
-def split(data: Images, share: float) -> tuple[Images, tuple[Tensor, Tensor]]:
-    """The images to train on, and a share of the training images to choose on, always the same ones."""
-    order = torch.randperm(len(data.train_x), generator=torch.Generator().manual_seed(0))
-    count = round(share * len(order))
-    rest, held = order[count:], order[:count]
-    fitted = Images(data.name, data.train_x[rest], data.train_y[rest], data.test_x, data.test_y)
-    return fitted, (data.train_x[held], data.train_y[held])
 
 
 def write_json(path: Path, table: dict) -> None:
@@ -190,13 +172,17 @@ def read_json(path: Path) -> dict:
 
 # --- in the pool's processes ----------------------------------------------------------------------------------------
 
-_here: tuple[Study, Images, object, int]
+_here: tuple[Study, Source, object, int]
 
 
-def _begin(study: Study, queue, parent: int) -> None:
+def _begin(study: Study, queue, begun, parent: int) -> None:
+    """On the next GPU, where there are any."""
     global _here
     torch.set_num_threads(1)
-    _here = study, load(study.config.data), queue, parent
+    with begun:
+        index, begun.value = begun.value, begun.value + 1
+    device = study.config.devices[index % len(study.config.devices)]
+    _here = study, load(study.config, device), queue, parent
 
 
 def _do(key: Key) -> None:

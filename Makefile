@@ -76,9 +76,10 @@ check-cuda-torch: .venv/built
 clean:
 	rm -rf .venv .venv-cuda build dist *.egg-info compaware_kernels/_C.abi3.so compaware_kernels/_build.json
 
-.venv/pins: requirements-dev.txt
+.venv/pins: requirements-dev.txt requirements-timm.txt
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install -q -r requirements-dev.txt
+	$(BIN)/pip install -q --no-deps --target .venv/timm -r requirements-timm.txt
 	touch $@
 
 # Editable, without build isolation: the library is compiled in place, against the torch of .venv.

@@ -11,13 +11,12 @@ import time
 from dataclasses import replace
 
 import pytest
-import timm_case  # noqa: F401
 import torch
 from study_case import CONFIG, STRENGTHS, key, some_digits
 from torch import nn
 
 import compaware_kernels as ck
-from compaware_kernels.study import Stopped, curves, fit, points
+from compaware_kernels.study import Stopped, curves, fit, plots, points
 from compaware_kernels.study.arms import ARMS, Plan
 from compaware_kernels.study.config import Config, Key
 from compaware_kernels.study.curves import Choice
@@ -165,7 +164,6 @@ def test_failures_do_not_stop_the_others(tmp_path, monkeypatch):
         ("epochs = 0", "epochs: wanted a number >= 1; got 0"),
         ('network = "lenet"', "network: wanted one of mlp, dec"),
         ('rules = ["magic:1"]', "a rank rule is written"),
-        ('network = "timm/lenet"', "network: wanted one of mlp, dec"),
         ('weights = "timm"', "weights: wanted timm, for a network of timm's"),
         ('weights = "nowhere.safetensors"', "weights: wanted timm, for a network of timm's, or a safetensors file"),
         ('device = "tpu"', "device: wanted auto, cuda or cpu"),
@@ -196,19 +194,6 @@ def test_errors_are_one_line(tmp_path):
 def test_no_such_study(tmp_path):
     with pytest.raises(FileNotFoundError, match="no study of that name"):
         Config.read("nowhere")
-
-
-def test_shipped_studies():
-    from importlib.resources import files
-
-    names = [path.name[:-5] for path in (files("compaware_kernels.study") / "configs").iterdir()]
-    assert "digits" in names
-    for name in names:
-        config = Config.read(name)
-        assert config.seeds >= 3 and set(config.arms) == set(ARMS)
-        budgets = {arm: len(strengths) for arm, strengths in config.arms.items() if arm != "plain"}
-        assert len(set(budgets.values())) == 1, budgets
-        assert len(set(config.keys)) == len(config.keys)
 
 
 # --- points ---------------------------------------------------------------------------------------------------------
@@ -295,6 +280,24 @@ def test_needs():
     assert found["l2"].values == [50] and found["l2"].tests == [-1] and found["l2"].missing == 1
     assert found["plain"].values == [100, 100] and str(found["plain"]) == "100 ± 0"
     assert "1 seed(s) do not reach it" in str(found["l2"])
+
+
+def test_the_plot_says_who_wins():
+    def said(**macs):
+        found = {arm.replace("_", "-"): record(arm.replace("_", "-"), 0, point(m, 98, 97)) for arm, m in macs.items()}
+        return plots.least({arm: {0: [r]} for arm, r in found.items()}, Choice(False), "macs")
+
+    assert (
+        said(plain=100, nuclear=27, l2=70) == "least at that accuracy: nuclear norm, per epoch (paper): 0.27 of plain"
+    )
+    assert said(plain=100, nuclear_steps=41, fixed_rank=26) == (
+        "least at that accuracy: low rank from scratch: 0.26 of plain\n"
+        "this project's: nuclear norm, per step: 0.41 of plain"
+    )
+    missed = {"plain": {0: [record("plain", 0, point(9, 96.9, 97))]}}
+    assert plots.least(missed, Choice(False), "macs") == "no arm keeps that accuracy in all seeds"
+    missed["l2"] = {0: [record("l2", 0, point(9, 97, 97))]}
+    assert plots.least(missed, Choice(False), "macs") == "least at that accuracy: L2"
 
 
 def test_arms_leave_out_the_map_and_what_diverged():

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib.resources import files
 
 import pytest
 import timm_case  # noqa: F401
@@ -11,6 +12,7 @@ from safetensors.torch import save_model
 from study_case import CONFIG, key, some_digits
 
 from compaware_kernels.study import fit, latency
+from compaware_kernels.study.arms import ARMS
 from compaware_kernels.study.config import Config
 from compaware_kernels.study.data import Folder, load
 from compaware_kernels.study.networks import build, last_layer
@@ -144,3 +146,19 @@ def test_settings_that_a_study_was_begun_without_had_their_default(tmp_path):
     Study(CONFIG, "digits", tmp_path)
     with pytest.raises(ValueError, match="another study: amp was False, now True"):
         Study(replace(CONFIG, amp=True), "digits", tmp_path)
+
+
+def test_shipped_studies():
+    names = [path.name[:-5] for path in (files("compaware_kernels.study") / "configs").iterdir()]
+    assert set(names) >= {"digits", "fashion", "resnet50", "vit_b"}
+    for name in names:
+        config = Config.read(name)
+        assert config.seeds >= 3 and set(config.arms) == set(ARMS)
+        budgets = {arm: len(strengths) for arm, strengths in config.arms.items() if arm != "plain"}
+        assert len(set(budgets.values())) == 1, budgets
+        assert len(set(config.keys)) == len(config.keys)
+
+
+def test_no_such_network():
+    with pytest.raises(ValueError, match="network: wanted one of mlp, dec, resnet20, or a network of timm's"):
+        replace(CONFIG, network="timm/lenet")

@@ -81,7 +81,7 @@ def area(values: Sequence[float]) -> float:
 
 def need(points: Iterable[Point], choice: Choice, wanted: float, axis: str = "macs") -> Point | None:
     """The smallest point whose validation accuracy is at least ``wanted``."""
-    enough = [p for p in points if choice.accuracies(p)[0] >= wanted]
+    enough = [p for p in points if choice.accuracies(p)[0] >= wanted and getattr(p, axis) is not None]
     return min(enough, key=lambda p: getattr(p, axis), default=None)
 
 

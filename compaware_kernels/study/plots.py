@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from ..pages import log_axis
 from .arms import ARMS
-from .curves import Arms, Choice, curve, need, sizes
+from .curves import Arms, Choice, curve, need, needs, sizes
 from .runs import Record
 
 _COLOURS = ("#444444", "#d1495b", "#d1495b", "#8f1d2c", "#8f1d2c", "#2a7f9e", "#2a7f9e", "#e0a100", "#e0a100",
@@ -24,7 +24,7 @@ LABELS = {"macs": "multiply-adds for one image", "params": "parameters", "bytes"
 
 
 def curves(arms: Arms, choice: Choice, axes: Sequence[str], chance: float) -> Figure:
-    """Test accuracy against size, the mean over seeds; for ours also a band of one deviation."""
+    """Test accuracy against size, the mean over seeds; for ours also a band of one deviation. Says who wins."""
     figure = Figure(figsize=(7.2 * len(axes), 6.4), layout="constrained")
     for ax, axis in zip(figure.subplots(1, len(axes), squeeze=False)[0], axes, strict=True):
         at = sizes(arms, choice, axis)
@@ -35,14 +35,28 @@ def curves(arms: Arms, choice: Choice, axes: Sequence[str], chance: float) -> Fi
                 _line(ax, arm, at, values)
         plain = mean(record.test for records in arms["plain"].values() for record in records)
         ax.axhline(plain - choice.lost, color="#999", lw=1, ls=":")
-        where = {"xy": (0.01, plain - choice.lost), "xycoords": ("axes fraction", "data"), "va": "bottom"}
-        ax.annotate(f"plain accuracy less {choice.lost:g}", **where, color="#666", fontsize=9)
+        where = {"xy": (0.01, plain - choice.lost), "xycoords": ("axes fraction", "data"), "va": "center"}
+        white = {"fc": "white", "ec": "none", "pad": 1.5}
+        ax.annotate(f"plain accuracy less {choice.lost:g}", **where, bbox=white, color="#666", fontsize=9, zorder=4)
+        ax.set_title(least(arms, choice, axis), fontsize=10)
         ax.set(xscale="log", xlabel=LABELS[axis], ylabel="test accuracy, %", ylim=_range(plain, chance))
         log_axis(ax.xaxis)
         ax.grid(alpha=0.25, which="both")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=9, loc="outside lower center", ncols=2 * len(axes), frameon=False)
     return figure
+
+
+def least(arms: Arms, choice: Choice, axis: str) -> str:
+    """Which arm keeps the accuracy in all seeds with the least, of what plain needs; and this project's best."""
+    totals = {n.arm: sum(n.values) for n in needs(arms, choice, axis) if n.values and not n.missing}
+    order = sorted(totals, key=totals.get)
+    if not order:
+        return "no arm keeps that accuracy in all seeds"
+    shares = {a: f": {t / totals['plain']:.2f} of plain" if totals.get("plain") else "" for a, t in totals.items()}
+    text = f"least at that accuracy: {ARMS[order[0]].title}{shares[order[0]]}"
+    ours = next((arm for arm in order if arm in OURS), None)
+    return text if ours in (order[0], None) else f"{text}\nthis project's: {ARMS[ours].title}{shares[ours]}"
 
 
 def _line(ax: Axes, arm: str, at: list[float], values: list[list[float]]) -> None:

@@ -1,0 +1,101 @@
+"""Why low rank from scratch needs fewest multiply-adds on Fashion-MNIST: better ranks, or less that training costs?
+
+    python bench/study_why.py FOLDER    # of the IDX files; 20 minutes
+
+writes bench/results/study-why.md. The ranks that the nuclear norm finds are trained from scratch, and what it finds is
+fine-tuned as long as it was trained.
+"""
+
+import tempfile
+from dataclasses import replace as changed
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated, ClassVar
+
+import torch
+import typer
+from rich.progress import Progress
+
+from compaware_kernels import compress, low_rank, ranks
+from compaware_kernels.layers import low_rank_type
+from compaware_kernels.pages import machine
+from compaware_kernels.study import arms, fit
+from compaware_kernels.study.config import Config, Key
+from compaware_kernels.study.data import Source, load
+from compaware_kernels.surgery import replace
+from compaware_kernels.tables import text_table
+
+ROOT = Path(__file__).parents[1]
+RULE, STRENGTH, SHARE = "energy:0.98", 30.0, 0.2
+TEXT = """# Why low rank from scratch wins on Fashion-MNIST
+
+Validation accuracy less that of the plain network, in points, mean and deviation of {seeds} seeds; `compaware study
+fashion`'s network and settings. The nuclear norm (per step, strength {strength:g}) is compressed at `{rule}`.
+
+{table}
+
+{machine}. `python bench/study_why.py FOLDER`
+"""
+
+
+class Given(arms.FixedRank):
+    """From scratch as :class:`FixedRank`, at these ranks."""
+
+    ranks: ClassVar[dict[str, int]] = {}
+
+    def prepare(self, model):
+        for name, rank in self.ranks.items():
+            layer = model.get_submodule(name)
+            replace(model, name, low_rank_type(layer).from_dense(layer, rank))
+        return model
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Fashion-MNIST's IDX files.")],
+    out: Annotated[Path, typer.Option(help="Where to write the table.")] = ROOT / "bench/results/study-why.md",
+) -> None:
+    torch.set_num_threads(1)
+    config = changed(Config.read("fashion"), data=str(folder))
+    data, found = load(config), {}
+    arms.ARMS["given"] = Given
+    with Progress() as bar:
+        task = bar.add_task("epochs", total=config.seeds * 4 * config.epochs)
+        for seed in range(config.seeds):
+            for what, row in one(config, data, seed, lambda: bar.advance(task)):
+                found.setdefault(what, []).append(row)
+    rows = [(what, *(spread(column) for column in zip(*values, strict=True))) for what, values in found.items()]
+    table = text_table(("network", "multiply-adds", "points"), rows, right=(1, 2), markdown=True)
+    facts = {"seeds": config.seeds, "strength": STRENGTH, "rule": RULE, "machine": machine()}
+    out.write_text(TEXT.format(table=table, **facts), encoding="utf-8")
+    print(table, f"\nWritten: {out}")
+
+
+def one(config: Config, data: Source, seed: int, advance) -> list[tuple[str, tuple[float, float]]]:
+    """What each network needs, and how far it is from the plain one."""
+
+    def trained(arm: str, **strength: float):
+        with tempfile.TemporaryDirectory() as part:
+            return fit.fit(config, Key(arm, tuple(strength.items()), seed), data, Path(part), advance).model
+
+    def measured(model) -> tuple[float, float]:
+        size = compress(model, {}, (data.example(1),), goal="size", remove_dead=False)[1].macs
+        return size, fit.accuracy(model, data.validation()) - plain
+
+    plain = fit.accuracy(trained("plain"), data.validation())
+    small, _ = compress(trained("nuclear-steps", nuclear=STRENGTH), ranks.parse(RULE), (data.example(1),), goal="size")
+    rows = [("nuclear norm, compressed", measured(small))]
+    fit.tune(small, data, changed(config, tune_epochs=config.epochs, tune_lr=config.lr), seed)
+    rows.append((f"the same, fine-tuned for {config.epochs} epochs", measured(small)))
+    Given.ranks = {name: m.rank for name, m in small.named_modules() if isinstance(m, low_rank.LowRank)}
+    rows.append(("its ranks, from scratch", measured(trained("given"))))
+    rows.append((f"{SHARE:g} of every full rank, from scratch", measured(trained("fixed-rank", share=SHARE))))
+    return rows
+
+
+def spread(values: tuple[float, ...]) -> str:
+    form = "{:,.0f}" if max(values) > 1000 else "{:.2f}"
+    return f"{form.format(mean(values))} ± {form.format(stdev(values))}"
+
+
+if __name__ == "__main__":
+    typer.run(main)

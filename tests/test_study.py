@@ -138,6 +138,16 @@ def test_records_are_read_as_written(data, tmp_path):
         assert sum(p.numel() for p in model.parameters()) == point.params
 
 
+def test_validation_and_test_are_not_mixed_up(tmp_path):
+    """All validation labels are wrong."""
+    data = some_digits()
+    data.held_y = (data.held_y + 1) % 10
+    record = Study(replace(CONFIG, arms={"plain": [{}]}), "digits", tmp_path).train(key("plain"), data, lambda: None)
+    assert record.validation < 15 and record.test > 30
+    for point in record.points[1:]:
+        assert max(point.validation, point.tuned_validation) < 15 < 20 < min(point.test, point.tuned_test)
+
+
 def test_diverged_trainings_are_kept(data, tmp_path):
     study = Study(replace(CONFIG, lr=1e4, arms={"plain": [{}]}), "digits", tmp_path)
     assert "nan" in study.train(key("plain"), data, lambda: None).diverged
@@ -280,6 +290,7 @@ def test_needs():
     assert found["l2"].values == [50] and found["l2"].tests == [-1] and found["l2"].missing == 1
     assert found["plain"].values == [100, 100] and str(found["plain"]) == "100 ± 0"
     assert "1 seed(s) do not reach it" in str(found["l2"])
+    assert curves.needs(arms, Choice(False), "milliseconds")[0].values == []  # nothing was timed
 
 
 def test_the_plot_says_who_wins():
@@ -294,6 +305,9 @@ def test_the_plot_says_who_wins():
         "least at that accuracy: low rank from scratch: 0.26 of plain\n"
         "this project's: nuclear norm, per step: 0.41 of plain"
     )
+    some = {arm: {s: [record(arm, s, point(m - s, 98, 97))] for s in (0, 1)} for arm, m in (("plain", 99), ("l2", 9))}
+    some["l2"][1] = []
+    assert plots.least(some, Choice(False), "macs") == "least at that accuracy: plain: 1.00 of plain"
     missed = {"plain": {0: [record("plain", 0, point(9, 96.9, 97))]}}
     assert plots.least(missed, Choice(False), "macs") == "no arm keeps that accuracy in all seeds"
     missed["l2"] = {0: [record("l2", 0, point(9, 97, 97))]}

@@ -81,7 +81,9 @@ def test_a_study_of_photographs(photos, tmp_path, monkeypatch):
     study = Study(config, data.name, tmp_path)
     records = [study.train(key(arm), data, lambda: None) for arm in config.arms]
     assert study.left == [] and not any(record.diverged for record in records)
+    monkeypatch.setattr(latency, "MEMORY", 1)  # one network at a time
     latency.measure(study, records, data)
+    assert len({json.dumps(record.points[0].structure) for record in records}) == 2
     assert all(record.points[0].milliseconds > 0 for record in records)
     assert all(r.points[0].macs < r.macs for r in records)
 

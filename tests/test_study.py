@@ -174,6 +174,7 @@ def test_failures_do_not_stop_the_others(tmp_path, monkeypatch):
         ("epochs = 0", "epochs: wanted a number >= 1; got 0"),
         ('network = "lenet"', "network: wanted one of mlp, dec"),
         ('rules = ["magic:1"]', "a rank rule is written"),
+        ("rules = []", "rules: wanted at least one rank rule; got ()"),
         ('weights = "timm"', "weights: wanted timm, for a network of timm's"),
         ('weights = "nowhere.safetensors"', "weights: wanted timm, for a network of timm's, or a safetensors file"),
         ('device = "tpu"', "device: wanted auto, cuda or cpu"),
@@ -181,6 +182,8 @@ def test_failures_do_not_stop_the_others(tmp_path, monkeypatch):
         ("sparsities = [1.5]", "sparsities: wanted shares"),
         ("[arms]\nfancy = [{}]", "arms: wanted plain and any of"),
         ("[arms]\nplain = [{}]\nl1 = [{ l2 = 1 }]", "arms.l1: wanted strengths of l1"),
+        ("[arms]\nplain = [{}]\nl2 = [{}]", "arms.l2: wanted strengths of l2; got {}"),
+        ("[arms]\nplain = []", "arms: wanted plain and any of"),
         ("[arms]\nplain = [{}]\n[map]\nl1 = [1]", "map: wanted lists named nuclear and group"),
         ("a = ", "not TOML"),
     ],
@@ -321,6 +324,13 @@ def test_arms_leave_out_the_map_and_what_diverged():
     broken = record("l1", 0)
     broken.diverged = "NaN"
     assert curves.by_arm([grid, broken, record("plain", 0)], other) == {"plain": {0: [record("plain", 0)]}}
+
+
+def test_without_a_plain_network_nothing_is_compared():
+    broken = record("plain", 1)
+    broken.diverged = "NaN"
+    with pytest.raises(ValueError, match="plain none seed 1: diverged, so there is nothing to compare with"):
+        curves.by_arm([record("plain", 0), broken], CONFIG)
 
 
 def test_sizes_and_spread():

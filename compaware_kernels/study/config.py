@@ -70,7 +70,7 @@ class Config:
     amp: bool = False
     tune_epochs: int = 3
     tune_lr: float = 0.01
-    rules: tuple[str, ...] = ()
+    rules: tuple[str, ...] = ("energy:0.9", "energy:0.95", "energy:0.98", "energy:0.99", "energy:0.999")
     sparsities: tuple[float, ...] = ()
     device: str = "auto"
     workers: int = 4
@@ -99,17 +99,21 @@ class Config:
             "batch": (self.batch >= 1, "a number >= 1"),
             "lost": (0 <= self.lost < 100, "points of accuracy >= 0"),
             "validation": (0 < self.validation < 1, "a share between 0 and 1"),
+            "rules": (bool(self.rules), "at least one rank rule"),
             "sparsities": (all(0 < s < 1 for s in self.sparsities), "shares between 0 and 1"),
-            "arms": ("plain" in self.arms and set(self.arms) <= set(ARMS), f"plain and any of {', '.join(ARMS)}"),
+            "arms": (
+                "plain" in self.arms and set(self.arms) <= set(ARMS) and all(self.arms.values()),
+                f"plain and any of {', '.join(ARMS)}, each with at least one strength",
+            ),
             "map": (not self.map or set(self.map) == {"nuclear", "group"}, "lists named nuclear and group"),
         }
         for name, (right, text) in wanted.items():
             if not right:
-                got = list(self.arms) if name == "arms" else getattr(self, name)
+                got = list(self.arms) if name == "arms" and all(self.arms.values()) else getattr(self, name)
                 raise ValueError(f"{name}: wanted {text}; got {got}")
         for arm, strengths in self.arms.items():
             for strength in strengths:
-                if set(strength) - set(ARMS[arm].knobs):
+                if set(strength) - set(ARMS[arm].knobs) or bool(strength) != bool(ARMS[arm].knobs):
                     known = ", ".join(ARMS[arm].knobs) or "nothing"
                     raise ValueError(f"arms.{arm}: wanted strengths of {known}; got {strength}")
 

@@ -86,7 +86,13 @@ def need(points: Iterable[Point], choice: Choice, wanted: float, axis: str = "ma
 
 
 def by_arm(records: Sequence[Record], config) -> Arms:
-    """The records of each arm's own strengths, by seed, without those that diverged."""
+    """The records of each arm's own strengths, by seed, without those that diverged.
+
+    Raises:
+        ValueError: a plain training diverged.
+    """
+    if lost := [str(r.key) for r in records if r.key.arm == "plain" and r.diverged]:
+        raise ValueError(f"{', '.join(lost)}: diverged, so there is nothing to compare with; try a smaller lr")
     own = {(arm, tuple(strength.items())) for arm, strengths in config.arms.items() for strength in strengths}
     found: Arms = {arm: {} for arm in config.arms}
     for record in records:

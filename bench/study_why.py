@@ -39,14 +39,14 @@ fashion`'s network and settings. The nuclear norm (per step, strength {strength:
 
 
 class Given(arms.FixedRank):
-    """From scratch as :class:`FixedRank`, at these ranks."""
+    """From scratch as :class:`FixedRank`, at these ranks; the classifier, which no arm touches, stays dense."""
 
     ranks: ClassVar[dict[str, int]] = {}
 
     def prepare(self, model):
-        for name, rank in self.ranks.items():
+        for name in self.ranks.keys() - set(self.plan.skip):
             layer = model.get_submodule(name)
-            replace(model, name, low_rank_type(layer).from_dense(layer, rank))
+            replace(model, name, low_rank_type(layer).from_dense(layer, self.ranks[name]))
         return model
 
 

@@ -10,7 +10,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from .info import info
 
-matplotlib.rcParams.update({"svg.fonttype": "none", "font.size": 11, "font.family": "sans-serif"})
+# The salt makes the names in an SVG the same every time: a page made again from the same results is the same file.
+matplotlib.rcParams.update(
+    {"svg.fonttype": "none", "svg.hashsalt": "compaware", "font.size": 11, "font.family": "sans-serif"}
+)
 
 
 def machine() -> str:

@@ -39,7 +39,7 @@ def curves(arms: Arms, choice: Choice, axes: Sequence[str], chance: float) -> Fi
         white = {"fc": "white", "ec": "none", "pad": 1.5}
         ax.annotate(f"plain accuracy less {choice.lost:g}", **where, bbox=white, color="#666", fontsize=9, zorder=4)
         ax.set_title(least(arms, choice, axis), fontsize=10)
-        ax.set(xscale="log", xlabel=LABELS[axis], ylabel="test accuracy, %", ylim=_range(plain, chance))
+        ax.set(xscale="log", xlabel=LABELS[axis], ylabel="test accuracy, %", ylim=_range(plain, choice.lost))
         log_axis(ax.xaxis)
         ax.grid(alpha=0.25, which="both")
     handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -70,9 +70,10 @@ def _line(ax: Axes, arm: str, at: list[float], values: list[list[float]]) -> Non
                         [m + o for m, o in zip(middle, off, strict=True)], color=colour, alpha=0.12, lw=0)  # fmt: skip
 
 
-def _range(plain: float, chance: float) -> tuple[float, float]:
-    """The upper part of what lies between guessing and the plain network."""
-    return plain - (plain - chance) / 4, min(100.0, plain + (plain - chance) / 40)
+def _range(plain: float, lost: float) -> tuple[float, float]:
+    """Around the accuracy asked for, where the arms differ."""
+    unit = max(lost, 0.5)
+    return plain - 6 * unit, min(100.0, plain + 1.5 * unit)
 
 
 def over_time(arms: Arms, choice: Choice) -> Figure:

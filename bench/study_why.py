@@ -30,9 +30,9 @@ RULE, STRENGTH, SHARE = "energy:0.98", 30.0, 0.2
 TEXT = """# Why low rank from scratch wins on Fashion-MNIST
 
 Validation accuracy less that of the plain network, in points, mean and deviation of {seeds} seeds; `compaware study
-fashion`'s network and settings: {epochs} epochs, where the table says nothing else. The nuclear norm (per step, strength
-{strength:g}) is compressed at `{rule}`. What fine-tuning adds to it is what the shrinking took or what time gives: the last
-row but one, with the same ranks and as many epochs, tells which.
+fashion`'s network and settings: {epochs} epochs, where the table says nothing else. The nuclear norm (per step,
+strength {strength:g}) is compressed at `{rule}`. What fine-tuning adds to it is what the shrinking took or what time
+gives: the last row but one, with the same ranks and as many epochs, tells which.
 
 {table}
 

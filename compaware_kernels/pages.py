@@ -17,9 +17,10 @@ matplotlib.rcParams.update(
 
 
 def machine() -> str:
-    """Processor, threads and versions, for every figure."""
+    """Processor, GPUs, threads and versions, for every figure."""
     facts = info()
-    return f"{facts['devices'][0]}, {facts['threads']} thread(s), torch {facts['torch']}, Python {facts['python']}"
+    devices = ", ".join(dict.fromkeys(facts["devices"]))
+    return f"{devices}, {facts['threads']} thread(s), torch {facts['torch']}, Python {facts['python']}"
 
 
 def log_axis(axis) -> None:

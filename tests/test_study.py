@@ -79,12 +79,13 @@ def test_killed_and_run_again(config, tmp_path):
     assert len(every) == 7 and first.items() <= every.items() and not list(out.glob("runs/**/*.running"))
     assert "nuclear+group" in second.stdout and "Written:" in second.stdout
 
-    latency = (out / "latency.json").stat().st_mtime_ns
+    latency, before = (out / "latency.json").stat().st_mtime_ns, (out / "report.html").read_text()
     third = command(config, "--out", out)
     assert third.returncode == 0 and "7 trainings, 0 left" in third.stdout
     assert stamps(out) == every and (out / "latency.json").stat().st_mtime_ns == latency
 
     page, results = (out / "report.html").read_text(), json.loads((out / "results.json").read_text())
+    assert page == before and "Trained on" in page and f"Timed on {results['timed']}" in page
     assert page.count("<svg") >= 8 and "Sensitivity" in page and "nan" not in page.lower()
     assert (out / "curves.svg").read_text().startswith("<svg")
     assert len(results["records"]) == 7 and results["config"]["epochs"] == 2

@@ -16,7 +16,8 @@ from compaware_kernels.study.arms import ARMS
 from compaware_kernels.study.config import Config
 from compaware_kernels.study.data import Folder, load
 from compaware_kernels.study.networks import build, last_layer
-from compaware_kernels.study.runs import Study
+from compaware_kernels.study.points import LOW_RANK, Point
+from compaware_kernels.study.runs import Record, Study
 
 PHOTOS = replace(
     CONFIG, network="timm/test_resnet", epochs=2, batch=8, workers=1, validation=0.25, rules=("energy:0.9",),
@@ -93,6 +94,34 @@ def test_a_study_of_photographs(photos, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         fit.fit(config, key("plain"), data, tmp_path / "part", stop)
     assert fit.fit(config, key("plain"), data, tmp_path / "part", lambda: None).losses == records[0].losses
+
+
+def test_times_are_of_one_machine(tmp_path, monkeypatch):
+    """What is known is not measured again, unless something is missing that only another machine could be compared to;
+    a file of another version is refused."""
+
+    def record(*ranks):
+        points = [Point(LOW_RANK, "", 1, 1, 1, 0, 0, structure={"0": {"rank": rank}}) for rank in ranks]
+        return Record(key("plain"), points=points)
+
+    def measured(where, *ranks):
+        timed.clear()
+        monkeypatch.setattr(latency, "machine", lambda: f"{where}, {torch.get_num_threads()} thread(s)")
+        found = record(*ranks)
+        told = latency.measure(study, [found], None)
+        assert all(point.milliseconds == 2.0 for point in found.points)
+        return told, len(timed)
+
+    study, timed, threads = Study(CONFIG, "digits", tmp_path), [], torch.get_num_threads()
+    monkeypatch.setattr(latency, "_time", lambda texts, *_: timed.extend(texts) or dict.fromkeys(texts, 2.0))
+    assert measured("here", 1) == ("here, 1 thread(s)", 1)
+    assert measured("there", 1) == ("here, 1 thread(s)", 0)
+    assert measured("here", 1, 2) == ("here, 1 thread(s)", 1)
+    assert measured("there", 1, 2, 3) == ("there, 1 thread(s)", 3)
+    assert torch.get_num_threads() == threads
+    (tmp_path / "latency.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"latency.json: of another version; remove it"):
+        measured("here", 1)
 
 
 def test_bfloat16_trains_too(tmp_path):

@@ -36,9 +36,9 @@ def run(
             work.run(processes or _processes(settings), lambda key: bar.update(task, advance=1, description=str(key)))
         records = work.records()
         timing = bar.add_task("measuring time", total=1)
-        latency.measure(work, records, images)
+        timed = latency.measure(work, records, images)
         bar.update(timing, advance=1)
-    paths = report.write(settings, images, records, work.folder)
+    paths = report.write(settings, images, records, work.folder, timed)
     arms, chance = report.by_arm(records, settings), 100 / images.classes
     for choice in report.choices(settings):
         print(f"\n{images.name}, {settings.network}: {report.describe(choice)}\n")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint, planner
 from ..fuse import fuse
+from ..pages import machine
 from .data import Source
 from .networks import build
 from .runs import Record, Study, read_json, write_json
@@ -19,25 +22,44 @@ IMAGES = 32  # in a batch
 MEMORY = 1 << 32  # bytes of networks that are timed beside each other, dense
 
 
-def measure(study: Study, records: list[Record], data: Source) -> None:
-    """Set ``milliseconds`` of all low-rank points; measures what is not in the file yet.
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
+def measure(study: Study, records: list[Record], data: Source) -> str:
+    """Set ``milliseconds`` of all low-rank points; measures what is not in the file yet. Returns on which machine.
 
     Milliseconds for 32 images on one thread, after :func:`compaware_kernels.fuse`; medians of rounds in each of which
-    every network has its turn. Networks of the same structure are the same here: weights do not matter.
+    every network has its turn. Networks of the same structure are the same here: weights do not matter. Times of
+    another machine are measured again where some are missing, as only those of one machine can be compared.
+
+    Raises:
+        ValueError: the file is damaged, or of another version.
     """
-    path = study.folder / "latency.json"
-    known = read_json(path) if path.is_file() else {}
+    path, here = study.folder / "latency.json", machine()
+    known = read_json(path) if path.is_file() else {"machine": here, "milliseconds": {}}
+    if known.keys() != {"machine", "milliseconds"}:
+        raise ValueError(f"{path}: of another version; remove it to measure again")
     points = [(p, json.dumps(p.structure)) for record in records for p in record.points if p.structure]
-    if missing := list(dict.fromkeys(text for _, text in points if text not in known)):
-        known |= _time(missing, study.config.network, data)
+    wanted = list(dict.fromkeys(text for _, text in points))
+    if any(text not in known["milliseconds"] for text in wanted):
+        times = known["milliseconds"] if known["machine"] == here else {}
+        missing = [text for text in wanted if text not in times]
+        known = {"machine": here, "milliseconds": times | _time(missing, study.config.network, data)}
         write_json(path, known)
     for point, text in points:
-        point.milliseconds = known[text]
+        point.milliseconds = known["milliseconds"][text]
+    return known["machine"]
 
 
 def _time(structures: list[str], name: str, data: Source) -> dict[str, float]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     x, seconds = data.example(IMAGES), []
     dense = build(name, data.shape, data.classes, 0)
     size = sum(4 * p.numel() for p in dense.parameters())
@@ -46,7 +68,6 @@ def _time(structures: list[str], name: str, data: Source) -> dict[str, float]:
         networks = [_network(text, copy.deepcopy(dense), x) for text in structures[i : i + some]]
         with torch.inference_mode():
             seconds += planner.seconds([partial(network, x) for network in networks], x.device)
-    torch.set_num_threads(threads)
     return {text: 1e3 * time for text, time in zip(structures, seconds, strict=True)}
 
 

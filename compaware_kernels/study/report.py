@@ -11,7 +11,7 @@ from statistics import mean
 from jinja2 import Environment
 
 from ..files import write_text
-from ..pages import machine, svg
+from ..pages import svg
 from . import latency, plots
 from .arms import ARMS
 from .config import Config
@@ -23,14 +23,19 @@ from .runs import Record
 RULE = "energy:0.99"  # of the sensitivity map, where the study has it; else its last rule
 
 
-def write(config: Config, data: Source, records: list[Record], folder: Path) -> dict[str, Path]:
-    """Write ``results.json``, ``report.html`` and ``curves.svg`` into ``folder``, atomically; returns the paths."""
+def write(config: Config, data: Source, records: list[Record], folder: Path, timed: str) -> dict[str, Path]:
+    """Write ``results.json``, ``report.html`` and ``curves.svg`` into ``folder``, atomically; returns the paths.
+
+    ``timed`` is the machine that measured milliseconds.
+    """
     arms, best = by_arm(records, config), Choice(config.tune_epochs > 0, lost=config.lost)
     chance = 100 / data.classes
     page = Environment(autoescape=True).from_string(files(__package__).joinpath("report.html.j2").read_text())
-    figure = plots.sensitivity(records, config.map, RULE if RULE in config.rules else config.rules[-1])
+    rule = RULE if RULE in config.rules else config.rules[-1]
+    figure = plots.sensitivity(records, config.map, rule)
+    trained = sorted({record.machine for record in records if record.machine})
     html = page.render(
-        config=config, data=data.name, machine=machine(), rule=RULE if RULE in config.rules else config.rules[-1],
+        config=config, data=data.name, timed=timed, trained=trained, rule=rule,
         choices=[(describe(c), svg(plots.curves(arms, c, ("macs",), chance)), rows(arms, c, chance))
                  for c in choices(config)],
         others=svg(plots.curves(arms, best, ("params", "bytes"), chance)),
@@ -41,7 +46,7 @@ def write(config: Config, data: Source, records: list[Record], folder: Path) -> 
     )  # fmt: skip
     needed = {describe(c): {axis: [asdict(n) for n in needs(arms, c, axis=axis)] for axis in ("macs", "params")}
               for c in choices(config)}  # fmt: skip
-    table = {"config": config.to_dict() | {"data": data.name}, "machine": machine(), "needs": needed,
+    table = {"config": config.to_dict() | {"data": data.name}, "timed": timed, "needs": needed,
              "records": [asdict(record) for record in records]}  # fmt: skip
     return {
         "report": write_text(folder / "report.html", html),

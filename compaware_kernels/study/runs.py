@@ -17,6 +17,7 @@ import torch
 from ..factorize import singular_values
 from ..files import write_text
 from ..folds import foldable_layers
+from ..pages import machine
 from . import Stopped
 from .config import Config, Key
 from .data import Source, load
@@ -29,7 +30,7 @@ class Record:
     """One training and what came of it.
 
     Attributes:
-        diverged: why there is nothing else; else None.
+        diverged: why there is nothing else; else None.  machine: that trained it.
         validation, test: per cent of the images right, before compression.
         seconds: of the processor for training, without compression.
         ranks, rows: per layer, after every epoch; rows that are not zero.  spectra: at the end.
@@ -37,6 +38,7 @@ class Record:
 
     key: Key
     diverged: str | None = None
+    machine: str = ""
     validation: float = 0.0
     test: float = 0.0
     params: int = 0
@@ -148,6 +150,7 @@ class Study:
         layers = foldable_layers(run.model)[0]
         return Record(
             key,
+            machine=machine(),
             validation=accuracy(run.model, data.validation()),
             test=accuracy(run.model, data.test()),
             params=sizes.params, macs=sizes.macs, bytes=sizes.bytes,

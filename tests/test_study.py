@@ -86,6 +86,7 @@ def test_killed_and_run_again(config, tmp_path):
 
     page, results = (out / "report.html").read_text(), json.loads((out / "results.json").read_text())
     assert page == before and "Trained on" in page and f"Timed on {results['timed']}" in page
+    assert "nuclear=2,group=0.1; nuclear=8,group=0.4</td>" in page and "knobs" not in page and "``" not in page
     assert page.count("<svg") >= 8 and "Sensitivity" in page and "nan" not in page.lower()
     assert (out / "curves.svg").read_text().startswith("<svg")
     assert len(results["records"]) == 7 and results["config"]["epochs"] == 2
@@ -316,6 +317,14 @@ def test_the_plot_says_who_wins():
     assert plots.least(missed, Choice(False), "macs") == "no arm keeps that accuracy in all seeds"
     missed["l2"] = {0: [record("l2", 0, point(9, 97, 97))]}
     assert plots.least(missed, Choice(False), "macs") == "least at that accuracy: L2"
+
+
+def test_layers_that_became_two_factors_count_once():
+    """The first by its rank, the second by its rows; from the epoch on in which the layer itself is no longer there."""
+    ranks = {"0": [3, 3, 2], "2": [8], "2.first": [4, 3], "2.second": [4, 4]}
+    rows = {"0": [9, 9, 9], "2": [7], "2.first": [4, 4], "2.second": [7, 6]}
+    changed = replace(record("l2", 0), losses=[1.0, 1.0, 1.0], ranks=ranks, rows=rows)
+    assert plots.totals(changed, "ranks") == [11, 7, 5] and plots.totals(changed, "rows") == [16, 16, 15]
 
 
 def test_arms_leave_out_the_map_and_what_diverged():

@@ -77,21 +77,34 @@ def _range(plain: float, lost: float) -> tuple[float, float]:
 
 
 def over_time(arms: Arms, choice: Choice) -> Figure:
-    """Share of the full rank and share of the live rows, over all layers, of the network each arm would use."""
+    """Rank and live rows after every epoch, summed over all layers, of the network each arm would use."""
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     for ax, (what, name) in zip(figure.subplots(1, 2), (("ranks", "rank"), ("rows", "rows not zero")), strict=True):
         for arm in arms:
             if record := chosen(arms, arm, choice):
-                seen = list(getattr(record, what).values())
-                first = sum(values[0] for values in seen if len(values) == len(record.losses))
-                totals = [sum(epoch) for epoch in zip(*(v for v in seen if len(v) == len(record.losses)), strict=True)]
-                if first:
-                    colour, line = STYLES[arm]
-                    ax.plot(range(1, len(totals) + 1), totals, line, color=colour, label=ARMS[arm].title)
+                colour, line = STYLES[arm]
+                ax.plot(range(1, len(record.losses) + 1), totals(record, what), line, color=colour,
+                        label=ARMS[arm].title)  # fmt: skip
         ax.set(xlabel="epoch", ylabel=f"{name}, sum over layers", ylim=(0, None))
         ax.grid(alpha=0.25)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=9, loc="outside right center", frameon=False)
     return figure
+
+
+def totals(record: Record, what: str) -> list[int]:
+    """``ranks`` or ``rows`` after every epoch, summed over layers.
+
+    A layer that is two factors counts once, by the first one's rank or the second one's rows. It may have become that
+    on the way: then its own values end where those of the factors begin.
+    """
+    counts, other = {"ranks": (".first", ".second"), "rows": (".second", ".first")}[what]
+    epochs = len(record.losses)
+    sums = [0] * epochs
+    for name, values in getattr(record, what).items():
+        if not name.endswith(other):
+            for epoch, value in enumerate(values, epochs - len(values) if name.endswith(counts) else 0):
+                sums[epoch] += value
+    return sums
 
 
 def spectra(arms: Arms, choice: Choice) -> Figure:

@@ -14,7 +14,7 @@ from ..files import write_text
 from ..pages import svg
 from . import latency, plots
 from .arms import ARMS
-from .config import Config
+from .config import Config, Key
 from .curves import Arms, Choice, area, by_arm, curve, needs, sizes, spread
 from .data import Source
 from .points import LOW_RANK, SPARSE
@@ -42,7 +42,8 @@ def write(config: Config, data: Source, records: list[Record], folder: Path, tim
         latency=svg(plots.curves(arms, best, ("milliseconds",), chance)), images=latency.IMAGES,
         over_time=svg(plots.over_time(arms, best)), spectra=svg(plots.spectra(arms, best)),
         map=svg(figure) if figure else None, diverged=[str(r.key) for r in records if r.diverged], ours=plots.OURS,
-        arms=[(arm, ARMS[arm].title, " ".join((ARMS[arm].__doc__ or "").split()), config.arms[arm]) for arm in arms],
+        arms=[(arm, about(arm), "; ".join(Key(arm, tuple(s.items()), 0).setting for s in config.arms[arm]))
+              for arm in arms],
     )  # fmt: skip
     needed = {describe(c): {axis: [asdict(n) for n in needs(arms, c, axis=axis)] for axis in ("macs", "params")}
               for c in choices(config)}  # fmt: skip
@@ -53,6 +54,12 @@ def write(config: Config, data: Source, records: list[Record], folder: Path, tim
         "curves": write_text(folder / "curves.svg", svg(plots.curves(arms, best, ("macs",), chance))),
         "results": write_text(folder / "results.json", json.dumps(table)),
     }
+
+
+def about(arm: str) -> str:
+    """What an arm is and where it comes from, from its docstring."""
+    text, _, _ = (ARMS[arm].__doc__ or "").partition("Attributes:")
+    return " ".join(text.replace("``", "").split())
 
 
 def choices(config: Config) -> list[Choice]:

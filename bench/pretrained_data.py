@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
@@ -61,11 +61,15 @@ class Task:
         return torch.cat([self.features(model(*batch), batch) for batch in self.inputs])
 
 
-def probe(features: Tensor, labels: Tensor) -> float:
-    """Per cent of the test inputs that a logistic regression on the training inputs' features gets right."""
-    x, y = features.numpy(), labels.numpy()
-    fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500)).fit(x[:TRAIN], y[:TRAIN])
-    return 100 * float(fitted.score(x[TRAIN:], y[TRAIN:]))
+def probe(features: Tensor, labels: Tensor) -> Pipeline:
+    """A logistic regression on the features of the training inputs."""
+    fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
+    return fitted.fit(features[:TRAIN].numpy(), labels[:TRAIN].numpy())
+
+
+def right(fitted: Pipeline, features: Tensor, labels: Tensor) -> float:
+    """Per cent of the test inputs that the probe gets right."""
+    return 100 * float(fitted.score(features[TRAIN:].numpy(), labels[TRAIN:].numpy()))
 
 
 def images(cache: Path) -> Task:

@@ -7,16 +7,18 @@ import heapq
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from glob import escape
 
 import torch
 from torch import Tensor, nn
 
 from . import ranks
 from .calibration import Calibration
+from .checks import check_finite
 from .factorize import singular_values
 from .flops import count_macs
 from .folds import foldable_layers, row_axes
-from .layers import LOW_RANK, low_rank_type
+from .layers import low_rank_type, why_dense
 from .surgery import replace
 from .wrappers import bare
 
@@ -51,7 +53,9 @@ def allocate(
     skip: Sequence[str] = (),
     calibration: Iterable[tuple] | None = None,
 ) -> dict[str, ranks.Rule]:
-    """Ranks with which the model's factorised and dense layers together keep a budget: for ``ck.compress(ranks=...)``.
+    """Ranks with which the model's layers together keep a budget: ``ck.compress(ranks=..., goal="size")``.
+
+    For speed, :func:`compaware_kernels.compress` rounds ranks up and leaves layers dense: that keeps no budget.
 
     ``by`` says what is least under the budget, with ``e_l(r) = sum_{i > r} sigma_i^2`` what layer l loses at rank r:
 
@@ -67,61 +71,65 @@ def allocate(
     for what is left of the budget; that is spent on whatever ranks gain most for it.
 
     Args:
-        model, example_inputs, fold, skip, calibration: as for :func:`compaware_kernels.compress`; with calibration
-            inputs, losses are those of the outputs.
-        budget: share (0 to 1) of what the layers that fold cost dense.
+        model, example_inputs, fold, skip, calibration: as for :func:`compaware_kernels.compress`, and for it to get,
+            too; with calibration inputs, losses are those of the outputs.
+        budget: share (0 to 1) of what the layers that can become two factors cost dense.
         of: ``macs``, multiply-adds on the example inputs, or ``params``.
 
     Returns:
-        rules by layer name; layers that are better off dense have their full rank.
+        rules by layer name (special characters as fnmatch wants them); layers that are better off dense have their full
+        rank.
 
     Raises:
         ValueError: unknown ``of``, ``by`` or fold; a budget that is no share, or smaller than what rank 1 everywhere
-            needs (which is said).
+            needs (which is said); NaN or Inf in a weight or in what a layer reads while calibrating.
+        TypeError: example_inputs or a batch of calibration inputs is a tensor instead of a tuple.
     """
+    if isinstance(example_inputs, Tensor):
+        raise TypeError("example_inputs: wanted a tuple of the model's inputs, (x,); got a tensor")
     row_axes(fold, 0)
     if of not in ("macs", "params") or by not in _WAYS:
         raise ValueError(f"wanted of=macs or params, by={' or '.join(_WAYS)}; got of={of!r}, by={by!r}")
-    if not 0 < budget <= 1:
+    if not (isinstance(budget, (int, float)) and 0 < budget <= 1):
         raise ValueError(f"budget: wanted a share of the dense cost, above 0 and up to 1; got {budget!r}")
     layers = _layers(bare(model), tuple(example_inputs), of, fold, skip, calibration)
     dense, least = (sum(float(layer.costs[i]) for layer in layers) for i in (-1, 0))
     if budget * dense < least:
         raise ValueError(f"budget: rank 1 everywhere needs {least / dense:.4g} of the dense {of}; got {budget}")
-    chosen = _WAYS[by](layers, budget * dense)
-    return {layer.name: ranks.fixed(layer.rank(i)) for layer, i in zip(layers, chosen, strict=True)}
+    chosen = _WAYS[by](layers, budget * dense) if layers else []
+    return {escape(layer.name): ranks.fixed(layer.rank(i)) for layer, i in zip(layers, chosen, strict=True)}
 
 
 def _layers(
     model: nn.Module, inputs: tuple, of: str, fold: str, skip: Sequence[str], calibration: Iterable[tuple] | None
 ) -> list[_Layer]:
-    """The layers that :func:`compress` may factorise, with their choices."""
-    found = [layer for layer in foldable_layers(model, skip)[0] if type(layer.module) in LOW_RANK]
-    one = copy.deepcopy(model).eval()
+    """The layers that :func:`compress` may factorise, with their choices: ranks that need less of both, and dense."""
+    found = [layer for layer in foldable_layers(model, skip)[0] if not why_dense(model, layer.name)]
+    names, one = [layer.name for layer in found], copy.deepcopy(model).eval()
     for layer in found:
+        check_finite(layer.weight, layer.name)
         one = replace(one, layer.name, low_rank_type(layer.module).like(layer.module, 1, fold))
-    if of == "macs":
-        dense, each = count_macs(model, inputs), count_macs(one, inputs)
-    else:
-        dense = {layer.name: layer.weight.numel() for layer in found}
-        each = {layer.name: sum(p.numel() for name, p in one.get_submodule(layer.name).named_parameters()
-                                if name.endswith("weight")) for layer in found}  # fmt: skip
-    seen = (
-        Calibration(model, [layer.name for layer in found], calibration, (fold,)) if calibration is not None else None
-    )
+    macs, one_macs = count_macs(model, inputs), count_macs(one, inputs)
+    seen = None if calibration is None else Calibration(model, names, calibration, (fold,))
     chosen = []
     for layer in found:
-        if dense.get(layer.name):
-            M = layer.matrix(fold)
+        M = layer.matrix(fold)
+        G, m, n = M.shape
+        limit, cost, each = ranks.break_even(m, n), G * m * n, G * (m + n)
+        if dense := macs.get(layer.name):
+            limit = min(limit, math.ceil(dense / one_macs[layer.name]) - 1)
+        if of == "macs":
+            cost, each = dense, one_macs[layer.name] if dense else 0
+        if cost:
             s = seen.spectrum(layer.name, fold, M) if seen else singular_values(M)
-            chosen.append(_choices(layer.name, s, dense[layer.name], each[layer.name]))
+            chosen.append(_choices(layer.name, s, cost, each, limit))
     return chosen
 
 
-def _choices(name: str, s: Tensor, dense: float, one: float) -> _Layer:
-    """Ranks that are cheaper than dense, and dense; the groups of a convolution share a rank."""
+def _choices(name: str, s: Tensor, dense: float, one: float, limit: int) -> _Layer:
+    """Ranks up to the limit, and dense; the groups of a convolution share a rank."""
     squares = s.square().sum(0)
-    count = min(len(squares), math.ceil(dense / one) - 1)
+    count = min(len(squares), limit)
     lost = squares.flip(0).cumsum(0).flip(0)  # by all from i on
     errors = torch.cat([lost, lost.new_zeros(1)])[1 : count + 1]
     costs = torch.arange(1, count + 1, dtype=torch.float64) * one

@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .factorize import singular_values
-from .folds import CONVS, row_axes
+from .folds import CONVS, Layer, from_matrix, row_axes
 
 RIDGE = 1e-2
+WANTED = "inputs of the model, [(x,), ...]"
 FORWARDS = {kind.forward for kind in (nn.Linear, *CONVS)}  # a subclass may pad otherwise in its own
 
 
@@ -36,7 +37,7 @@ class Calibration:
         folds: which columns are asked for later.
 
     Raises:
-        ValueError: no batch; NaN or Inf in what a layer reads.
+        ValueError: no batch; NaN or Inf in what a layer reads.  TypeError: a batch is no tuple.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], batches: Iterable[tuple], folds: Sequence[str]):
@@ -48,18 +49,21 @@ class Calibration:
             if type(module).forward in FORWARDS
         ]  # fmt: skip
         self._folds, count = folds, 0
-        was_training = model.training
+        modes = {module: module.training for module in model.modules()}
         try:
             model.eval()
             with torch.no_grad():
                 for count, batch in enumerate(batches, 1):  # noqa: B007
+                    if not isinstance(batch, Sequence):
+                        raise TypeError(f"calibration: wanted {WANTED}; got one of {type(batch).__name__}")
                     model(*batch)
         finally:
-            model.train(was_training)
+            for module, training in modes.items():
+                module.training = training
             for hook in hooks:
                 hook.remove()
         if not count:
-            raise ValueError("calibration: wanted inputs of the model, [(x,), ...]; got none")
+            raise ValueError(f"calibration: wanted {WANTED}; got none")
         for (name, _), moment in self._moments.items():
             if not moment.isfinite().all():
                 raise ValueError(f"calibration: {name} reads NaN or Inf")
@@ -74,6 +78,12 @@ class Calibration:
     def spectrum(self, name: str, fold: str, M: Tensor) -> Tensor:
         """Singular values ``[G, k]`` of ``M C^(1/2)``: what rank rules look at.  M: ``[G, m, n]``."""
         return singular_values(M if (roots := self._roots(name, fold)) is None else M.detach().double() @ roots[0])
+
+    def cut(self, layer: Layer, fold: str, rank: int) -> nn.Module:
+        """The layer's module, its weight now of that rank and as near on the inputs as can be."""
+        M = self.best(layer.name, fold, layer.matrix(fold), rank)
+        layer.set_rows(from_matrix(M, layer.rows.shape, fold))
+        return layer.module
 
     def best(self, name: str, fold: str, M: Tensor, rank: int) -> Tensor:
         """The matrix of rank ``rank`` that is nearest on the inputs; without moments, M itself."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from .layers import LOW_RANK, low_rank_type
 from .low_rank import LowRank
-from .surgery import NORMS, resized, sizes
+from .surgery import NORMS, replace, resized, sizes
 from .wrappers import bare
 
 FORMAT = "compaware_kernels/1"
@@ -89,7 +89,7 @@ def restructured(model: nn.Module, structure: dict[str, dict], source: str) -> n
     """
     model = copy.deepcopy(bare(model))
     for name, entry in structure.items():
-        _restructure(model, name, entry, source)
+        model = _restructure(model, name, entry, source)
     return model
 
 
@@ -114,7 +114,7 @@ def _read_structure(path: str | os.PathLike) -> dict[str, dict]:
         raise CheckpointError(f"{path}: its description of the layers is damaged: {error}") from error
 
 
-def _restructure(model: nn.Module, name: str, entry: dict, source: str) -> None:
+def _restructure(model: nn.Module, name: str, entry: dict, source: str) -> nn.Module:
     """Give one layer of the dense model the saved class, sizes and rank."""
     try:
         dense = model.get_submodule(name)
@@ -127,7 +127,6 @@ def _restructure(model: nn.Module, name: str, entry: dict, source: str) -> None:
         changed = sizes(dense) != (entry["inputs"], entry["outputs"]) or (dense.bias is not None) != entry["bias"]
         layer = resized(dense, entry["inputs"], entry["outputs"], entry["bias"]) if changed else dense
         layer = low_rank_type(layer).like(layer, entry["rank"], entry["fold"]) if low_rank else layer
-        if layer is not dense:
-            model.set_submodule(name, layer.train(dense.training))
+        return model if layer is dense else replace(model, name, layer.train(dense.training))
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{source}: layer {name} does not fit the model: {error}") from error

@@ -14,12 +14,11 @@ from . import ranks as rank_rules
 from .calibration import Calibration
 from .factorize import singular_values
 from .flops import count_macs
-from .folds import FOLDS, Layer, foldable_layers, from_matrix, require_matches, row_axes
+from .folds import FOLDS, Layer, foldable_layers, require_matches, row_axes
 from .graphs import same_outputs
-from .layers import LOW_RANK, low_rank_type
-from .low_rank import LowRank
+from .layers import low_rank_type, why_dense
 from .neurons import remove_dead_neurons
-from .surgery import to_channels_last
+from .surgery import replace, to_channels_last
 from .tables import text_table
 from .wrappers import bare
 
@@ -95,7 +94,8 @@ def compress(
     With ``goal="speed"`` a layer is factorised only where that makes it faster, too, on the device, with the threads
     and for the shapes of the example inputs (:mod:`compaware_kernels.planner`): predicted by a model, or measured with
     ``measure=True``, which then also compares the whole model with the dense one and returns whichever is faster.
-    Ranks are rounded up to a multiple of 8 where that is no larger than dense: it costs no time. 2-D convolutions get
+    Ranks are rounded up to a multiple of 8 where that is no larger than dense: it costs no time, and keeps no budget of
+    :func:`compaware_kernels.allocate`. 2-D convolutions get
     channels_last weights where the model allows it.
 
     Args:
@@ -142,11 +142,12 @@ def compress(
     dense = copy.deepcopy(small)
     if goal == "speed":
         small = _channels_last(small, inputs)
-    gains = _factorize(small, layers, rules, folds, inputs if goal == "speed" else None, measure, notes, seen)
+    at = inputs if goal == "speed" else None
+    small, gains = _factorize(small, layers, rules, folds, at, measure, notes, seen)
     if not gains:
         small = dense
     elif goal == "size":
-        _keep_what_is_cheaper(small, dense, gains, inputs, notes)
+        small = _keep_what_is_cheaper(small, dense, gains, inputs, notes)
     elif measure and planner.fastest([dense, small], inputs) == 0:
         for name in gains:
             _note(notes, name, "put back: the whole model was measured to be no faster")
@@ -165,10 +166,10 @@ def _factorize(
     measure: bool,
     notes: dict[str, str],
     calibration: Calibration | None,
-) -> dict[str, float | None]:
+) -> tuple[nn.Module, dict[str, float | None]]:
     """Replace layers of ``model`` by their factors, those that gain time on ``inputs`` if these are given.
 
-    Returns the gain (None: not asked) of each that was replaced, and notes why others were not.
+    Returns the model and the gain (None: not asked) of each that was replaced, and notes why others were not.
     """
     names, gains = [layer.name for layer in layers], {}
     seen = {} if inputs is None else planner.record(model, names, inputs)
@@ -187,12 +188,9 @@ def _factorize(
         if choice:
             gains[name] = gain
             fold, rank = choice
-            if calibration:
-                layer = Layer(name, dense)
-                M = calibration.best(name, fold, layer.matrix(fold), rank)
-                layer.set_rows(from_matrix(M, layer.rows.shape, fold))
-            model.set_submodule(name, low_rank_type(dense).from_dense(dense, rank, fold))
-    return gains
+            cut = calibration.cut(Layer(name, copy.deepcopy(dense)), fold, rank) if calibration else dense
+            model = replace(model, name, low_rank_type(dense).from_dense(cut, rank, fold))
+    return model, gains
 
 
 def _candidates(
@@ -207,13 +205,8 @@ def _candidates(
     """(fold, rank) of each way to factorise the layer, or why there is none."""
     if rule is None:
         return "no rank rule matches its name", []
-    if type(dense) not in LOW_RANK:
-        return f"a {type(dense).__name__} may use its weight in ways of its own", []
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-        return f"nn.{type(parent).__name__} reads its weight directly", []
-    if isinstance(parent, LowRank):
-        return "a factor of a low-rank layer; ck.to_dense(model) first, to cut its rank further", []
+    if reason := why_dense(model, name):
+        return reason, []
     reason, found = "", {}
     for fold in folds:
         M = Layer(name, dense).matrix(fold)
@@ -231,13 +224,14 @@ def _candidates(
 
 def _keep_what_is_cheaper(
     small: nn.Module, dense: nn.Module, gains: dict, inputs: tuple, notes: dict[str, str]
-) -> None:
+) -> nn.Module:
     """Put dense layers back whose factors need no fewer multiply-adds on the example inputs."""
     macs, before = count_macs(small, inputs), count_macs(dense, inputs)
     for name in [name for name in gains if macs.get(name, 0) >= before.get(name, 0) > 0]:
-        small.set_submodule(name, dense.get_submodule(name))
+        small = replace(small, name, dense.get_submodule(name))
         del gains[name]
         _note(notes, name, f"its factors need {macs[name]:,} multiply-adds, the dense layer {before[name]:,}")
+    return small
 
 
 def _channels_last(model: nn.Module, inputs: tuple) -> nn.Module:

@@ -20,7 +20,13 @@ def count_macs(model: nn.Module, inputs: tuple) -> dict[str, int]:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         for module, training in modes.items():
             module.training = training
-    root = type(model).__name__
-    counts = counter.get_flop_counts().items()
-    macs = {key.removeprefix(f"{root}."): sum(ops.values()) // 2 for key, ops in counts if key.startswith(f"{root}.")}
+    root, first, macs = type(model).__name__, {}, {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        first.setdefault(module, name)
+    names = {name: first[module] for name, module in model.named_modules(remove_duplicate=False)}
+    for key, ops in counter.get_flop_counts().items():
+        if key.startswith(f"{root}."):
+            name = key.removeprefix(f"{root}.")
+            name = names.get(name, name)  # of a module with several names the counter uses the last
+            macs[name] = macs.get(name, 0) + sum(ops.values()) // 2
     return macs | {"": counter.get_total_flops() // 2}

@@ -114,6 +114,18 @@ _CLASSES = (LowRankLinear, LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankC
 LOW_RANK = {low_rank.dense: low_rank for low_rank in _CLASSES}
 
 
+def why_dense(model: nn.Module, name: str) -> str:
+    """Why the layer of that name cannot become two factors; "" where it can."""
+    layer, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    if type(layer) not in LOW_RANK:
+        return f"a {type(layer).__name__} may use its weight in ways of its own"
+    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+        return f"nn.{type(parent).__name__} reads its weight directly"
+    if isinstance(parent, LowRank):
+        return "a factor of a low-rank layer; ck.to_dense(model) first, to cut its rank further"
+    return ""
+
+
 def low_rank_type(layer: nn.Module) -> type[LowRank]:
     """The low-rank class that stands in for a dense layer.  Raises TypeError where there is none."""
     for dense, low_rank in LOW_RANK.items():

@@ -134,6 +134,68 @@ def test_errors(options, words):
         ck.allocate(network(), **({"budget": 0.5, "example_inputs": X} | options))
 
 
+def test_other_errors():
+    with pytest.raises(TypeError, match=r"wanted a tuple of the model's inputs, \(x,\); got a tensor"):
+        ck.allocate(network(), 0.5, X[0])
+    with pytest.raises(ValueError, match="got 'half'"):
+        ck.allocate(network(), "half", X)
+    broken = network()
+    with torch.no_grad():
+        broken[5].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="5: contains NaN"):
+        ck.allocate(broken, 0.5, X)
+
+
+@pytest.mark.parametrize("by", ["relative", "absolute", "equal", "greedy", "share"])
+def test_only_layers_that_can_become_two_factors_count(by):
+    """An encoder layer reads its weights itself: they cost nothing here, and compress keeps the budget without them."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+    model, x = nn.Sequential(nn.Linear(32, 32), encoder, nn.Linear(32, 32)), (torch.zeros(1, 5, 32),)
+    rules = ck.allocate(model, 0.5, x, by=by)
+    _, report = ck.compress(model, rules, x, goal="size")
+    now = {r.name: (r.macs, r.macs_before) for r in report.layers if r.name in rules}
+    assert set(now) == {"0", "2"} and sum(a for a, _ in now.values()) <= 0.5 * sum(b for _, b in now.values())
+    assert ck.allocate(encoder, 0.5, x, by=by) == {}
+
+
+@pytest.mark.parametrize("of", ["macs", "params"])
+@pytest.mark.parametrize("fold", ["paper", "spatial", "input"])
+@pytest.mark.parametrize("budget", [0.4, 0.9])
+def test_ranks_need_less_of_both(of, fold, budget):
+    """With strides and padding, and transposed, factors may save parameters and no multiply-adds, or the reverse."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16, 32, 3, 2, padding=2, bias=False), nn.Conv2d(32, 32, 1, 2, bias=False),
+                          nn.ConvTranspose2d(32, 16, 3, 2, bias=False))  # fmt: skip
+    x = (torch.zeros(1, 16, 12, 12),)
+    for by in ("relative", "share", "equal"):
+        try:
+            rules = ck.allocate(model, budget, x, of=of, by=by, fold=fold)
+        except ValueError as error:
+            assert "rank 1 everywhere needs" in str(error)
+            continue
+        _, report = ck.compress(model, rules, x, goal="size", fold=fold, remove_dead=False)
+        assert getattr(report, of) <= budget * getattr(report, f"{of}_before")
+
+
+def test_a_layer_with_several_names_counts_once():
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 32)
+    model = nn.Sequential(nn.Sequential(layer), nn.ReLU(), nn.Sequential(layer), nn.Linear(32, 10))
+    x = (torch.zeros(1, 32),)
+    rules = ck.allocate(model, 0.5, x, by="share")
+    _, report = ck.compress(model, rules, x, goal="size")
+    assert set(rules) == {"0.0", "3"} and report.macs <= 0.5 * report.macs_before == 0.5 * (2 * 1024 + 320)
+
+
+def test_names_are_not_patterns():
+    model = nn.Sequential()
+    model.add_module("fc[0]", nn.Linear(32, 32))
+    x = (torch.zeros(1, 32),)
+    _, report = ck.compress(model, ck.allocate(model, 0.5, x), x, goal="size")
+    assert report.layers[0].rank == 8
+
+
 def test_model_is_not_changed():
     model = network()
     before = {k: v.clone() for k, v in model.state_dict().items()}

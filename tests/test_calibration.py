@@ -130,6 +130,34 @@ def test_model_is_left_as_it_was():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_who_shares_a_weight_keeps_it():
+    """The head is cut, the embedding that it shares its weight with is not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 50, bias=False))
+    model[1].weight = model[0].weight
+    words = torch.arange(50)
+    small, _ = ck.compress(model, ck.ranks.fixed(4), (words,), goal="size", calibration=[(words,)])
+    assert small[1].rank == 4 and torch.equal(small[0].weight, model[0].weight)
+
+
+def test_modes_come_back_one_by_one():
+    """Also after an error: a batch norm may be frozen in a model that trains."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8)).train()
+    model[1].eval()
+    for batches in ([(torch.randn(4, 8),)], [(torch.randn(4, 9),)]):
+        try:
+            Calibration(model, ["0", "2"], batches, ["paper"])
+        except RuntimeError:
+            assert batches[0][0].shape == (4, 9)
+        assert [m.training for m in model.modules()] == [True, True, False, True]
+
+
+@pytest.mark.parametrize("batches", [torch.zeros(1, 1, 8, 8), [torch.zeros(1, 1, 8, 8)]], ids=["tensor", "tensors"])
+def test_batches_are_tuples(batches):
+    with pytest.raises(TypeError, match=r"wanted inputs of the model, \[\(x,\), ...\]; got one of Tensor"):
+        ck.compress(small_convnet(), ck.ranks.share(0.2), (torch.zeros(1, 1, 8, 8),), calibration=batches)
+
+
 @pytest.mark.parametrize(
     ("batches", "words"),
     [([], "wanted inputs of the model"), ([(torch.full((1, 1, 8, 8), torch.nan),)], "calibration: 0 reads NaN or Inf")],

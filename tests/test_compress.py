@@ -199,6 +199,41 @@ def test_saving_into_a_missing_folder(tmp_path):
         ck.save(small_convnet(), tmp_path / "absent" / "m.safetensors")
 
 
+class Twice(nn.Module):
+    """One layer under two parents, and the same one again."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.Linear(32, 32)
+        self.body = nn.ModuleList([nn.Sequential(layer, nn.ReLU()), nn.Sequential(layer, nn.ReLU())])
+        self.tail = layer
+
+    def forward(self, x):
+        return self.tail(self.body[1](self.body[0](x)))
+
+
+def test_a_layer_with_several_names_is_one(tmp_path):
+    model, x = Twice(), torch.randn(3, 32)
+    small, report = by_size(model, ck.ranks.fixed(4), (x,))
+    assert small.tail is small.body[0][0] is small.body[1][0] and isinstance(small.tail, ck.LowRankLinear)
+    assert report.params == 4 * 64 + 32 and (report.layers[0].macs_before, report.layers[0].macs) == (9216, 2304)
+    torch.testing.assert_close(small(x), ck.to_dense(small)(x))
+    ck.save(small, tmp_path / "twice.safetensors")
+    torch.testing.assert_close(ck.load(tmp_path / "twice.safetensors", Twice())(x), small(x), rtol=0, atol=0)
+    put_back, report = by_size(model, ck.ranks.fixed(17), (x,))
+    assert report.params == 32 * 33 and put_back.tail is put_back.body[0][0]
+
+
+def test_a_model_that_is_one_layer(tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Linear(32, 32), torch.randn(3, 32)
+    small, report = by_size(model, ck.ranks.fixed(4), (x,))
+    assert isinstance(small, ck.LowRankLinear) and report.params == 4 * 64 + 32
+    ck.save(small, tmp_path / "one.safetensors")
+    assert torch.equal(ck.load(tmp_path / "one.safetensors", nn.Linear(32, 32))(x), small(x))
+
+
 def test_bad_arguments():
     model = network()
     with pytest.raises(TypeError, match="wanted a tuple"):

@@ -17,7 +17,7 @@ MODULES = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "gelu": nn.GELU}
 class LowRank(nn.Module, ABC):
     """Two factors applied in turn, by one kernel where there is one.
 
-    ``forward(x, residual=None)`` is ``act(second(first(x)) + residual)``; the activation is ``none`` until
+    ``forward(input, residual=None)`` is ``act(second(first(input)) + residual)``; the activation is ``none`` until
     :func:`compaware_kernels.fuse` gives the layer the one that follows it. ``in_place`` allows it to write over the
     residual. The kernels read ``first.weight`` and ``second.weight``; for the CPU they are packed once and again when
     they change (as much memory again).
@@ -36,11 +36,11 @@ class LowRank(nn.Module, ABC):
         self._register_load_state_dict_pre_hook(_factors_of_what_is_loaded, with_module=True)
         self.register_load_state_dict_post_hook(_pack_what_was_loaded)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, in_place: bool = False) -> Tensor:
-        if not self.why_two_step(x):
+    def forward(self, input: Tensor, residual: Tensor | None = None, in_place: bool = False) -> Tensor:
+        if not self.why_two_step(input):
             first, second = self._plain_factors()
-            return self._in_one(x, first["weight"], second["weight"], second["bias"], residual, in_place)
-        y = self.second(self.first(x))
+            return self._in_one(input, first["weight"], second["weight"], second["bias"], residual, in_place)
+        y = self.second(self.first(input))
         return ACTIVATIONS[self.activation](y if residual is None else y + residual)
 
     def why_two_step(self, x: Tensor) -> str:

@@ -147,10 +147,10 @@ def record(model: nn.Module, names: Sequence[str], inputs: tuple) -> dict[str, t
     """The input and the output of each named layer in one call of the model in eval mode."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def keep(name: str, _: nn.Module, x: tuple, y: Tensor) -> None:
-        seen.setdefault(name, (x[0], y))
+    def keep(name: str, _: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> None:
+        seen.setdefault(name, (args[0] if args else kwargs["input"], y))
 
-    handles = [model.get_submodule(name).register_forward_hook(partial(keep, name)) for name in names]
+    handles = [model.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True) for name in names]
     try:
         with torch.no_grad():
             model(*inputs)

@@ -31,7 +31,7 @@ class _LowRankConvTranspose(LowRankConv):
         rank: 1 to min(m, n) of the folded matrix of one group.
         fold: ``paper`` | ``spatial`` | ``input``, see :mod:`compaware_kernels.folds`.
 
-    ``forward(x, output_size=None)`` takes what the dense layer takes; ``to_sequential()`` takes no ``output_size``.
+    ``forward(input, output_size=None)`` takes what the dense layer takes; ``to_sequential()`` takes no ``output_size``.
 
     Raises:
         ValueError: rank out of range, unknown fold, padding mode other than zeros.
@@ -73,9 +73,11 @@ class _LowRankConvTranspose(LowRankConv):
     def _why_not_geometry(self) -> str:
         return "transposed convolutions have no kernel"
 
-    def forward(self, x: Tensor, output_size: Sequence[int] | None = None, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, output_size: Sequence[int] | None = None, residual: Tensor | None = None
+    ) -> Tensor:
         k = row_axes(self.fold, self.axes)
-        T = self._run(self.first, x, range(k, self.axes), output_size)
+        T = self._run(self.first, input, range(k, self.axes), output_size)
         y = self._run(self.second, T, range(k), output_size)
         return ACTIVATIONS[self.activation](y if residual is None else y + residual)
 

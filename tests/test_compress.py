@@ -234,6 +234,21 @@ def test_a_model_that_is_one_layer(tmp_path):
     assert torch.equal(ck.load(tmp_path / "one.safetensors", nn.Linear(32, 32))(x), small(x))
 
 
+@pytest.mark.parametrize("goal", ["size", "speed"])
+def test_a_layer_that_is_called_by_keyword(goal):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(512, 512)
+
+        def forward(self, x):
+            return self.layer(input=x)
+
+    x = torch.randn(64, 512)
+    small, _ = ck.compress(Model(), ck.ranks.fixed(8), (x,), goal=goal, calibration=[(x,)])
+    assert isinstance(small.layer, ck.LowRankLinear) and small(x).shape == x.shape
+
+
 def test_bad_arguments():
     model = network()
     with pytest.raises(TypeError, match="wanted a tuple"):

@@ -1,9 +1,8 @@
-"""A study: nothing is done twice and nothing is lost, sizes are counted right, curves say what the points say."""
+"""A study: nothing is done twice and nothing is lost, whatever stops it."""
 
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -13,15 +12,15 @@ from dataclasses import replace
 import pytest
 import torch
 from study_case import CONFIG, STRENGTHS, key, some_digits
-from torch import nn
 
 import compaware_kernels as ck
-from compaware_kernels.study import Stopped, curves, fit, plots, points
-from compaware_kernels.study.arms import ARMS, Plan
-from compaware_kernels.study.config import Config, Key
+from compaware_kernels.study import Stopped, fit
+from compaware_kernels.study.arms import ARMS
+from compaware_kernels.study.config import Config
 from compaware_kernels.study.curves import Choice
-from compaware_kernels.study.points import LOW_RANK, SPARSE, Point
-from compaware_kernels.study.runs import Record, Study
+from compaware_kernels.study.data import load
+from compaware_kernels.study.points import LOW_RANK, SPARSE
+from compaware_kernels.study.runs import Study
 
 data = pytest.fixture(scope="module")(some_digits)
 TINY = """
@@ -37,6 +36,23 @@ plain = [{}]
 [map]
 nuclear = [2, 8]
 group = [0.1]
+"""
+
+
+ORPHAN = """
+import sys, time
+from dataclasses import replace
+from pathlib import Path
+from compaware_kernels.study.config import Config
+from compaware_kernels.study.runs import Study
+
+class Endless(Study):
+    def train(self, key, data, advance):
+        (self.folder / "begun").touch()
+        time.sleep(60)
+
+if __name__ == "__main__":
+    Endless(Config(device="cpu", seeds=1, arms={"plain": [{}]}), "digits", Path(sys.argv[1])).run(1, lambda key: None)
 """
 
 
@@ -61,13 +77,17 @@ def stamps(folder, pattern="runs/**/*.json"):
 
 def test_killed_and_run_again(config, tmp_path):
     """SIGKILL in the middle: its processes end, finished trainings stay; the next run does the rest, and a third one
-    nothing."""
+    nothing. None does anything while another one is there."""
     out = tmp_path / "out"
     words = [sys.executable, "-m", "compaware_kernels", "study", str(config), "--out", str(out)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(words, start_new_session=True, **quiet) as process:
         wait(lambda: stamps(out), 120)
+        os.killpg(process.pid, signal.SIGSTOP)
+        other = command(config, "--out", out)
         process.send_signal(signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGCONT)
+    assert other.returncode == 1 and f"{out}: another process works on this study" in other.stderr
     wait(lambda: not alive(process.pid), 60)
     first = stamps(out)
     assert 0 < len(first) < 7
@@ -107,6 +127,26 @@ def wait(until, seconds):
     while not until():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_orphans_end_at_once(tmp_path):
+    """In the middle of a training, before they save anything."""
+    script = tmp_path / "orphan.py"
+    script.write_text(ORPHAN)
+    words = [sys.executable, str(script), str(tmp_path / "out")]
+    with subprocess.Popen(words, start_new_session=True) as process:
+        wait((tmp_path / "out/begun").exists, 120)
+        process.send_signal(signal.SIGKILL)
+    wait(lambda: not alive(process.pid), 15)
+
+
+def test_who_is_alone_may_ask_again(config, tmp_path):
+    work = Study(Config.read(str(config)), "scikit-learn digits, 8 x 8", tmp_path / "out")
+    with work.alone(), work.alone():
+        pass
+    with work.alone():
+        done = command(config, "--out", tmp_path / "out")
+    assert done.returncode == 1 and "another process works on this study" in done.stderr
 
 
 def test_more_arms_are_added_and_other_settings_refused(data, tmp_path):
@@ -156,6 +196,96 @@ def test_diverged_trainings_are_kept(data, tmp_path):
     assert study.left == [] and study.records()[0].diverged
 
 
+def test_a_shrunk_weight_that_overflowed_has_diverged(tmp_path):
+    """L1's proximal step finds it in the middle of an epoch, before the loss does."""
+    config = replace(CONFIG, lr=100.0, batch=32, validation=0.25, arms={"plain": [{}], "l1": [{"l1": 0.5}]})
+    record = Study(config, "digits", tmp_path).train(key("l1"), load(config), lambda: None)
+    assert record.diverged == "10.weight contains NaN or Inf"
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize(("arm", "step"), [("trp", 20), ("nuclear", 11), ("nuclear+group", 11), ("reload", 22)])
+def test_a_weight_that_overflowed_has_diverged(arm, step, bad, data, tmp_path, monkeypatch):
+    """Just before an SVD, or a proximal step after an epoch of 11."""
+    monkeypatch.setattr(ARMS[arm], "after_step", planted(step, bad))
+    study = Study(replace(CONFIG, arms={"plain": [{}], arm: [STRENGTHS[arm]]}), "digits", tmp_path)
+    why = study.train(key(arm), data, lambda: None).diverged
+    assert "linalg.svd" in why or "NaN or Inf" in why
+
+
+def test_factors_whose_product_overflows_have_diverged(data, tmp_path):
+    """In the last step, so that no loss tells."""
+    config = replace(CONFIG, lr=1e25, epochs=1, batch=216, arms={"plain": [{}], "fixed-rank": [{"share": 0.25}]})
+    record = Study(config, "digits", tmp_path).train(key("fixed-rank"), data, lambda: None)
+    assert record.diverged == "0.weight contains NaN or Inf"
+
+
+def planted(step, bad):
+    def after_step(self):
+        self.step += 1
+        if self.step == step:
+            self.layers[0].weight.data.view(-1)[0] = bad
+
+    return after_step
+
+
+def test_other_errors_are_told(data, tmp_path, monkeypatch):
+    def broken(self, model, epoch):
+        raise ValueError("another reason")
+
+    monkeypatch.setattr(ARMS["plain"], "after_epoch", broken)
+    with pytest.raises(ValueError, match="another reason") as error:
+        Study(CONFIG, "digits", tmp_path).train(key("plain"), data, lambda: None)
+    assert error.type is ValueError
+
+
+def test_diverged_fine_tuning_leaves_the_training(data, tmp_path):
+    config = replace(CONFIG, tune_lr=1e6, arms={"plain": [{}]})
+    record = Study(config, "digits", tmp_path).train(key("plain"), data, lambda: None)
+    assert not record.diverged and record.validation > 30 and len(record.points) == 3
+    assert all(p.tuned_validation is None and p.tuned_test is None and p.test > 5 for p in record.points)
+    assert Choice(True).of([record]) == [] and Choice(False).of([record])
+
+
+def test_the_last_step_of_fine_tuning_may_diverge(data, monkeypatch):
+    """After the last loss."""
+
+    def backward(model, *rest):
+        loss = before(model, *rest)
+        model[0].weight.grad[0] = math.inf
+        return loss
+
+    before = fit._backward
+    monkeypatch.setattr(fit, "_backward", backward)
+    with pytest.raises(fit.Diverged, match=r"0\.weight contains NaN or Inf"):
+        fit.tune(fit.build("dec", data.shape, 10, 0), data, replace(CONFIG, batch=data.examples), 0)
+
+
+def test_killed_after_training(data, tmp_path):
+    """Nothing is trained again, and compression finds what it would have found."""
+    calls, study = [], Study(replace(CONFIG, arms={"plain": [{}], "trp": [{"energy": 0.9}]}), "digits", tmp_path / "a")
+
+    def killed():
+        calls.append(1)
+        if len(calls) == CONFIG.epochs + 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        study.train(key("trp"), data, killed)
+    state = torch.load(study.path(key("trp")).with_suffix(".running") / "state.pt", weights_only=True)
+    assert state["run"]["epoch"] == CONFIG.epochs
+    again, whole = (Study(study.config, "digits", tmp_path / f).train(key("trp"), data, lambda: None) for f in "ab")
+    assert again.seconds == state["run"]["seconds"] and again.points == whole.points and again.losses == whole.losses
+
+
+def test_lost_weights_are_trained_again(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(fit, "SAVE_EVERY", 0)
+    first = fit.fit(CONFIG, key("plain"), data, tmp_path, lambda: None)
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
+    assert fit.fit(CONFIG, key("plain"), data, tmp_path, lambda: None).losses == first.losses
+
+
 def test_failures_do_not_stop_the_others(tmp_path, monkeypatch):
     config = replace(CONFIG, epochs=1, arms={"plain": [{}], "l2": [{"l2": 1e-3}]})
     study = Study(config, "digits", tmp_path)
@@ -166,37 +296,6 @@ def test_failures_do_not_stop_the_others(tmp_path, monkeypatch):
     assert study.left == [key("plain")]
 
 
-# --- settings -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("epoch = 3", "unknown settings: epoch"),
-        ("epochs = 0", "epochs: wanted a number >= 1; got 0"),
-        ('network = "lenet"', "network: wanted one of mlp, dec"),
-        ('rules = ["magic:1"]', "a rank rule is written"),
-        ("rules = []", "rules: wanted at least one rank rule; got ()"),
-        ('weights = "timm"', "weights: wanted timm, for a network of timm's"),
-        ('weights = "nowhere.safetensors"', "weights: wanted timm, for a network of timm's, or a safetensors file"),
-        ('device = "tpu"', "device: wanted auto, cuda or cpu"),
-        ("workers = 0", "workers: wanted a number >= 1"),
-        ("sparsities = [1.5]", "sparsities: wanted shares"),
-        ("[arms]\nfancy = [{}]", "arms: wanted plain and any of"),
-        ("[arms]\nplain = [{}]\nl1 = [{ l2 = 1 }]", "arms.l1: wanted strengths of l1"),
-        ("[arms]\nplain = [{}]\nl2 = [{}]", "arms.l2: wanted strengths of l2; got {}"),
-        ("[arms]\nplain = []", "arms: wanted plain and any of"),
-        ("[arms]\nplain = [{}]\n[map]\nl1 = [1]", "map: wanted lists named nuclear and group"),
-        ("a = ", "not TOML"),
-    ],
-)
-def test_wrong_settings(text, words, tmp_path):
-    path = tmp_path / "wrong.toml"
-    path.write_text(text if "[arms]" in text else f"{text}\n[arms]\nplain = [{{}}]\n")
-    with pytest.raises(ValueError, match=re.escape(f"{path}: {words}")):
-        Config.read(path)
-
-
 def test_errors_are_one_line(tmp_path):
     """Before anything is written."""
     path = tmp_path / "wrong.toml"
@@ -204,147 +303,3 @@ def test_errors_are_one_line(tmp_path):
     done = command(path, "--out", tmp_path / "out")
     assert done.returncode == 1 and "unknown settings: epoch" in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
-
-
-def test_no_such_study(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no study of that name"):
-        Config.read("nowhere")
-
-
-# --- points ---------------------------------------------------------------------------------------------------------
-
-
-def made(model, arm="plain"):
-    """The network as if it had been trained."""
-    made = ARMS[arm]({}, Plan(1, 1, 1, 0, ("4",), torch.zeros(1, 1, 4, 4)))
-    made.attach(model, None, 0)
-    return fit.Trained(model, made, None)
-
-
-def test_zeros_are_not_counted(data):
-    """Two layers of known zeros; a dead neuron's outgoing weights do not count either."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Dropout(0.0), nn.Linear(4 * 36, 10))
-    with torch.no_grad():
-        model[0].weight[0] = 0
-        model[0].weight[1, 0, 0] = 0
-        model[4].weight[:5, 36:] = 0
-        model[0].bias[0] = -1
-    params, macs, size = points._sparse_sizes(model, (torch.zeros(1, 1, 8, 8),))
-    conv, linear = 3 * 9 - 3, 10 * 3 * 36 - 5 * 3 * 36
-    assert macs == 36 * conv + linear and params == conv + 3 + linear + 10
-    assert size == 4 * params + math.ceil(27 / 8) + math.ceil(1080 / 8)
-
-
-def test_pruning_takes_the_least(data):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 20), nn.Linear(20, 10))
-    run = made(model)
-    pruned, masks = points.prune(run, 0.75)
-    both = torch.cat([pruned[i].weight.flatten() for i in (0, 3)])
-    before = torch.cat([model[i].weight.flatten() for i in (0, 3)])
-    assert (both == 0).sum() == round(0.75 * len(both)) and before[both == 0].abs().max() < both[both != 0].abs().min()
-    assert torch.equal(pruned[4].weight, model[4].weight) and set(masks) == {"0", "3"}
-
-
-def test_fine_tuning_keeps_zeros(data):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 20), nn.Linear(20, 10))
-    pruned, masks = points.prune(made(model), 0.75)
-    before = [p.clone() for p in pruned.parameters()]
-    fit.tune(pruned, data, CONFIG, 0, masks)
-    assert not any(torch.equal(p, old) for p, old in zip(pruned.parameters(), before, strict=True))
-    assert all(torch.equal(pruned[int(name)].weight != 0, mask) for name, mask in masks.items())
-
-
-# --- curves ---------------------------------------------------------------------------------------------------------
-
-
-def point(macs, validation, test, kind=LOW_RANK, tuned=None):
-    tuned = tuned or (None, None)
-    return Point(kind, "", macs // 2, macs, macs * 2, validation, test, *tuned)
-
-
-def record(arm, seed, *found, validation=98.0, test=97.0):
-    strength = tuple((name, float(value)) for name, value in STRENGTHS[arm].items())
-    return Record(Key(arm, strength, seed), validation=validation, test=test, points=list(found), seconds=1.0)
-
-
-def test_validation_chooses_and_test_counts():
-    few = [point(10, 90, 70), point(20, 80, 99), point(30, 95, 94), point(30, 94, 98), point(50, 97, 96)]
-    choice = Choice(tuned=False)
-    assert curves.front(few, choice) == [few[0], few[2], few[4]]
-    values = curves.curve([record("l2", 0, *few)], [5, 10, 29, 30, 100], choice, "macs", chance=10)
-    assert values == [10, 70, 70, 94, 96]
-    assert curves.need(few, choice, 94.5) is few[2] and curves.need(few, choice, 99) is None
-
-
-def test_choices_read_their_points():
-    few = [point(10, 1, 2, tuned=(3, 4)), point(20, 5, 6, SPARSE), point(30, 7, 8)]
-    r = record("l2", 0, *few)
-    assert Choice(True).of([r]) == few[:1] and Choice(True).accuracies(few[0]) == (3, 4)
-    assert Choice(False).of([r]) == [few[0], few[2]] and Choice(False, (LOW_RANK, SPARSE)).of([r]) == few
-
-
-def test_needs():
-    """At each seed's own plain accuracy less a point; what is not reached is told."""
-    plain = [record("plain", s, point(100, 98, 97), validation=98 + s, test=97) for s in (0, 1)]
-    low = [record("l2", 0, point(50, 97, 96), point(20, 96.9, 99)), record("l2", 1, point(10, 97.9, 99))]
-    arms = curves.by_arm([*plain, *low], CONFIG)
-    found = {n.arm: n for n in curves.needs(arms, Choice(False))}
-    assert found["l2"].values == [50] and found["l2"].tests == [-1] and found["l2"].missing == 1
-    assert found["plain"].values == [100, 100] and str(found["plain"]) == "100 ± 0"
-    assert "1 seed(s) do not reach it" in str(found["l2"])
-    assert curves.needs(arms, Choice(False), "milliseconds")[0].values == []  # nothing was timed
-
-
-def test_the_plot_says_who_wins():
-    def said(**macs):
-        found = {arm.replace("_", "-"): record(arm.replace("_", "-"), 0, point(m, 98, 97)) for arm, m in macs.items()}
-        return plots.least({arm: {0: [r]} for arm, r in found.items()}, Choice(False), "macs")
-
-    assert (
-        said(plain=100, nuclear=27, l2=70) == "least at that accuracy: nuclear norm, per epoch (paper): 0.27 of plain"
-    )
-    assert said(plain=100, nuclear_steps=41, fixed_rank=26) == (
-        "least at that accuracy: low rank from scratch: 0.26 of plain\n"
-        "this project's: nuclear norm, per step: 0.41 of plain"
-    )
-    some = {arm: {s: [record(arm, s, point(m - s, 98, 97))] for s in (0, 1)} for arm, m in (("plain", 99), ("l2", 9))}
-    some["l2"][1] = []
-    assert plots.least(some, Choice(False), "macs") == "least at that accuracy: plain: 1.00 of plain"
-    missed = {"plain": {0: [record("plain", 0, point(9, 96.9, 97))]}}
-    assert plots.least(missed, Choice(False), "macs") == "no arm keeps that accuracy in all seeds"
-    missed["l2"] = {0: [record("l2", 0, point(9, 97, 97))]}
-    assert plots.least(missed, Choice(False), "macs") == "least at that accuracy: L2"
-
-
-def test_layers_that_became_two_factors_count_once():
-    """The first by its rank, the second by its rows; from the epoch on in which the layer itself is no longer there."""
-    ranks = {"0": [3, 3, 2], "2": [8], "2.first": [4, 3], "2.second": [4, 4]}
-    rows = {"0": [9, 9, 9], "2": [7], "2.first": [4, 4], "2.second": [7, 6]}
-    changed = replace(record("l2", 0), losses=[1.0, 1.0, 1.0], ranks=ranks, rows=rows)
-    assert plots.totals(changed, "ranks") == [11, 7, 5] and plots.totals(changed, "rows") == [16, 16, 15]
-
-
-def test_arms_leave_out_the_map_and_what_diverged():
-    other = replace(CONFIG, map={"nuclear": [1.0], "group": [2.0]})
-    grid = Record(Key("nuclear+group", (("nuclear", 1.0), ("group", 2.0)), 0))
-    assert grid.key in other.keys and len(other.keys) == len(CONFIG.keys) + 1
-    broken = record("l1", 0)
-    broken.diverged = "NaN"
-    assert curves.by_arm([grid, broken, record("plain", 0)], other) == {"plain": {0: [record("plain", 0)]}}
-
-
-def test_without_a_plain_network_nothing_is_compared():
-    broken = record("plain", 1)
-    broken.diverged = "NaN"
-    with pytest.raises(ValueError, match="plain none seed 1: diverged, so there is nothing to compare with"):
-        curves.by_arm([record("plain", 0), broken], CONFIG)
-
-
-def test_sizes_and_spread():
-    few = [point(10, 90, 10), point(100, 90, 60), point(10000, 98, 97)]
-    at = curves.sizes({"plain": {0: [record("plain", 0, *few)]}}, Choice(False), "macs", 3)
-    assert at == pytest.approx([100, 1000, 10000])
-    assert curves.spread([1, 3], "{:+.1f}") == "+2.0 ± 1.4" and curves.spread([], "{}") == "-"

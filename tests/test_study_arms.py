@@ -56,7 +56,7 @@ def test_stopped_trainings_go_on(arm, data, tmp_path, monkeypatch):
     """Stopped after every epoch; the same to the last bit as one that ran through."""
     monkeypatch.setattr(fit, "SAVE_EVERY", 0)
     whole = fit.fit(CONFIG, key(arm), data, tmp_path / "whole", lambda: None)
-    for stop in (1, 2, 3):
+    for stop in range(1, CONFIG.epochs + 1):
         seen = []
 
         def advance(seen=seen, stop=stop):
@@ -221,8 +221,7 @@ def test_variational_description_and_scores():
 
 def test_reload(data, tmp_path):
     """At half of the epochs the network becomes a smaller one, on which no penalty acts."""
-    run = fit.fit(CONFIG, key("reload"), data, tmp_path, lambda: None)
-    plain = fit.fit(CONFIG, key("plain"), data, tmp_path, lambda: None)
+    run, plain = (fit.fit(CONFIG, key(arm), data, tmp_path / arm, lambda: None) for arm in ("reload", "plain"))
     count = [sum(p.numel() for p in r.model.parameters()) for r in (run, plain)]
     assert any(isinstance(module, LowRank) for module in run.model.modules()) and count[0] < count[1]
     assert run.arm.prox is None and len(run.ranks["0"]) == CONFIG.epochs
@@ -231,7 +230,7 @@ def test_reload(data, tmp_path):
 @pytest.mark.parametrize("arm", ["nuclear", "nuclear-steps", "nuclear-loss", "trp", "nuclear+group"])
 def test_ranks_fall(arm, data, tmp_path):
     """Of the singular values that are left, those that make 99 % of the energy."""
-    ends = [fit.fit(CONFIG, key(a), data, tmp_path, lambda: None) for a in ("plain", arm)]
+    ends = [fit.fit(CONFIG, key(a), data, tmp_path / a, lambda: None) for a in ("plain", arm)]
     count = [sum(ranks.energy(0.99)(singular_values(M)) for M in matrices(run.model).values()) for run in ends]
     assert count[1] < 0.9 * count[0]
 

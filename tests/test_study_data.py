@@ -11,11 +11,13 @@ from PIL import Image
 from safetensors.torch import save_model
 from study_case import CONFIG, key, some_digits
 
+from compaware_kernels.demo.data import Images
+from compaware_kernels.folds import foldable_layers
 from compaware_kernels.study import fit, latency
 from compaware_kernels.study.arms import ARMS
 from compaware_kernels.study.config import Config
-from compaware_kernels.study.data import Folder, load
-from compaware_kernels.study.networks import build, last_layer
+from compaware_kernels.study.data import Folder, InMemory, load
+from compaware_kernels.study.networks import build, last_layers
 from compaware_kernels.study.points import LOW_RANK, Point
 from compaware_kernels.study.runs import Record, Study
 
@@ -126,7 +128,7 @@ def test_times_are_of_one_machine(tmp_path, monkeypatch):
 
 def test_bfloat16_trains_too(tmp_path):
     data = some_digits()
-    exact, rounded = (fit.fit(replace(CONFIG, amp=amp), key("plain"), data, tmp_path, lambda: None).losses
+    exact, rounded = (fit.fit(replace(CONFIG, amp=amp), key("plain"), data, tmp_path / str(amp), lambda: None).losses
                       for amp in (False, True))  # fmt: skip
     assert exact != rounded and rounded == pytest.approx(exact, rel=0.05)
 
@@ -144,7 +146,41 @@ def test_weights_to_start_from(tmp_path):
     path.write_bytes(b"garbage")
     with pytest.raises(ValueError, match=r"weights\.safetensors: not this network's weights"):
         build("dec", shape, 5, 1, str(path))
-    assert last_layer(build("timm/test_vit", shape, 5, 1)) == "head"
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("dec", ("16",)),
+        ("timm/test_vit", ("head",)),
+        ("timm/test_resnet", ("fc",)),
+        ("timm/deit_tiny_distilled_patch16_224", ("head", "head_dist")),
+        ("timm/levit_128s", ("head.linear", "head_dist.linear")),
+        ("timm/res2net50_26w_4s", ("fc",)),
+        ("timm/volo_d1_224", ("head",)),
+        ("timm/tf_efficientnet_b0", ("classifier",)),
+        ("timm/resnetv2_50", ("head.fc",)),
+    ],
+)
+def test_the_classifier_is_left_alone(name, layers):
+    with torch.device("meta"):
+        model = build(name, (3, 224, 224), 5, 0)
+    assert last_layers(model) == layers
+    assert set(layers) <= set(foldable_layers(model, layers)[1])
+
+
+def test_a_network_without_a_classifier():
+    with pytest.raises(ValueError, match="wanted a network with a classifier of its own; ReLU has none"):
+        last_layers(torch.nn.ReLU())
+    with pytest.raises(ValueError, match="wanted a network with a classifier of its own; ResNet has none"):
+        last_layers(build("timm/test_resnet", (3, 160, 160), 0, 0))
+
+
+@pytest.mark.parametrize("share", [0.001, 0.999])
+def test_validation_images_must_leave_some(share):
+    d = some_digits()
+    with pytest.raises(ValueError, match=rf"validation: wanted a share of the 216 training images.*got {share}"):
+        InMemory(Images("few", d.train_x, d.train_y, d.test_x, d.test_y), share)
 
 
 def test_data_that_is_not_there(photos, tmp_path):

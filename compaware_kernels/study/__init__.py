@@ -2,4 +2,4 @@
 
 
 class Stopped(RuntimeError):
-    """Some trainings of a study failed; the others are done."""
+    """Some trainings of a study failed, the others are done; or another process does them."""

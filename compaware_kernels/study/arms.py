@@ -1,7 +1,8 @@
 """The study's ways of training: this project's, the paper's and its rivals', each one addition to the same SGD.
 
 Strengths of penalties are per epoch: where a penalty acts at every step, or every tenth, each time takes its share, so
-that one epoch shrinks by the learning rate times the strength everywhere.
+that with every proximal arm one epoch shrinks by the learning rate times the strength. What is in the loss goes through
+the optimizer's momentum, which multiplies that by 1 / (1 - momentum): ten times as much at 0.9.
 """
 
 from __future__ import annotations
@@ -39,11 +40,12 @@ class Arm:
     """Plain training; what it becomes is decided by the compression alone (truncated SVD: Denton et al., NIPS 2014).
 
     Attributes:
-        title: in plots.  knobs: what its strengths may name.
+        title: in plots.  knobs: what its strengths may name.  shares: whether these are shares, between 0 and 1.
     """
 
     title: ClassVar[str] = "plain"
     knobs: ClassVar[tuple[str, ...]] = ()
+    shares: ClassVar[bool] = False
 
     def __init__(self, strength: Mapping[str, float], plan: Plan):
         self.strength, self.plan, self.step = dict(strength), plan, 0
@@ -190,7 +192,11 @@ class Reload(Nuclear):
 
 
 class L2(Arm):
-    """Weight decay: ``l2 / 2 ||W||^2`` in the loss (Krogh & Hertz, NIPS 1991); this strength is per step."""
+    """Weight decay: ``l2 / 2 ||W||^2`` in the loss (Krogh & Hertz, NIPS 1991); this strength is per step.
+
+    It acts on all parameters, as weight decay is commonly used: also on the classifier, biases and norms, which the
+    other arms leave alone (but for biases of group lasso's neurons).
+    """
 
     title = "L2"
     knobs = ("l2",)
@@ -200,7 +206,11 @@ class L2(Arm):
 
 
 class NuclearLoss(Arm):
-    """The nuclear norm in the loss: its subgradient ``U V^T`` at every step."""
+    """The nuclear norm in the loss: its subgradient ``U V^T`` at every step.
+
+    It goes through momentum as the loss does, so that the same strength shrinks 1 / (1 - momentum) times as much as in
+    the proximal arms.
+    """
 
     title = "nuclear norm in the loss"
     knobs = ("nuclear",)
@@ -221,6 +231,7 @@ class TrainedRankPruning(Arm):
 
     title = "trained rank pruning (TRP)"
     knobs = ("energy",)
+    shares = True
     every: ClassVar[int] = 20
 
     @torch.no_grad()
@@ -248,6 +259,7 @@ class FixedRank(Arm):
 
     title = "low rank from scratch"
     knobs = ("share",)
+    shares = True
 
     def prepare(self, model: nn.Module) -> nn.Module:
         for layer in foldable_layers(model, self.plan.skip)[0]:
@@ -259,7 +271,10 @@ class FixedRank(Arm):
 
 
 class Magnitude(Arm):
-    """The smallest weights of the whole network are set to zero and stay there, more and more of them.
+    """The smallest weights of the whole network are set to zero, more and more of them, and held there.
+
+    Which ones is decided anew every 20 steps, just after the optimizer has moved all weights, so that a cut one may, in
+    rare cases, come back.
 
     Source: Han et al., NIPS 2015; the cubic schedule of Zhu & Gupta, 2017 (arXiv 1710.01878), over three quarters of
     the training; one threshold for all layers, as Blalock et al., MLSys 2020, find best.
@@ -267,6 +282,7 @@ class Magnitude(Arm):
 
     title = "magnitude pruning"
     knobs = ("sparsity",)
+    shares = True
     every: ClassVar[int] = 20
 
     @torch.no_grad()
@@ -378,8 +394,10 @@ def threshold(scores: Mapping[str, Tensor], sparsity: float) -> float:
 
 
 def _svd(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the layer's matrix, without directions that it has none of."""
+    """Of the layer's matrix, without directions that it has none of.  Raises LinAlgError for NaN or Inf."""
     U, s, Vh = torch.linalg.svd(layer.matrix().detach(), full_matrices=False)
+    if not s.isfinite().all():  # LAPACK may also return that: it would become rank 0, a layer of zeros
+        raise torch.linalg.LinAlgError(f"{layer.name}: singular values contain NaN or Inf")
     rank = int((s > 1e-6 * s[..., :1]).sum(-1).max())
     return U[..., :rank], s[..., :rank], Vh[..., :rank, :]
 

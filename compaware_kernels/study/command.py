@@ -12,7 +12,7 @@ from rich.progress import Progress
 from ..tables import text_table
 from . import latency, report
 from .config import Config
-from .data import load
+from .data import Source, load
 from .runs import Study
 
 COLUMNS = ("arm", "multiply-adds at plain accuracy less {:g}", "of plain's", "parameters", "test accuracy, points",
@@ -28,12 +28,17 @@ def run(
         settings = replace(settings, data=data)
     images = load(settings, settings.devices[0])  # also: fail before anything is written
     work = Study(settings, images.name, out or Path("out/study") / Path(config).stem)
-    left = work.left
+    with work.alone():
+        _run(work, images, processes or _processes(settings), progress)
+
+
+def _run(work: Study, images: Source, processes: int, progress: Callable[[], Progress]) -> None:
+    settings, left = work.config, work.left
     print(f"{len(settings.keys)} trainings, {len(left)} left")
     with progress() as bar:
         if left:
             task = bar.add_task("starting", total=len(left) * work.units)
-            work.run(processes or _processes(settings), lambda key: bar.update(task, advance=1, description=str(key)))
+            work.run(processes, lambda key: bar.update(task, advance=1, description=str(key)))
         records = work.records()
         timing = bar.add_task("measuring time", total=1)
         timed = latency.measure(work, records, images)

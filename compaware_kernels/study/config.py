@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
@@ -19,6 +21,7 @@ else:
     import tomli as tomllib
 
 Strength = dict[str, float]
+COUNTS = ("seeds", "epochs", "batch", "workers")
 
 
 @dataclass(frozen=True)
@@ -92,11 +95,11 @@ class Config:
                 "timm, for a network of timm's, or a safetensors file that exists",
             ),
             "device": (self.device in ("auto", "cuda", "cpu"), "auto, cuda or cpu"),
-            "workers": (self.workers >= 1, "a number >= 1"),
-            "seeds": (self.seeds >= 1, "a number >= 1"),
-            "epochs": (self.epochs >= 1, "a number >= 1"),
-            "tune_epochs": (self.tune_epochs >= 0, "a number >= 0"),
-            "batch": (self.batch >= 1, "a number >= 1"),
+            **{name: (_whole(getattr(self, name), 1), "a whole number >= 1") for name in COUNTS},
+            "tune_epochs": (_whole(self.tune_epochs, 0), "a whole number >= 0"),
+            "lr": (_finite(self.lr) and self.lr > 0, "a finite number > 0"),
+            "tune_lr": (_finite(self.tune_lr) and self.tune_lr > 0, "a finite number > 0"),
+            "momentum": (_finite(self.momentum) and 0 <= self.momentum < 1, "a number >= 0 and < 1"),
             "lost": (0 <= self.lost < 100, "points of accuracy >= 0"),
             "validation": (0 < self.validation < 1, "a share between 0 and 1"),
             "rules": (bool(self.rules), "at least one rank rule"),
@@ -111,11 +114,31 @@ class Config:
             if not right:
                 got = list(self.arms) if name == "arms" and all(self.arms.values()) else getattr(self, name)
                 raise ValueError(f"{name}: wanted {text}; got {got}")
+        self._require_strengths()
+        self._require_own_records()
+
+    def _require_strengths(self) -> None:
+        """Every strength is one that its arm knows and can take."""
+        from .arms import ARMS
+
         for arm, strengths in self.arms.items():
             for strength in strengths:
                 if set(strength) - set(ARMS[arm].knobs) or bool(strength) != bool(ARMS[arm].knobs):
                     known = ", ".join(ARMS[arm].knobs) or "nothing"
                     raise ValueError(f"arms.{arm}: wanted strengths of {known}; got {strength}")
+                for name, value in strength.items():
+                    _require_strength(f"arms.{arm}", name, value, ARMS[arm].shares)
+        for name, values in self.map.items():
+            for value in values:
+                _require_strength("map", name, value, False)
+
+    def _require_own_records(self) -> None:
+        """No two trainings have one name, which is their file's; the map may have trainings in common with the arms."""
+        own = self._own(0)
+        names = Counter(map(str, [*own, *(set(self._grid()) - set(own))]))
+        if twice := [name for name, count in names.items() if count > 1]:
+            text = "wanted strengths that differ in their first 6 digits, which name their records"
+            raise ValueError(f"arms, map: {text}; got more than once: {', '.join(twice)}")
 
     @classmethod
     def read(cls, name: str) -> Config:
@@ -164,15 +187,35 @@ class Config:
     @property
     def keys(self) -> list[Key]:
         """All trainings, those of one seed together."""
-        grid = [
+        own = [key for seed in range(self.seeds) for key in self._own(seed)]
+        return list(dict.fromkeys([*own, *self._grid()]))
+
+    def _own(self, seed: int) -> list[Key]:
+        """The arms' trainings of one seed."""
+        return [
+            Key(arm, tuple((name, float(strength[name])) for name in strength), seed)
+            for arm, strengths in self.arms.items()
+            for strength in strengths
+        ]
+
+    def _grid(self) -> list[Key]:
+        """The sensitivity map's."""
+        return [
             Key("nuclear+group", (("nuclear", n), ("group", g)), 0)
             for n in self.map.get("nuclear", ())
             for g in self.map.get("group", ())
         ]
-        keys = [
-            Key(arm, tuple((name, float(strength[name])) for name in strength), seed)
-            for seed in range(self.seeds)
-            for arm, strengths in self.arms.items()
-            for strength in strengths
-        ]
-        return list(dict.fromkeys([*keys, *grid]))
+
+
+def _whole(value: object, least: int) -> bool:
+    return type(value) is int and value >= least
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _require_strength(where: str, name: str, value: object, share: bool) -> None:
+    if not (_finite(value) and (0 < value < 1 if share else value >= 0)):
+        wanted = "a share between 0 and 1" if share else "a finite number >= 0"
+        raise ValueError(f"{where}: {name}: wanted {wanted}; got {value!r}")

@@ -132,9 +132,12 @@ def load(config: Config, device: torch.device | str = "cpu") -> Source:
 
 
 def _split(count: int, share: float) -> tuple[list[int], list[int]]:
-    """(to choose on, to train on)"""
+    """(to choose on, to train on)  Raises ValueError where either is empty."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     held = round(share * count)
+    if not 0 < held < count:
+        raise ValueError(f"validation: wanted a share of the {count} training images that leaves some to train on and "
+                         f"some to choose on; got {share}, which is {held} to choose on")  # fmt: skip
     return order[:held], order[held:]
 
 

@@ -19,7 +19,7 @@ from ..folds import foldable_layers
 from .arms import ARMS, Arm, Plan
 from .config import Config, Key
 from .data import Batches, Source
-from .networks import build, last_layer
+from .networks import build, last_layers
 
 SAVE_EVERY = 5.0  # seconds, at the end of an epoch
 
@@ -43,7 +43,7 @@ class Trained:
 
 
 def fit(config: Config, key: Key, data: Source, folder: Path, advance: Callable[[], None]) -> Trained:
-    """Train as ``key`` says, from where the checkpoint in ``folder`` is, if there is one.
+    """Train as ``key`` says, from where the checkpoint in ``folder`` is, if there is one; the last one stays there.
 
     ``advance`` is called once for every epoch of training, those done earlier included.
 
@@ -56,10 +56,18 @@ def fit(config: Config, key: Key, data: Source, folder: Path, advance: Callable[
     saved = time.monotonic()
     while run.epoch < config.epochs:
         started = time.process_time()
-        _epoch(run, config, key, data)
+        try:
+            _epoch(run, config, key, data)
+        except Diverged:
+            raise
+        except torch.linalg.LinAlgError as error:
+            raise Diverged(str(error)) from error
+        except ValueError:  # a proximal step's, if it is NaN or Inf in a weight
+            require_finite(run.model)
+            raise
         run.seconds += time.process_time() - started
         _look(run)
-        if time.monotonic() - saved >= SAVE_EVERY and run.epoch < config.epochs:
+        if time.monotonic() - saved >= SAVE_EVERY or run.epoch == config.epochs:
             _save(run, folder)
             saved = time.monotonic()
         advance()
@@ -67,7 +75,11 @@ def fit(config: Config, key: Key, data: Source, folder: Path, advance: Callable[
 
 
 def tune(model: nn.Module, data: Source, config: Config, seed: int, masks: Mapping[str, Tensor] | None = None) -> None:
-    """Train a compressed network further, on the loss alone; weights that ``masks`` names as cut stay zero."""
+    """Train a compressed network further, on the loss alone; weights that ``masks`` names as cut stay zero.
+
+    Raises:
+        Diverged: of no use any more.
+    """
     optimizer = torch.optim.SGD(model.parameters(), config.tune_lr, config.momentum)
     layers = [layer for layer in foldable_layers(model)[0] if layer.name in (masks or {})]
     steps = math.ceil(data.examples / config.batch)
@@ -80,6 +92,7 @@ def tune(model: nn.Module, data: Source, config: Config, seed: int, masks: Mappi
             with torch.no_grad():
                 for layer in layers:
                     layer.weight.mul_(masks[layer.name])
+    require_finite(model)
 
 
 @torch.no_grad()
@@ -97,15 +110,15 @@ def _start(config: Config, key: Key, data: Source, folder: Path) -> Trained:
     example = data.example(1)
     model = build(config.network, data.shape, data.classes, key.seed, config.weights).to(example.device)
     steps = math.ceil(data.examples / config.batch)
-    plan = Plan(config.epochs, steps, data.examples, key.seed, (last_layer(model),), example)
+    plan = Plan(config.epochs, steps, data.examples, key.seed, last_layers(model), example)
     arm = ARMS[key.arm](dict(key.strength), plan)
     path = folder / "state.pt"
-    if not path.is_file():
+    state = torch.load(path, weights_only=True, map_location=example.device) if path.is_file() else None
+    if state is None or not (folder / state["model"]).is_file():
         model = arm.prepare(model)
         run = Trained(model, arm, _optimizer(model, arm, config))
         arm.attach(run.model, run.optimizer, 0)
         return run
-    state = torch.load(path, weights_only=True, map_location=example.device)
     model = checkpoint.load(folder / state["model"], model).to(example.device)
     run = Trained(model, arm, _optimizer(model, arm, config), **state["run"])
     arm.attach(model, run.optimizer, run.epoch)
@@ -170,9 +183,15 @@ def _set_rate(optimizer: torch.optim.Optimizer, lr: float, epoch: float, epochs:
 @torch.no_grad()
 def _look(run: Trained) -> None:
     """Rank and live rows of every layer now."""
+    require_finite(run.model)
     for layer in foldable_layers(run.model)[0]:
-        if not layer.weight.isfinite().all():
-            raise Diverged(f"{layer.name} contains NaN or Inf")
         s = singular_values(layer.matrix())
         run.ranks.setdefault(layer.name, []).append(int(ranks.numerical_rank(s, layer.weight.dtype).max()))
         run.rows.setdefault(layer.name, []).append(int(layer.rows.flatten(1).any(1).sum()))
+
+
+def require_finite(model: nn.Module) -> None:
+    """Raise Diverged, with its name, for a parameter that contains NaN or Inf."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise Diverged(f"{name} contains NaN or Inf")

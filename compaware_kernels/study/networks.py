@@ -126,9 +126,29 @@ def _initialised(model: nn.Module) -> nn.Module:
     return model
 
 
-def last_layer(model: nn.Module) -> str:
-    """The name of the classifier, which every class needs a row of."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+def last_layers(model: nn.Module) -> tuple[str, ...]:
+    """The names of the classifier's layers, which every class needs a row of: of distilled networks there are two.
+
+    timm's networks say what they are; of others it is the last linear layer.
+
+    Raises:
+        ValueError: there is none.
+    """
+    named = dict(model.named_modules())
+    if hasattr(model, "get_classifier"):
+        found = model.get_classifier()
+        parts = [part for part in (found if isinstance(found, tuple) else (found,)) if isinstance(part, nn.Module)]
+    else:
+        parts = [module for module in named.values() if isinstance(module, nn.Linear)][-1:]
+    inside = {id(module) for part in parts for module in part.modules()}
+    names = [name for name, module in named.items() if id(module) in inside and _has_matrix(module)]
+    if not names:
+        raise ValueError(f"wanted a network with a classifier of its own; {type(model).__name__} has none")
+    return tuple(names)
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(p.ndim >= 2 for p in module.parameters(recurse=False))
 
 
 def _timm():

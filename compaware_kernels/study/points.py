@@ -16,7 +16,7 @@ from ..leaving import to_dense
 from .arms import threshold
 from .config import Config
 from .data import Source
-from .fit import Trained, accuracy, tune
+from .fit import Diverged, Trained, accuracy, require_finite, tune
 
 LOW_RANK, SPARSE = "low rank", "sparse"
 
@@ -27,7 +27,8 @@ class Point:
 
     Attributes:
         bytes: fp32 values; a sparse layer also has one bit per weight that says where they are.
-        validation, test: per cent of the images right.  tuned_...: after fine-tuning.
+        validation, test: per cent of the images right.  tuned_...: after fine-tuning, else None, as
+            where that diverged.
         structure: of a low-rank one, for :func:`compaware_kernels.checkpoint.restructured`.
         milliseconds: for a batch, where it was timed.
     """
@@ -50,23 +51,23 @@ def points(run: Trained, config: Config, seed: int, data: Source, advance: Calla
 
     Low rank: dead neurons removed, then every layer cut to the rank that a rule gives and factorised where that is
     smaller. Sparse: the weights that matter least are set to zero, then dead neurons removed.
+
+    Raises:
+        Diverged: two factors of a layer are finite, but not their product.
     """
     found, example, dense = [], (data.example(1),), to_dense(run.model)
+    require_finite(dense)
     for rule in config.rules:
         small, report = compress(dense, ranks.parse(rule), example, goal="size")
         point = _measured(Point(LOW_RANK, rule, report.params, report.macs, report.bytes, 0, 0), small, data)
-        if config.tune_epochs:
-            tune(small, data, config, seed)
-            point.tuned_validation, point.tuned_test = _accuracies(small, data)
+        _tune(point, small, data, config, seed)
         point.structure = checkpoint.structure_of(small)
         found.append(point)
         advance()
     for sparsity in config.sparsities:
         pruned, masks = prune(run, sparsity)
         point = _measured(Point(SPARSE, f"{sparsity:g}", *_sparse_sizes(pruned, example), 0, 0), pruned, data)
-        if config.tune_epochs:
-            tune(pruned, data, config, seed, masks)
-            point.tuned_validation, point.tuned_test = _accuracies(pruned, data)
+        _tune(point, pruned, data, config, seed, masks)
         found.append(point)
         advance()
     return found
@@ -107,6 +108,19 @@ def whole(run: Trained, data: Source) -> CompressReport:
 def _measured(point: Point, model: nn.Module, data: Source) -> Point:
     point.validation, point.test = _accuracies(model, data)
     return point
+
+
+def _tune(
+    point: Point, model: nn.Module, data: Source, config: Config, seed: int, masks: dict[str, Tensor] | None = None
+) -> None:
+    """Fine-tunes the network. What diverges there is worth nothing, the point without it as much as before."""
+    if not config.tune_epochs:
+        return
+    try:
+        tune(model, data, config, seed, masks)
+    except Diverged:
+        return
+    point.tuned_validation, point.tuned_test = _accuracies(model, data)
 
 
 def _accuracies(model: nn.Module, data: Source) -> tuple[float, float]:

@@ -7,12 +7,14 @@ import multiprocessing
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout  # torch needs it, too
 
 from ..factorize import singular_values
 from ..files import write_text
@@ -67,6 +69,7 @@ class Study:
         study.json                          the settings that its trainings depend on
         runs/ARM/STRENGTH/SEED.json         a Record, once it is whole
         runs/ARM/STRENGTH/SEED.running/     a training's checkpoint, until then
+        .lock                               locked by the process that works here; ends with it, the file stays
 
     Raises:
         ValueError: the folder holds a study with other settings, or a record that cannot be read.
@@ -105,19 +108,40 @@ class Study:
         """How often a training calls ``advance``."""
         return self.config.epochs + len(self.config.rules) + len(self.config.sparsities)
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While no other process works in this folder; who is alone may ask again, the pool's processes are not asked.
+
+        Raises:
+            Stopped: another one does.
+        """
+        lock = FileLock(self.folder.resolve() / ".lock", is_singleton=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise Stopped(f"{self.folder}: another process works on this study; wait for it, or stop it") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
     def run(self, processes: int, advance: Callable[[Key], None]) -> None:
         """Do what is left, in so many processes of one thread each.
 
         Raises:
-            Stopped: some trainings failed, and why; the others were done first.
+            Stopped: some trainings failed, and why; the others were done first. Or another process does them.
         """
+        with self.alone():
+            self._run(processes, advance)
+
+    def _run(self, processes: int, advance: Callable[[Key], None]) -> None:
         failures, context = [], multiprocessing.get_context("spawn")
         if not self.left:
             return
         queue, begun = context.Queue(), context.Value("i", 0)
         listener = threading.Thread(target=lambda: [advance(key) for key in iter(queue.get, None)], daemon=True)
         listener.start()
-        with ProcessPoolExecutor(processes, context, _begin, (self, queue, begun, os.getpid())) as pool:
+        with ProcessPoolExecutor(processes, context, _begin, (self, queue, begun)) as pool:
             jobs = {pool.submit(_do, key): key for key in self.left}
             try:
                 for job in as_completed(jobs):
@@ -175,25 +199,26 @@ def read_json(path: Path) -> dict:
 
 # --- in the pool's processes ----------------------------------------------------------------------------------------
 
-_here: tuple[Study, Source, object, int]
+_here: tuple[Study, Source, object]
 
 
-def _begin(study: Study, queue, begun, parent: int) -> None:
+def _begin(study: Study, queue, begun) -> None:
     """On the next GPU, where there are any."""
     global _here
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     with begun:
         index, begun.value = begun.value, begun.value + 1
     device = study.config.devices[index % len(study.config.devices)]
-    _here = study, load(study.config, device), queue, parent
+    _here = study, load(study.config, device), queue
 
 
 def _do(key: Key) -> None:
-    study, data, queue, parent = _here
+    study, data, queue = _here
+    study.train(key, data, lambda: queue.put(key))
 
-    def advance() -> None:
-        if os.getppid() != parent:  # nobody is there to go on for
-            os._exit(1)
-        queue.put(key)
 
-    study.train(key, data, advance)
+def _end_with_parent() -> None:
+    """At once: what is saved later could lie in the way of the study that is run next."""
+    multiprocessing.parent_process().join()
+    os._exit(1)

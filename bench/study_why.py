@@ -41,7 +41,7 @@ gives: the last row but one, with the same ranks and as many epochs, tells which
 
 
 class Given(arms.FixedRank):
-    """From scratch as :class:`FixedRank`, at these ranks; the classifier, which no arm touches, stays dense."""
+    """From scratch as :class:`FixedRank`, at these ranks; the classifier stays dense."""
 
     ranks: ClassVar[dict[str, int]] = {}
 

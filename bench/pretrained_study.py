@@ -2,8 +2,8 @@
 
     make pretrained-study    # 30 minutes
 
-writes bench/results/pretrained.md. Every way to spend the budget, by weights alone and with 64 unlabelled inputs. The
-plain way is a truncated SVD of every layer at the same share of its full rank.
+writes bench/results/pretrained.md. Every way to spend the budget, by weights alone and with a few unlabelled inputs.
+The plain way is a truncated SVD of every layer at the same share of its full rank.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Annotated
 
 import sklearn
 import typer
-from pretrained_data import CALIBRATION, TRAIN, Task, images, probe, right, sentences
+from pretrained_data import TRAIN, Task, images, probe, right, sentences
 from rich.progress import Progress
 from torch import Tensor
 
@@ -28,8 +28,8 @@ Accuracy of a linear probe on the features (`bench/pretrained_data.py`: {train} 
 and how far the features move: `||F - F'|| / ||F||`. *Kept*: the dense model's probe, as it is where a model is put in
 another's place; *anew*: trained on the compressed model's features, what they still tell. The ways are `ck.allocate`'s;
 those that find the same ranks share a row. *Share*: a truncated SVD of every layer at one share of its full rank, the
-largest that keeps the budget. *Inputs*: with {few} unlabelled ones, `ck.compress(calibration=)`. Budgets are of the
-multiply-adds of the layers that fold, measured: of the whole model.
+largest that keeps the budget. *Inputs*: with unlabelled ones ({few}), `ck.compress(calibration=)`. Budgets are of
+the multiply-adds of the layers that fold, measured: of the whole model.
 
 {table}
 
@@ -43,15 +43,16 @@ def main(
     cache: Annotated[Path, typer.Option(help="Folder for what is downloaded.")] = ROOT / "out" / "pretrained",
     out: Annotated[Path, typer.Option(help="Where to write the table.")] = ROOT / "bench/results/pretrained.md",
 ) -> None:
-    rows = []
+    rows, few = [], []
     with Progress() as bar:
         for make in (images, sentences):
             task = make(cache)
+            few.append(f"{sum(len(batch[0]) for batch in task.calibration)} for {task.name}")
             todo = bar.add_task(task.name, total=2 * len(BUDGETS) * len(WAYS) + 1)
             rows += run(task, lambda todo=todo: bar.advance(todo))
     facts = {"machine": machine(), "sklearn": sklearn.__version__}
     table = text_table(COLUMNS, rows, right=range(4, 9), markdown=True)
-    out.write_text(TEXT.format(table=table, train=f"{TRAIN:,}", few=CALIBRATION, **facts), encoding="utf-8")
+    out.write_text(TEXT.format(table=table, train=f"{TRAIN:,}", few=", ".join(few), **facts), encoding="utf-8")
     print(table, f"\nWritten: {out}")
 
 

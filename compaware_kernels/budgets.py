@@ -64,6 +64,7 @@ def allocate(
     ``absolute``    ``sum_l e_l(r_l)``, the C step of Idelbayev & Carreira-Perpinan, CVPR 2020 ("LC")
     ``equal``       ``max_l e_l(r_l) / ||W_l||_F^2``: all layers lose alike (Liebenwein et al., ALDS, NeurIPS 2021)
     ``greedy``      ``relative``'s sum, one rank after another from 1 on: each time the one that gains most for its cost
+                    (which is the same, unless a layer may stay dense)
     ``share``       nothing: every layer keeps the same share of its full rank; to compare with
     ==============  ==================================================================================================
 

@@ -142,12 +142,12 @@ def compress(
     dense = copy.deepcopy(small)
     if goal == "speed":
         small = _channels_last(small, inputs)
-    at = inputs if goal == "speed" else None
+    at, whole = inputs if goal == "speed" else None, {layer.name: small.get_submodule(layer.name) for layer in layers}
     small, gains = _factorize(small, layers, rules, folds, at, measure, notes, seen)
     if not gains:
         small = dense
     elif goal == "size":
-        small = _keep_what_is_cheaper(small, dense, gains, inputs, notes)
+        small = _keep_what_is_cheaper(small, whole, count_macs(dense, inputs), gains, inputs, notes)
     elif measure and planner.fastest([dense, small], inputs) == 0:
         for name in gains:
             _note(notes, name, "put back: the whole model was measured to be no faster")
@@ -223,12 +223,12 @@ def _candidates(
 
 
 def _keep_what_is_cheaper(
-    small: nn.Module, dense: nn.Module, gains: dict, inputs: tuple, notes: dict[str, str]
+    small: nn.Module, whole: dict[str, nn.Module], before: dict, gains: dict, inputs: tuple, notes: dict[str, str]
 ) -> nn.Module:
-    """Put dense layers back whose factors need no fewer multiply-adds on the example inputs."""
-    macs, before = count_macs(small, inputs), count_macs(dense, inputs)
+    """Put the whole layers back whose factors need no fewer multiply-adds on the example inputs than before."""
+    macs = count_macs(small, inputs)
     for name in [name for name in gains if macs.get(name, 0) >= before.get(name, 0) > 0]:
-        small = replace(small, name, dense.get_submodule(name))
+        small = replace(small, name, whole[name])
         del gains[name]
         _note(notes, name, f"its factors need {macs[name]:,} multiply-adds, the dense layer {before[name]:,}")
     return small

@@ -225,6 +225,13 @@ def test_a_layer_with_several_names_is_one(tmp_path):
     assert report.params == 32 * 33 and put_back.tail is put_back.body[0][0]
 
 
+def test_a_layer_that_is_put_back_shares_its_weight_as_before():
+    model = nn.Sequential(*(nn.Conv2d(32, 32, 1, 2, bias=False) for _ in range(2)))
+    model[1].weight, x = model[0].weight, torch.randn(1, 32, 8, 8)
+    small, report = by_size(model, ck.ranks.fixed(12), (x,), fold="input")
+    assert "its factors need" in report.layers[0].reason and small[0].weight is small[1].weight
+
+
 def test_a_model_that_is_one_layer(tmp_path):
     torch.manual_seed(0)
     model, x = nn.Linear(32, 32), torch.randn(3, 32)

@@ -95,8 +95,7 @@ def compress(
     and for the shapes of the example inputs (:mod:`compaware_kernels.planner`): predicted by a model, or measured with
     ``measure=True``, which then also compares the whole model with the dense one and returns whichever is faster.
     Ranks are rounded up to a multiple of 8 where that is no larger than dense: it costs no time, and keeps no budget of
-    :func:`compaware_kernels.allocate`. 2-D convolutions get
-    channels_last weights where the model allows it.
+    :func:`compaware_kernels.allocate`. 2-D convolutions get channels_last weights where the model allows it.
 
     Args:
         model: any module; Linear, Conv1d, Conv2d and Conv3d are compressed, what else has weights is listed as skipped.
@@ -142,8 +141,8 @@ def compress(
     dense = copy.deepcopy(small)
     if goal == "speed":
         small = _channels_last(small, inputs)
-    at, whole = inputs if goal == "speed" else None, {layer.name: small.get_submodule(layer.name) for layer in layers}
-    small, gains = _factorize(small, layers, rules, folds, at, measure, notes, seen)
+    whole = {layer.name: small.get_submodule(layer.name) for layer in layers}
+    small, gains = _factorize(small, layers, rules, folds, inputs if goal == "speed" else None, measure, notes, seen)
     if not gains:
         small = dense
     elif goal == "size":

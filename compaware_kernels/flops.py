@@ -21,9 +21,7 @@ def count_macs(model: nn.Module, inputs: tuple) -> dict[str, int]:
         for module, training in modes.items():
             module.training = training
     root, first, macs = type(model).__name__, {}, {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        first.setdefault(module, name)
-    names = {name: first[module] for name, module in model.named_modules(remove_duplicate=False)}
+    names = {name: first.setdefault(module, name) for name, module in model.named_modules(remove_duplicate=False)}
     for key, ops in counter.get_flop_counts().items():
         if key.startswith(f"{root}."):
             name = key.removeprefix(f"{root}.")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import workloads
 
-from compaware_kernels.info import info
+from compaware_kernels.environment import info
 
 SLOW, VERY_SLOW = 1e3, 3.5e3  # ms: peers this slow run three times, or once
 SAMPLE = 1e-3  # s: calls that take less are repeated

@@ -31,7 +31,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import compaware_kernels as ck
-from compaware_kernels.info import info
+from compaware_kernels.environment import info
 
 ROOT = Path(__file__).parents[1]
 LINEAR = r"encoder\.encoder\..*\.(query|key|value|dense)"

@@ -16,8 +16,8 @@ from rich.progress import Progress
 from torch import Tensor
 
 import compaware_kernels as ck
-from compaware_kernels.pages import machine
-from compaware_kernels.tables import text_table
+from compaware_kernels._utils.tables import text_table
+from compaware_kernels.environment import machine
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = (0.8, 0.65, 0.5)

@@ -17,13 +17,13 @@ import typer
 from rich.progress import Progress
 
 from compaware_kernels import compress, low_rank, ranks
+from compaware_kernels._utils.tables import text_table
+from compaware_kernels.environment import machine
 from compaware_kernels.layers import low_rank_type
-from compaware_kernels.pages import machine
 from compaware_kernels.study import arms, fit
 from compaware_kernels.study.config import Config, Key
 from compaware_kernels.study.data import Source, load
 from compaware_kernels.surgery import replace
-from compaware_kernels.tables import text_table
 
 ROOT = Path(__file__).parents[1]
 RULE, STRENGTH, SHARE = "energy:0.98", 30.0, 0.2

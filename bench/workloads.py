@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from compaware_kernels.info import info
+from compaware_kernels.environment import info
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LARGEST = 300.0  # singular value, in units of tau

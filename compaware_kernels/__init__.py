@@ -7,10 +7,10 @@ from . import _library, folds, lowrank_ops, ops, ranks, triton
 from .budgets import allocate
 from .checkpoint import CheckpointError, load, save
 from .compress import CompressReport, LayerReport, compress
+from .environment import info
 from .fuse import fuse
 from .gpu import verdicts
 from .inference import lowrank_conv2d, lowrank_linear
-from .info import info
 from .layers import (
     LowRankConv1d,
     LowRankConv2d,

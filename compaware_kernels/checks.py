@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import ops
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from ._utils.dtypes import DTYPES, compute_dtype
 
 
 def checked(W: Tensor, tau: float | Tensor, what: str = "tau") -> tuple[Tensor, Tensor]:
@@ -73,7 +71,7 @@ def _clearly_finite(weights: Sequence[Tensor]) -> bool:
 
 
 def checked_tau(tau: float | Tensor, W: Tensor, what: str = "tau") -> Tensor:
-    t = torch.as_tensor(tau, dtype=ops.compute_dtype(W.dtype), device=W.device)
+    t = torch.as_tensor(tau, dtype=compute_dtype(W.dtype), device=W.device)
     if t.ndim and t.shape != W.shape[:-2]:
         raise ValueError(f"{what}: wanted one number, or shape {list(W.shape[:-2])}; got shape {list(t.shape)}")
     check_values(t, what)

@@ -21,10 +21,10 @@ from torch import nn
 from . import checkpoint, ranks
 from . import compress as compress_model
 from . import info as gather_info
-from .files import write_text
+from ._utils.atomic_write import write_text
+from ._utils.tables import text_table
 from .gpu import verdicts
 from .study import Stopped
-from .tables import text_table
 
 app = typer.Typer(
     help="Compression-aware training: networks that become low-rank while they learn, and then run small.",

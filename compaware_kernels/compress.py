@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import planner
 from . import ranks as rank_rules
+from ._utils.tables import text_table
 from .calibration import Calibration
 from .factorize import singular_values
 from .flops import count_macs
@@ -19,7 +20,6 @@ from .graphs import same_outputs
 from .layers import low_rank_type, why_dense
 from .neurons import remove_dead_neurons
 from .surgery import replace, to_channels_last
-from .tables import text_table
 from .wrappers import bare
 
 RankRule = Callable[[Tensor], int]

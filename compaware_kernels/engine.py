@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from . import dense, small
+from ._utils.dtypes import compute_dtype
 from .certificate import in_range, norms, storage, unit_roundoff
 from .checks import check_finite
 from .gpu import engine as gpu
-from .ops import compute_dtype
 from .products import ROWS, product
 from .report import SvtInfo
 from .rows import Rows

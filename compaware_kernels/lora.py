@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ._utils.dtypes import compute_dtype
+from ._utils.tables import text_table
 from .compress import RankRule
 from .factorize import factors
 from .folds import CONVS, require_matches, to_matrix
-from .ops import compute_dtype
 from .ranks import break_even
-from .tables import text_table
 from .wrappers import bare
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

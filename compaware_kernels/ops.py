@@ -17,13 +17,9 @@ import torch
 from torch import Tensor
 
 from . import spectral_grad
+from ._utils.dtypes import compute_dtype
 
-__all__ = ["compute_dtype", "schemas"]
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype an op computes in: fp32 for fp16 and bf16, otherwise the dtype itself."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+__all__ = ["schemas"]
 
 
 def _promote(W: Tensor, *taus: Tensor) -> tuple[Tensor, ...]:

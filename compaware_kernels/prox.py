@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from . import certificate, engine, folds, ops
+from ._utils.dtypes import compute_dtype
 from .checks import check_center, checked, checked_list, checked_tau
 from .gpu import engine as gpu
 from .report import SvtInfo
@@ -423,7 +424,7 @@ def _svt_info(s: Tensor, W: Tensor, tau: Tensor, name: str | None = None) -> Svt
     k, s64 = min(m, n), s.double()
     norm_P = s64.square().sum(-1).sqrt()
     norm_W = norm_P + tau.double() * k**0.5  # every discarded singular value is at most tau
-    bound = certificate.svd_loss(ops.compute_dtype(W.dtype), m, n) * norm_W + torch.finfo(W.dtype).eps * norm_P
+    bound = certificate.svd_loss(compute_dtype(W.dtype), m, n) * norm_W + torch.finfo(W.dtype).eps * norm_P
     if W.dtype != torch.float64:  # subnormals round absolutely
         bound = bound + (m * n) ** 0.5 * torch.finfo(W.dtype).smallest_normal * torch.finfo(W.dtype).eps
     return SvtInfo(rank=(s > 0).sum(-1), s=s, error_bound=bound, name=name)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ops import compute_dtype
+from ._utils.dtypes import compute_dtype
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ._utils.dtypes import compute_dtype
 from .folds import to_matrix
-from .ops import compute_dtype
 from .rows import Rows
 
 T = TypeVar("T")

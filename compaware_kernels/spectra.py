@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ._utils.tables import text_table
 from .factorize import singular_values
 from .folds import to_matrix
 from .ranks import numerical_rank
 from .shards import local, shards_of
-from .tables import text_table
 
 
 @dataclass(frozen=True)

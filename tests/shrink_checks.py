@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from compaware_kernels import ops
+from compaware_kernels._utils.dtypes import compute_dtype
 
 OPS = {"soft_threshold": 1, "group_shrink": 1, "sparse_group_shrink": 2}  # name: number of thresholds
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -44,7 +45,7 @@ def thresholds(count, batch, dtype=torch.float64, device="cpu", seed=1):
 
 def assert_as_good(got, name, W, taus):
     """The error against the fp64 truth is at most twice what plain PyTorch loses in W's dtype, plus rounding."""
-    compute = ops.compute_dtype(W.dtype)
+    compute = compute_dtype(W.dtype)
     assert got.dtype == W.dtype and got.shape == W.shape and got.device == W.device
     if not W.numel():
         return
@@ -59,7 +60,7 @@ def check_values(name, dtype, device):
         for batch in {(), shape[:-2]}:
             for layout in LAYOUTS.values():
                 W = weight(shape, dtype, device)
-                taus = thresholds(OPS[name], batch, ops.compute_dtype(dtype), device)
+                taus = thresholds(OPS[name], batch, compute_dtype(dtype), device)
                 V = layout(W)
                 got = op(name)(V, *taus)
                 assert got.is_contiguous() and torch.equal(V, W), "input changed, or output not contiguous"
@@ -73,7 +74,7 @@ def check_tau_dtypes(name, device):
         W = weight((4, 9, 33), dtype, device)
         for tau_dtype in DTYPES:
             taus = thresholds(OPS[name], (4,), tau_dtype, device)
-            cast = [tau.to(ops.compute_dtype(dtype)) for tau in taus]
+            cast = [tau.to(compute_dtype(dtype)) for tau in taus]
             assert torch.equal(op(name)(W, *taus), op(name)(W, *cast))
 
 

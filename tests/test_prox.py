@@ -9,6 +9,7 @@ from torch.library import opcheck
 
 import compaware_kernels as ck
 from compaware_kernels import ops
+from compaware_kernels._utils.dtypes import compute_dtype
 
 PROX = {"svt": ck.svt, "group_shrink": ck.group_shrink, "soft_threshold": ck.soft_threshold}
 IN_PLACE = {"svt": ck.svt_, "group_shrink": ck.group_shrink_, "soft_threshold": ck.soft_threshold_}
@@ -17,7 +18,7 @@ FP64_LOSS = 1e-13  # relative to the largest entry; measured worst over all case
 
 def plain(name, W, tau):
     """What plain PyTorch gives in W's dtype (half types through fp32): the yardstick of every error bound."""
-    X = W.to(ops.compute_dtype(W.dtype))
+    X = W.to(compute_dtype(W.dtype))
     if name == "svt":
         U, s, Vh = torch.linalg.svd(X, full_matrices=False)
         return ((U * (s - tau).clamp_min(0)) @ Vh).to(W.dtype)
@@ -145,7 +146,7 @@ def test_in_place_equals_out_of_place(name, dtype):
     for W, P, stride in zip(weights, wanted, strides, strict=True):
         # svt_ and svt differ in route: 40 roundings of the dtype, of the largest entry; measured: 10
         half = torch.finfo(dtype).eps if dtype in (torch.float16, torch.bfloat16) else 0
-        torch.testing.assert_close(W, P, rtol=0, atol=40 * torch.finfo(ops.compute_dtype(dtype)).eps + half)
+        torch.testing.assert_close(W, P, rtol=0, atol=40 * torch.finfo(compute_dtype(dtype)).eps + half)
         assert W.stride() == stride
 
 
@@ -235,7 +236,7 @@ def test_gradients_in_half_precision_keep_the_dtype():
 def test_opcheck(name, dtype):
     op = getattr(torch.ops.compaware, name).default
     torch.manual_seed(0)
-    compute = ops.compute_dtype(dtype)
+    compute = compute_dtype(dtype)
     weights = [torch.randn(3, 4).to(dtype), torch.randn(2, 5, 3).to(dtype), torch.randn(4, 6).to(dtype).mT]
     given = {
         "weights": weights if name != "svt_" else [W.contiguous() for W in weights],

@@ -9,6 +9,7 @@ from torch.library import opcheck
 
 import compaware_kernels as ck
 from compaware_kernels import ops
+from compaware_kernels._utils.dtypes import compute_dtype
 
 svt = ops.differentiable_svt
 SMOOTH = {  # three singular values, none of them at TAU: there P is smooth
@@ -152,7 +153,7 @@ def test_derivatives_are_finite_everywhere_and_keep_the_dtype(spectrum, tau, dty
     for shape in ((6, 4), (4, 6), (5, 5)):
         W, G = (torch.from_numpy(matrix(shape, name)).to(dtype) for name in (spectrum, "half zeros"))
         W.requires_grad_()
-        P, s = svt(W, torch.tensor(tau, dtype=ops.compute_dtype(dtype)))
+        P, s = svt(W, torch.tensor(tau, dtype=compute_dtype(dtype)))
         (first,) = grad((P * G).sum() + s.square().sum(), W, create_graph=True)
         (second,) = grad((first * G).sum(), W)
         assert first.dtype == second.dtype == dtype and first.isfinite().all() and second.isfinite().all()

@@ -12,8 +12,9 @@ import torch
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
-from ..files import write_text
-from ..pages import log_axis, machine, svg
+from .._utils.atomic_write import write_text
+from .._utils.html import log_axis, svg
+from ..environment import machine
 from .experiment import ARMS, Need, Result, Run, need
 
 COLOURS = dict(zip(ARMS, ("#5b6b7b", "#d1495b"), strict=True))

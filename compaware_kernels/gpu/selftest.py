@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops, triton
+from .._utils.dtypes import compute_dtype
 from . import kernels, verdicts
 
 TIMEOUT = 1200  # seconds that a family may take; Triton compiles for minutes, the first time
@@ -168,7 +169,7 @@ def _neurons(dtype: torch.dtype, device: torch.device) -> Case:
 def _as_good(got: Tensor, truth: Tensor, plain: Tensor) -> float:
     """The largest error, over twice that of plain PyTorch and 8 ulps of the largest number, in the compute dtype."""
     error, lost = ((y.double() - truth).abs().max() for y in (got, plain))
-    return float(error / (2 * lost + 8 * torch.finfo(ops.compute_dtype(got.dtype)).eps * truth.abs().max()))
+    return float(error / (2 * lost + 8 * torch.finfo(compute_dtype(got.dtype)).eps * truth.abs().max()))
 
 
 # --- step -------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from ..tables import text_table
+from .._utils.tables import text_table
 from . import latency, report
 from .config import Config
 from .data import Source, load

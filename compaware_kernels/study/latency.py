@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoint, planner
+from ..environment import machine
 from ..fuse import fuse
-from ..pages import machine
 from .data import Source
 from .networks import build
 from .runs import Record, Study, read_json, write_json

@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..pages import log_axis
+from .._utils.html import log_axis
 from .arms import ARMS
 from .curves import Arms, Choice, curve, need, needs, sizes
 from .runs import Record

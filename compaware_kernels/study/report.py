@@ -10,8 +10,8 @@ from statistics import mean
 
 from jinja2 import Environment
 
-from ..files import write_text
-from ..pages import svg
+from .._utils.atomic_write import write_text
+from .._utils.html import svg
 from . import latency, plots
 from .arms import ARMS
 from .config import Config, Key

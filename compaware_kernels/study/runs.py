@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout  # torch needs it, too
 
+from .._utils.atomic_write import write_text
+from ..environment import machine
 from ..factorize import singular_values
-from ..files import write_text
 from ..folds import foldable_layers
-from ..pages import machine
 from . import Stopped
 from .config import Config, Key
 from .data import Source, load

@@ -32,6 +32,13 @@ def info() -> dict:
     }
 
 
+def machine() -> str:
+    """Processor, GPUs, threads and versions, for every figure."""
+    facts = info()
+    devices = ", ".join(dict.fromkeys(facts["devices"]))
+    return f"{devices}, {facts['threads']} thread(s), torch {facts['torch']}, Python {facts['python']}"
+
+
 def _body(name: str, key: str) -> str:
     if key == "CUDA" and name.removesuffix("_") in triton.KERNELS:  # the form in place calls the other
         return f"{REFERENCE}: {triton.missing()}" if triton.missing() else TRITON

@@ -1,4 +1,4 @@
-"""What HTML reports share: the machine, figures as SVG."""
+"""Figures of HTML reports as SVG, and their axes."""
 
 from __future__ import annotations
 
@@ -8,19 +8,10 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from .info import info
-
 # The salt makes the names in an SVG the same every time: a page made again from the same results is the same file.
 matplotlib.rcParams.update(
     {"svg.fonttype": "none", "svg.hashsalt": "compaware", "font.size": 11, "font.family": "sans-serif"}
 )
-
-
-def machine() -> str:
-    """Processor, GPUs, threads and versions, for every figure."""
-    facts = info()
-    devices = ", ".join(dict.fromkeys(facts["devices"]))
-    return f"{devices}, {facts['threads']} thread(s), torch {facts['torch']}, Python {facts['python']}"
 
 
 def log_axis(axis) -> None:

@@ -1,0 +1,1 @@
+"""Tables, files, figures and dtypes: what every room may use, and what knows none of them."""

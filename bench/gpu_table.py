@@ -25,7 +25,7 @@ import workloads  # noqa: E402
 from compaware_kernels.gpu.plan import Plan  # noqa: E402
 from compaware_kernels.gpu.sizes import SMALL_BYTES, width  # noqa: E402
 from compaware_kernels.gpu.step import COLUMNS, FEW_COLUMNS  # noqa: E402
-from compaware_kernels.triton.lowrank import TILES  # noqa: E402
+from compaware_kernels.ops.triton_lowrank import TILES  # noqa: E402
 
 INTERPRETED = ("triton_interpreted.py", "triton_program.py", "gpu_step_emulated.py")
 EMULATED = (

@@ -13,7 +13,7 @@ from typing import Annotated, NamedTuple
 import typer
 from inference_layers import Layer
 
-from compaware_kernels.triton.lowrank import MAX_RANK, tile_for
+from compaware_kernels.ops.triton_lowrank import MAX_RANK, tile_for
 
 
 class Chip(NamedTuple):

@@ -13,12 +13,13 @@ from typing import NamedTuple
 import torch
 from roofline import CHIPS, DRAM_SHARE, L2_SHARE, PORT, STEP, TENSOR_SHARE, Chip
 
-from compaware_kernels.gpu import kernels, step
+from compaware_kernels.gpu import step
 from compaware_kernels.gpu.plan import Plan
 from compaware_kernels.gpu.program import TYPES, Product, Program
 from compaware_kernels.gpu.schedule import schedule
 from compaware_kernels.gpu.sizes import width
 from compaware_kernels.gpu.tables import PAIRS, PROBES, ROOT_PAIRS
+from compaware_kernels.ops import cuda_launcher
 
 
 class Gpu(NamedTuple):
@@ -98,13 +99,13 @@ def launches(plan: Plan) -> list[str | Program]:
     """What a step queues, in order."""
     queued: list[str | Program] = []
     run = Program.run
-    token = kernels.instead.set(lambda kernel, *_: queued.append(kernel))
+    token = cuda_launcher.instead.set(lambda kernel, *_: queued.append(kernel))
     Program.run = lambda program, counters: queued.append(program) if program.tiles else None
     try:
         step.run(plan, 1e-3)
     finally:
         Program.run = run
-        kernels.instead.reset(token)
+        cuda_launcher.instead.reset(token)
     return queued
 
 

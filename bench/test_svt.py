@@ -15,7 +15,7 @@ import workloads
 from sklearn.utils.extmath import randomized_svd
 
 import compaware_kernels as ck
-from compaware_kernels.products import product
+from compaware_kernels.ops.linalg import product
 
 TAU = 1.0
 

@@ -3,13 +3,12 @@
 weights --prox--> shrunk weights --ranks--> ranks --factorize--> two small weights --layers--> inference
 """
 
-from . import _library, folds, lowrank_ops, ops, ranks, triton
+from . import folds, ranks, svt_op
 from .budgets import allocate
 from .checkpoint import CheckpointError, load, save
 from .compress import CompressReport, LayerReport, compress
 from .environment import info
 from .fuse import fuse
-from .gpu import verdicts
 from .inference import lowrank_conv2d, lowrank_linear
 from .layers import (
     LowRankConv1d,
@@ -22,6 +21,7 @@ from .layers import (
 )
 from .leaving import to_dense, to_plain
 from .lora import LoraReport, export_lora
+from .ops import backends, library, quarantine
 from .prox import (
     SvtInfo,
     group_shrink,
@@ -42,8 +42,8 @@ from .training import ProximalStep
 
 __version__ = "0.1.0"
 
-triton.register()
-verdicts.replace_shrink()
+backends.register()
+quarantine.replace_shrink()
 
 __all__ = [
     "CheckpointError", "CompressReport", "LayerReport", "LoraReport", "LowRankConv1d", "LowRankConv2d", "LowRankConv3d",

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from . import ranks
 from .calibration import Calibration
-from .checks import check_finite
 from .factorize import singular_values
 from .flops import count_macs
 from .folds import foldable_layers, row_axes
 from .layers import low_rank_type, why_dense
+from .ops.validation import check_finite
 from .surgery import replace
 from .wrappers import bare
 

@@ -23,7 +23,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .products import inner, times
+from .ops.linalg import inner, times
 from .rows import Rows
 
 PROBES = 12

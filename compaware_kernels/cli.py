@@ -23,7 +23,7 @@ from . import compress as compress_model
 from . import info as gather_info
 from ._utils.atomic_write import write_text
 from ._utils.tables import text_table
-from .gpu import verdicts
+from .ops import quarantine
 from .study import Stopped
 
 app = typer.Typer(
@@ -114,7 +114,7 @@ def info(
     """Say which kernel runs which op here, and why."""
     if selftest:
         raise typer.Exit(_selftest())
-    facts = gather_info() | {"self-test": verdicts.about()}
+    facts = gather_info() | {"self-test": quarantine.about()}
     if as_json:
         print(json.dumps(facts, indent=1))
         return

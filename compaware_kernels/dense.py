@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .certificate import NOT_ZERO, PROBES, in_range, norm_from_norm, norm_from_probes, svd_loss, unit_roundoff
-from .products import product
+from .ops.linalg import product
 from .rows import Rows
 from .spectral import SoftThreshold, Spectral
 

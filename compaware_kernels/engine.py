@@ -27,9 +27,9 @@ from torch import Tensor
 from . import dense, small
 from ._utils.dtypes import compute_dtype
 from .certificate import in_range, norms, storage, unit_roundoff
-from .checks import check_finite
 from .gpu import engine as gpu
-from .products import ROWS, product
+from .ops.linalg import ROWS, product
+from .ops.validation import check_finite
 from .report import SvtInfo
 from .rows import Rows
 from .shards import Shards

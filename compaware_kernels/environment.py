@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from . import _library, lowrank_ops, ops, triton
-from .gpu import kernels
+from .ops import backends, cuda_launcher, library
 
 KERNEL, TRITON, REFERENCE = "C++ kernel", "Triton kernel", "reference (plain PyTorch)"
 
@@ -24,11 +23,11 @@ def info() -> dict:
         "python": platform.python_version(),
         "devices": _devices(),
         "threads": torch.get_num_threads(),
-        "build": _library.build(),
-        "library": _library.missing or str(_library.PATH),
-        "CUDA C++ kernels": kernels.about(),
-        "Triton kernels": triton.missing() or f"Triton {version('triton')}",
-        "ops": {name: {key: _body(name, key) for key in ("CPU", "CUDA")} for name in ops.schemas | lowrank_ops.schemas},
+        "build": library.build(),
+        "library": library.missing or str(library.PATH),
+        "CUDA C++ kernels": cuda_launcher.about(),
+        "Triton kernels": backends.missing() or f"Triton {version('triton')}",
+        "ops": {name: {key: _body(name, key) for key in ("CPU", "CUDA")} for name in backends.OPS},
     }
 
 
@@ -40,8 +39,8 @@ def machine() -> str:
 
 
 def _body(name: str, key: str) -> str:
-    if key == "CUDA" and name.removesuffix("_") in triton.KERNELS:  # the form in place calls the other
-        return f"{REFERENCE}: {triton.missing()}" if triton.missing() else TRITON
+    if key == "CUDA" and name.removesuffix("_") in backends.KERNELS:  # the form in place calls the other
+        return f"{REFERENCE}: {backends.missing()}" if backends.missing() else TRITON
     # The reference body is registered for the alias CompositeExplicitAutograd: the key itself stays free.
     registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"compaware::{name}", key)
     return KERNEL if registered else REFERENCE

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _library, lowrank_ops, triton
+from .ops import backends, library, lowrank
 
 # Below these the CPU kernel was slower than two convolutions of torch, by up to a third: its columns count in sixteens,
 # and every tap costs something (AMD EPYC with AVX-512, 1 thread, 3 to 32 channels, ranks 8 and 16, 56 x 56).
@@ -68,7 +68,7 @@ def lowrank_conv2d(
 
     Source: Alvarez & Salzmann, NIPS 2017 (fold ``paper``); :mod:`compaware_kernels.folds` has the others'.
     """
-    lowrank_ops.check(activation, fold)
+    lowrank.check(activation, fold)
     _refuse_forward_mode()
     stride, padding, dilation = ([v, v] if isinstance(v, int) else list(v) for v in (stride, padding, dilation))
     return torch.ops.compaware.lowrank_conv2d(
@@ -101,7 +101,7 @@ def lowrank_linear(
         RuntimeError: shapes or dtypes that do not fit each other.
         NotImplementedError: forward-mode derivatives.
     """
-    lowrank_ops.check(activation)
+    lowrank.check(activation)
     _refuse_forward_mode()
     return torch.ops.compaware.lowrank_linear(x, V, U, bias, residual, packed, activation)
 
@@ -122,9 +122,9 @@ def why_two_step(x: Tensor, V: Tensor, U: Tensor, groups: int = 1, fold: str = "
     if V.ndim == 4 and fold != "paper":
         return f"the second factor of fold {fold} is no 1 x 1"
     if x.is_cuda:
-        return triton.missing() or triton.why_not(x, V, U, groups, fold)
-    if not x.is_cpu or _library.missing:
-        return f"no kernel for {x.device.type}" if not x.is_cpu else f"C++ library: {_library.missing}"
+        return backends.missing() or backends.why_not(x, V, U, groups, fold)
+    if not x.is_cpu or library.missing:
+        return f"no kernel for {x.device.type}" if not x.is_cpu else f"C++ library: {library.missing}"
     if torch.is_autocast_enabled("cpu"):
         return "autocast: the CPU kernel is for fp32"
     if x.dtype != torch.float32 or V.dtype != torch.float32:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .inference import why_two_step
-from .lowrank_ops import ACTIVATIONS, lowrank_pack
+from .ops.lowrank import ACTIVATIONS, lowrank_pack
 from .surgery import is_plain
 
 MODULES = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "gelu": nn.GELU}  # of the fused activations

@@ -24,10 +24,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import certificate, engine, folds, ops
+from . import certificate, engine, folds
 from ._utils.dtypes import compute_dtype
-from .checks import check_center, checked, checked_list, checked_tau
 from .gpu import engine as gpu
+from .ops.svt import differentiable_svt
+from .ops.validation import check_center, checked, checked_list, checked_tau
 from .report import SvtInfo
 from .shards import agreed, column_groups, device_of, groups_of, local, placed, shards_of, shrink_rows_
 from .spectral import SoftThreshold, Truncate, WeightedThreshold
@@ -53,7 +54,7 @@ def svt(W: Tensor, tau: float | Tensor, *, return_info: bool = False) -> Tensor 
     Source: Cai, Candes & Shen, SIAM J. Optim. 20(4), 2010, theorem 2.1; Alvarez & Salzmann, NIPS 2017, 3.2.
     """
     W, tau = checked(W, tau)
-    P, s = ops.differentiable_svt(W, tau)
+    P, s = differentiable_svt(W, tau)
     return (P, _svt_info(s.detach(), W, tau.detach())) if return_info else P
 
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .certificate import Sketch, norm_from_log, sketch_triplets
-from .products import COLUMNS, inner, product, times, without
+from .ops.linalg import COLUMNS, inner, product, times, without
 from .rows import Rows
 
 SPARE = 8  # right singular vectors kept beyond the rank: they follow the top of what is left out

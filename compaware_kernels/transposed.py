@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .folds import row_axes
 from .low_rank_conv import LowRankConv
-from .lowrank_ops import ACTIVATIONS
+from .ops.lowrank import ACTIVATIONS
 
 
 class _LowRankConvTranspose(LowRankConv):

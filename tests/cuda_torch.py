@@ -8,13 +8,12 @@ import ctypes
 import torch
 
 import compaware_kernels as ck
-from compaware_kernels import _library
-from compaware_kernels.gpu import kernels
+from compaware_kernels.ops import cuda_launcher, library
 
 OPS = ("soft_threshold", "group_shrink", "sparse_group_shrink")
 
 
-def error_of(launcher: kernels.Built, kernel: str) -> str:
+def error_of(launcher: cuda_launcher.Built, kernel: str) -> str:
     try:
         launcher(kernel, 1, 32, 0, 0, 0, [0])
     except RuntimeError as error:
@@ -24,8 +23,8 @@ def error_of(launcher: kernels.Built, kernel: str) -> str:
 
 def main() -> None:
     assert torch.version.cuda, f"torch {torch.__version__} was built without CUDA"
-    assert not _library.missing, _library.missing
-    assert not kernels.Built.why_not(), kernels.Built.why_not()
+    assert not library.missing, library.missing
+    assert not cuda_launcher.Built.why_not(), cuda_launcher.Built.why_not()
     for op, where in ck.info()["ops"].items():
         assert op.removesuffix("_") not in OPS or set(where.values()) == {"C++ kernel"}, f"{op}: {where}"
     W = torch.randn(5, 40)
@@ -33,12 +32,12 @@ def main() -> None:
     assert torch.allclose(ck.group_shrink(W, 6.0), wanted, atol=1e-6)
 
     # Looked for in the library and in what it brings: where its own weak reference has been looked for.
-    assert ctypes.CDLL(str(_library.PATH)).aoti_torch_get_current_cuda_stream
-    launcher = kernels.Built(0)
+    assert ctypes.CDLL(str(library.PATH)).aoti_torch_get_current_cuda_stream
+    launcher = cuda_launcher.Built(0)
     assert error_of(launcher, "ck_absent") == "not launched: no kernel is called ck_absent"
     found = error_of(launcher, "ck_finish")
     assert torch.cuda.is_available() or "not launched: ck_finish: " in found, found
-    print(f"torch {torch.__version__}: {_library.PATH.name} works; {found or 'the kernels run'}")
+    print(f"torch {torch.__version__}: {library.PATH.name} works; {found or 'the kernels run'}")
 
 
 if __name__ == "__main__":

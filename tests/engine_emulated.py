@@ -6,7 +6,8 @@ import pytest
 import torch
 import triton_sim
 
-from compaware_kernels.gpu import kernels, program
+from compaware_kernels.gpu import program
+from compaware_kernels.ops import cuda_launcher
 
 
 @pytest.fixture(autouse=True)
@@ -19,10 +20,10 @@ def emulated(monkeypatch):
             run(self, counters)
 
     monkeypatch.setattr(program.Program, "run", interpreted)
-    token = kernels.instead.set(lambda kernel, grid, block, shared, device, stream, numbers:
+    token = cuda_launcher.instead.set(lambda kernel, grid, block, shared, device, stream, numbers:
                                 emulator.launch(kernel, grid, block, shared, numbers))  # fmt: skip
     yield
-    kernels.instead.reset(token)
+    cuda_launcher.instead.reset(token)
 
 
 def test_values():

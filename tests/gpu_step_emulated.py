@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import compaware_kernels as ck
-from compaware_kernels.gpu import kernels, plan
+from compaware_kernels.gpu import plan
+from compaware_kernels.ops import cuda_launcher
 
 TOL, TAU = 1e-3, 1.0
 LAUNCHES = ["ck_begin", "ck_small", "program", "ck_orth", "program", "ck_orth", "program", "ck_ritz", "program",
@@ -35,10 +36,10 @@ def on_cpu(monkeypatch):
         with triton_sim.register(*self.tensors):
             run(self, counters)
 
-    token = kernels.instead.set(launch)
+    token = cuda_launcher.instead.set(launch)
     monkeypatch.setattr(plan.Program, "run", program)
     yield
-    kernels.instead.reset(token)
+    cuda_launcher.instead.reset(token)
 
 
 def network(call=0, dtype=torch.float32):

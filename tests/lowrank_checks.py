@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import compaware_kernels as ck
-from compaware_kernels import lowrank_ops
+from compaware_kernels.ops import lowrank
 
 # x [N, C, H, W], O outputs, rank r per group, kernel; and the geometry where it is not torch's default.
 CONV = {
@@ -117,12 +117,12 @@ def truth_linear(x, V, U, bias=None, *, residual=None, activation="none"):
 def reference_conv2d(x, V, U, bias=None, *, residual=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1,
                      fold="paper", activation="none"):  # fmt: skip
     """Two steps of plain PyTorch."""
-    body = lowrank_ops.lowrank_conv2d._init_fn
+    body = lowrank.lowrank_conv2d._init_fn
     return body(x, V, U, bias, residual, None, stride, padding, dilation, groups, fold, activation)
 
 
 def reference_linear(x, V, U, bias=None, *, residual=None, activation="none"):
-    return lowrank_ops.lowrank_linear._init_fn(x, V, U, bias, residual, None, activation)
+    return lowrank.lowrank_linear._init_fn(x, V, U, bias, residual, None, activation)
 
 
 def assert_as_good(got, truth, reference, label=""):

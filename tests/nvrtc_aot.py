@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from compaware_kernels.gpu.kernels import OPTIONS
+from compaware_kernels.ops.cuda_launcher import OPTIONS
 
 CSRC = Path(__file__).parents[1] / "csrc"
 ALL = '#include "kernels.cuh"'

@@ -19,13 +19,13 @@ def shrink(planted: bool) -> None:
 
     path = shrink_emulated.library()
     load, torch.ops.load_library = torch.ops.load_library, lambda path: None
-    from compaware_kernels import ops
+    from compaware_kernels.ops import shrinkage
 
     load(path)
     if planted:
         library = torch.library.Library("compaware", "IMPL")
-        library.impl("soft_threshold", wrong(ops.soft_threshold._init_fn), "CPU", allow_override=True)
-        ops.planted = library  # lives as long
+        library.impl("soft_threshold", wrong(shrinkage.soft_threshold._init_fn), "CPU", allow_override=True)
+        shrinkage.planted = library  # lives as long
 
 
 def wrong(body):
@@ -41,7 +41,8 @@ def step(planted: bool) -> None:
     import emulator
     import triton_sim
 
-    from compaware_kernels.gpu import kernels, program
+    from compaware_kernels.gpu import program
+    from compaware_kernels.ops import cuda_launcher
 
     run, multiply = program.Program.run, program.Program.multiply
 
@@ -56,18 +57,18 @@ def step(planted: bool) -> None:
             self.first[0, 0] += 1
 
     program.Program.run, program.Program.multiply = interpreted, listed
-    kernels.instead.set(lambda kernel, grid, block, shared, device, stream, numbers:
+    cuda_launcher.instead.set(lambda kernel, grid, block, shared, device, stream, numbers:
                         emulator.launch(kernel, grid, block, shared, numbers))  # fmt: skip
 
 
 def low_rank(planted: bool) -> None:
     import triton_sim  # noqa: F401
 
-    from compaware_kernels.triton import lowrank
+    from compaware_kernels.ops import triton_lowrank
 
-    lowrank._multiprocessors = lambda device: 1
+    triton_lowrank._multiprocessors = lambda device: 1
     if planted:
-        lowrank.lowrank_linear = wrong(lowrank.lowrank_linear)
+        triton_lowrank.lowrank_linear = wrong(triton_lowrank.lowrank_linear)
 
 
 def main(family: str, pattern: str = "*", planted: str = "") -> None:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from compaware_kernels import ops
 from compaware_kernels._utils.dtypes import compute_dtype
+from compaware_kernels.ops import shrinkage
 
 OPS = {"soft_threshold": 1, "group_shrink": 1, "sparse_group_shrink": 2}  # name: number of thresholds
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -26,7 +26,7 @@ def op(name):
 
 
 def reference(name):
-    return getattr(ops, name)._init_fn
+    return getattr(shrinkage, name)._init_fn
 
 
 def weight(shape, dtype, device, seed=0):

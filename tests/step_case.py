@@ -10,7 +10,8 @@ from emulator import Launch
 from torch import Tensor
 
 from compaware_kernels import certificate
-from compaware_kernels.gpu import kernels, plan, program, step, subspace, tables
+from compaware_kernels.gpu import plan, program, step, subspace, tables
+from compaware_kernels.ops import cuda_launcher
 
 TOL, SEED, CALL = 1e-3, 11, 5
 FACTOR = certificate._factor(tables.PROBES)
@@ -42,9 +43,9 @@ def on_emulator(kernel, grid, block, shared, device, stream, numbers) -> None:
 
 @contextmanager
 def launched_by(launcher):
-    token = kernels.instead.set(launcher)
+    token = cuda_launcher.instead.set(launcher)
     yield
-    kernels.instead.reset(token)
+    cuda_launcher.instead.reset(token)
 
 
 def sanitized(made: plan.Plan, sanitizer: str):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from compaware_kernels import _library
+from compaware_kernels.ops import library
 
 ROOT = Path(__file__).parents[1]
 
@@ -155,7 +155,7 @@ def test_a_library_that_does_not_load_is_logged_not_raised(tmp_path, caplog):
     broken = tmp_path / "_C.abi3.so"
     broken.write_text("not a library")
     with caplog.at_level(logging.WARNING, logger="compaware_kernels"):
-        reason = _library.load(broken)
+        reason = library.load(broken)
     assert "_C.abi3.so could not be loaded" in reason
     assert [record.levelname for record in caplog.records] == ["WARNING"] and reason in caplog.text
-    assert _library.load(tmp_path / "absent.so") == "not built"
+    assert library.load(tmp_path / "absent.so") == "not built"

@@ -13,10 +13,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import compaware_kernels as ck
-from compaware_kernels import triton
-from compaware_kernels.gpu import kernels
+from compaware_kernels.ops import backends, cuda_launcher
 
-missing = (triton.missing() or kernels.missing()) if torch.cuda.is_available() else "torch.cuda.is_available() is False"
+missing = (
+    (backends.missing() or cuda_launcher.missing())
+    if torch.cuda.is_available()
+    else "torch.cuda.is_available() is False"
+)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(missing), reason=missing)]
 DEVICE = "cuda:0"
 MOST_LAUNCHES = 16

@@ -6,9 +6,9 @@ import torch
 from lowrank_checks import ACTIVATIONS
 
 import compaware_kernels as ck
-from compaware_kernels import triton as triton_ops
+from compaware_kernels.ops import backends
 
-missing = triton_ops.missing() if torch.cuda.is_available() else "torch.cuda.is_available() is False"
+missing = backends.missing() if torch.cuda.is_available() else "torch.cuda.is_available() is False"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(missing), reason=missing)]
 DEVICE = "cuda"
 ARITHMETIC = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -57,9 +57,9 @@ def arguments(name, dtype=torch.bfloat16, activation="none"):
 
 
 def assert_fused(args):
-    from compaware_kernels.triton import lowrank
+    from compaware_kernels.ops import triton_lowrank
 
-    assert lowrank.why_not(args["x"], args["V"], args["U"]) == ""
+    assert triton_lowrank.why_not(args["x"], args["V"], args["U"]) == ""
 
 
 def check(args, label="", tf32=False):
@@ -93,9 +93,9 @@ def test_values(name, arithmetic, precision):
 @pytest.mark.parametrize("multiprocessors", [1, 10, 10_000])
 def test_every_tile(multiprocessors, arithmetic, precision, monkeypatch):
     """The launcher is told of other numbers of multiprocessors: it then takes other tiles."""
-    from compaware_kernels.triton import lowrank
+    from compaware_kernels.ops import triton_lowrank
 
-    monkeypatch.setattr(lowrank, "_multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(triton_lowrank, "_multiprocessors", lambda device: multiprocessors)
     precision("tf32" if arithmetic == "tf32" else "ieee")
     for name in CASES:
         check(arguments(name, ARITHMETIC[arithmetic]), name, arithmetic == "tf32")
@@ -144,7 +144,7 @@ def test_what_is_not_fused():
 
 def test_odd_channels_can_be_fused():
     """The kernel itself takes any; the op does not use it there, because every element is loaded on its own."""
-    from compaware_kernels.triton.lowrank import lowrank_conv2d
+    from compaware_kernels.ops.triton_lowrank import lowrank_conv2d
 
     args = checks.conv2d_case("3 x 3", "paper", dtype=torch.bfloat16, device=DEVICE)
     got = lowrank_conv2d(args["x"], args["V"], args["U"], args["bias"], padding=args["padding"])

@@ -12,7 +12,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import compaware_kernels as ck
-from compaware_kernels.gpu import kernels, tables
+from compaware_kernels.gpu import tables
+from compaware_kernels.ops import cuda_launcher
 
 pytest.importorskip("triton")
 from compaware_kernels.gpu import plan, step
@@ -33,9 +34,9 @@ def launches(weights, widths, monkeypatch) -> list[str]:
     """Of one step; nothing is computed."""
     found = []
     monkeypatch.setattr(plan.Program, "run", lambda self, counters: found.append("program"))
-    token = kernels.instead.set(lambda kernel, *rest: found.append(kernel))
+    token = cuda_launcher.instead.set(lambda kernel, *rest: found.append(kernel))
     step.run(plan.Plan(weights, widths), 1e-3)
-    kernels.instead.reset(token)
+    cuda_launcher.instead.reset(token)
     return found
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from compaware_kernels import _library
+from compaware_kernels.ops import library
 
-pytestmark = pytest.mark.skipif(bool(_library.missing), reason=f"no C++ kernel: {_library.missing}")
+pytestmark = pytest.mark.skipif(bool(library.missing), reason=f"no C++ kernel: {library.missing}")
 
 
 def check_values():

@@ -11,21 +11,20 @@ import pytest
 import torch
 from fake_cupy import FakeCupy
 
-from compaware_kernels import _library
-from compaware_kernels.gpu import kernels
+from compaware_kernels.ops import cuda_launcher, library
 
 FIRST, SECOND = (torch.device("cuda", i) for i in range(2))
 no_gpu = not torch.cuda.is_available()
 needs_nvrtc = pytest.mark.skipif(nvrtc_aot.nvrtc() is None, reason="nvidia-cuda-nvrtc is not installed")
-needs_built = pytest.mark.skipif(bool(kernels.Built.why_not()), reason=kernels.Built.why_not())
+needs_built = pytest.mark.skipif(bool(cuda_launcher.Built.why_not()), reason=cuda_launcher.Built.why_not())
 
 
 @pytest.fixture(autouse=True)
 def nothing_chosen_yet(monkeypatch):
     monkeypatch.delenv("COMPAWARE_CUDA", raising=False)
-    kernels._ready.cache_clear()
+    cuda_launcher._ready.cache_clear()
     yield
-    kernels._ready.cache_clear()
+    cuda_launcher._ready.cache_clear()
 
 
 @pytest.fixture
@@ -39,7 +38,7 @@ def gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
     streams = {i: SimpleNamespace(device_index=i, cuda_stream=0x1000 + i) for i in capabilities}
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[device.index])
-    monkeypatch.setattr(_library, "build", lambda: {"archs": ["80", "90a"]})
+    monkeypatch.setattr(library, "build", lambda: {"archs": ["80", "90a"]})
 
 
 @pytest.fixture
@@ -47,15 +46,15 @@ def cupy(monkeypatch, tmp_path):
     """CuPy, with nothing in its cache, and one kernel to compile."""
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
     for folder in ("core", "cuda"):
-        shutil.copytree(kernels.sources() / folder, tmp_path / "csrc" / folder)
+        shutil.copytree(cuda_launcher.sources() / folder, tmp_path / "csrc" / folder)
     (tmp_path / "csrc" / "cuda" / "kernels.cuh").write_text('#include "shrink.cuh"')
-    monkeypatch.setattr(kernels, "SOURCES", (tmp_path / "absent", tmp_path / "csrc"))
+    monkeypatch.setattr(cuda_launcher, "SOURCES", (tmp_path / "absent", tmp_path / "csrc"))
     return FakeCupy(monkeypatch)
 
 
 @pytest.fixture
 def without_library(monkeypatch):
-    monkeypatch.setattr(_library, "missing", "not built")
+    monkeypatch.setattr(library, "missing", "not built")
 
 
 @needs_nvrtc
@@ -64,9 +63,9 @@ def test_launch_by_cupy(gpus, cupy, without_library, older):
     if older:
         cupy.cuda.Stream, cupy.cuda.ExternalStream = None, cupy.ExternalStream
     x = torch.zeros(4, dtype=torch.float64)
-    assert kernels.missing(SECOND) == ""
-    kernels.launch("ck_shrink", 3, 256, 100_000, [x, 7, 0.5], SECOND)
-    kernels.launch("ck_shrink", 0, 256, 0, [x], SECOND)
+    assert cuda_launcher.missing(SECOND) == ""
+    cuda_launcher.launch("ck_shrink", 3, 256, 100_000, [x, 7, 0.5], SECOND)
+    cuda_launcher.launch("ck_shrink", 0, 256, 0, [x], SECOND)
     ((name, grid, block, arguments, shared, device, stream),) = cupy.log
     assert (name, grid, block, shared, device, stream) == ("ck_shrink", (3,), (256,), 100_000, 1, 0x1001)
     assert arguments == (x.data_ptr(), 7, 0.5)
@@ -76,71 +75,73 @@ def test_launch_by_cupy(gpus, cupy, without_library, older):
 @needs_nvrtc
 def test_what_is_compiled_is_kept(gpus, cupy, without_library, tmp_path, monkeypatch):
     for _ in range(2):  # as another process would find it
-        kernels._ready.cache_clear()
-        assert kernels.missing(SECOND) == ""
+        cuda_launcher._ready.cache_clear()
+        assert cuda_launcher.missing(SECOND) == ""
     assert len(cupy.compiled) == 1 and "-arch=sm_90" in cupy.compiled[0]
     assert not any("fast" in option or "ftz" in option for option in cupy.compiled[0])
-    csrc = shutil.copytree(kernels.sources(), tmp_path / "copy")
-    monkeypatch.setattr(kernels, "SOURCES", (csrc,))
-    assert kernels.compiled(90) == kernels.compiled(90) and len(cupy.compiled) == 1, "the same sources elsewhere"
+    csrc = shutil.copytree(cuda_launcher.sources(), tmp_path / "copy")
+    monkeypatch.setattr(cuda_launcher, "SOURCES", (csrc,))
+    assert cuda_launcher.compiled(90) == cuda_launcher.compiled(90) and len(cupy.compiled) == 1, (
+        "the same sources elsewhere"
+    )
     with open(csrc / "core" / "shrink.h", "a") as header:
         header.write("// changed\n")
-    assert kernels.compiled(90) and len(cupy.compiled) == 2
-    assert kernels.compiled(120) and len(cupy.compiled) == 3
+    assert cuda_launcher.compiled(90) and len(cupy.compiled) == 2
+    assert cuda_launcher.compiled(120) and len(cupy.compiled) == 3
     cupy.version = (13, 1)
-    assert kernels.compiled(90) and len(cupy.compiled) == 4
+    assert cuda_launcher.compiled(90) and len(cupy.compiled) == 4
     files = list((tmp_path / "cache").iterdir())
     assert len(files) == 4 and {file.suffix for file in files} == {".cubin"}, "nothing half written is left"
 
 
 @needs_nvrtc
 def test_why_nothing_can_be_launched(gpus, cupy, without_library, monkeypatch):
-    (kernels.sources() / "cuda" / "kernels.cuh").write_text("undeclared x;")
-    assert kernels.missing(SECOND).startswith("built: not built; nvrtc: NVRTC -std=c++17 -arch=sm_90")
+    (cuda_launcher.sources() / "cuda" / "kernels.cuh").write_text("undeclared x;")
+    assert cuda_launcher.missing(SECOND).startswith("built: not built; nvrtc: NVRTC -std=c++17 -arch=sm_90")
     with pytest.raises(RuntimeError, match=r'ck_shrink: built: not built; nvrtc: .*\n.*identifier "undeclared"'):
-        kernels.launch("ck_shrink", 1, 32, 0, [], SECOND)
+        cuda_launcher.launch("ck_shrink", 1, 32, 0, [], SECOND)
     assert len(cupy.compiled) == 1, "tried once"
-    monkeypatch.setattr(kernels, "SOURCES", ())
-    assert kernels.about()["nvrtc"] == "the package has no sources of the kernels"
+    monkeypatch.setattr(cuda_launcher, "SOURCES", ())
+    assert cuda_launcher.about()["nvrtc"] == "the package has no sources of the kernels"
 
 
 def test_which_way_is_taken(gpus, cupy, monkeypatch):
-    monkeypatch.setattr(_library, "missing", None)
-    monkeypatch.setattr(kernels.Built, "_library", lambda: SimpleNamespace(ck_launch=None))
-    folder = kernels.cache_folder()
-    assert kernels.about() == {
+    monkeypatch.setattr(library, "missing", None)
+    monkeypatch.setattr(cuda_launcher.Built, "_library", lambda: SimpleNamespace(ck_launch=None))
+    folder = cuda_launcher.cache_folder()
+    assert cuda_launcher.about() == {
         "built": "for sm_80, sm_90a",
         "nvrtc": f"NVRTC 13.0, CuPy 14.2.0, cache {folder}",
         "cuda:0": "nvrtc; not built: for sm_80, sm_90a; this GPU is sm_75",
         "cuda:1": "built",
     }
     monkeypatch.setenv("COMPAWARE_CUDA", "built")
-    assert kernels.missing() == kernels.missing(FIRST) == "built: for sm_80, sm_90a; this GPU is sm_75"
-    assert kernels.about()["cuda:0"].startswith("neither; not built")
+    assert cuda_launcher.missing() == cuda_launcher.missing(FIRST) == "built: for sm_80, sm_90a; this GPU is sm_75"
+    assert cuda_launcher.about()["cuda:0"].startswith("neither; not built")
     monkeypatch.setenv("COMPAWARE_CUDA", "nvrtc")
-    assert kernels.about()["cuda:1"] == "nvrtc"
+    assert cuda_launcher.about()["cuda:1"] == "nvrtc"
     monkeypatch.setenv("COMPAWARE_CUDA", "fast")
     with pytest.raises(ValueError, match="COMPAWARE_CUDA: wanted auto, built or nvrtc; got 'fast'"):
-        kernels.missing()
+        cuda_launcher.missing()
 
 
 def test_what_runs_what_was_built():
     runs = {"80": (80, 86, 90, 100, 120), "90a": (90,), "100": (100, 103, 120), "120": (120, 121)}
     for sm in (75, 80, 86, 90, 100, 103, 120, 121):
         for arch, those in runs.items():
-            assert kernels._runs(sm)(arch) == (sm in those or (arch.isdigit() and sm >= int(arch)))
-    assert not kernels._runs(75)("80") and not kernels._runs(100)("90a")
+            assert cuda_launcher._runs(sm)(arch) == (sm in those or (arch.isdigit() and sm >= int(arch)))
+    assert not cuda_launcher._runs(75)("80") and not cuda_launcher._runs(100)("90a")
 
 
 def test_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert kernels.missing() == "torch sees no CUDA device"
-    assert kernels.about()["taken"] == "neither: torch sees no CUDA device"
+    assert cuda_launcher.missing() == "torch sees no CUDA device"
+    assert cuda_launcher.about()["taken"] == "neither: torch sees no CUDA device"
 
 
 def test_numbers_become_eight_bytes():
-    pointers = kernels._cells([-1, 2**62, 0.5])
+    pointers = cuda_launcher._cells([-1, 2**62, 0.5])
     assert [ctypes.c_int64.from_address(pointers[i]).value for i in range(2)] == [-1, 2**62]
     assert ctypes.c_double.from_address(pointers[2]).value == 0.5
 
@@ -148,40 +149,40 @@ def test_numbers_become_eight_bytes():
 @needs_built
 def test_the_library_says_what_is_wrong(gpus, monkeypatch):
     monkeypatch.setenv("COMPAWARE_CUDA", "built")
-    assert kernels.missing(SECOND) == ""
+    assert cuda_launcher.missing(SECOND) == ""
     with pytest.raises(RuntimeError, match="not launched: no kernel is called ck_absent"):
-        kernels.launch("ck_absent", 1, 32, 0, [], SECOND)
+        cuda_launcher.launch("ck_absent", 1, 32, 0, [], SECOND)
     if no_gpu:
         with pytest.raises(RuntimeError, match="not launched: ck_shrink: CUDA driver version is insufficient"):
-            kernels.launch("ck_shrink", 1, 32, 0, [1], SECOND)
+            cuda_launcher.launch("ck_shrink", 1, 32, 0, [1], SECOND)
 
 
 @pytest.mark.skipif(bool(emulator.missing), reason=emulator.missing)
 def test_another_launcher():
     count = torch.zeros(1, dtype=torch.int32)
-    token = kernels.instead.set(lambda *launch: emulator.launch(*launch[:4], launch[-1]))
+    token = cuda_launcher.instead.set(lambda *launch: emulator.launch(*launch[:4], launch[-1]))
     try:
-        assert kernels.missing() == ""
-        kernels.launch("ck_planted_count", 3, 64, 0, [count, 0])
+        assert cuda_launcher.missing() == ""
+        cuda_launcher.launch("ck_planted_count", 3, 64, 0, [count, 0])
     finally:
-        kernels.instead.reset(token)
-    assert count.item() == 3 * 64 and kernels.missing()
+        cuda_launcher.instead.reset(token)
+    assert count.item() == 3 * 64 and cuda_launcher.missing()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(no_gpu, reason="torch.cuda.is_available() is False")
-@pytest.mark.parametrize("way", kernels.WAYS)
+@pytest.mark.parametrize("way", cuda_launcher.WAYS)
 def test_on_a_gpu(way, monkeypatch):
     """Behind what the current stream still has to do; the second time with much shared memory."""
     monkeypatch.setenv("COMPAWARE_CUDA", way)
-    if reason := kernels.missing():
+    if reason := cuda_launcher.missing():
         pytest.skip(reason)
     words = torch.ones(1000, dtype=torch.int32, device="cuda")
     with torch.cuda.stream(torch.cuda.Stream()):
         for shared in (0, 64 * 1024):
             torch.cuda._sleep(50_000_000)
             words.fill_(1)
-            kernels.launch("ck_begin", 1, 256, shared, [0, 0, 0, 0, 0, 0, 0, words, 999])
+            cuda_launcher.launch("ck_begin", 1, 256, shared, [0, 0, 0, 0, 0, 0, 0, words, 999])
             assert words.tolist() == [0] * 999 + [1]
     with pytest.raises(Exception, match=r"ck_absent|not found"):
-        kernels.launch("ck_absent", 1, 32, 0, [words])
+        cuda_launcher.launch("ck_absent", 1, 32, 0, [words])

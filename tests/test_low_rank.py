@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import compaware_kernels as ck
-from compaware_kernels import _library
 from compaware_kernels.folds import FOLDS
+from compaware_kernels.ops import library
 
-kernel = pytest.mark.skipif(bool(_library.missing), reason=f"no C++ kernel: {_library.missing}")
+kernel = pytest.mark.skipif(bool(library.missing), reason=f"no C++ kernel: {library.missing}")
 folds = pytest.mark.parametrize("fold", FOLDS)
 
 LAYERS = {  # dense layer, rank, input

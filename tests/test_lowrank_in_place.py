@@ -11,8 +11,8 @@ from test_lowrank_ops import CONV_ARGS, CONV_REFUSALS, LINEAR_ARGS, A, kernel, o
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from compaware_kernels import lowrank_ops
 from compaware_kernels.folds import FOLDS
+from compaware_kernels.ops import lowrank
 
 LAST = torch.channels_last
 RESIDUALS = {
@@ -84,7 +84,7 @@ def test_x_is_the_residual(case, layout, body):
     args["x"] = checks.values((1, 32, 21, 21), generator).float()  # several tiles of the kernel
     args["x"] = args["x"].contiguous(memory_format=layout)
     wanted = ops.lowrank_conv2d(*positional(args | {"residual": args["x"].clone()}, CONV_ARGS))
-    op = ops.lowrank_conv2d_ if body == "op" else lowrank_ops.lowrank_conv2d_._init_fn
+    op = ops.lowrank_conv2d_ if body == "op" else lowrank.lowrank_conv2d_._init_fn
     assert torch.equal(in_place(args | {"residual": args["x"]}, op), wanted)
 
 
@@ -147,7 +147,7 @@ def test_flops_are_those_of_two_convolutions(fold):
         geometry = (
             args.get(key, default) for key, default in CONV_ARGS.items() if key in ("stride", "padding", "dilation")
         )
-        first, second = lowrank_ops.parts(fold, *geometry)
+        first, second = lowrank.parts(fold, *geometry)
         groups = args.get("groups", 1)
 
         def two(x, V, U, first=first, second=second, groups=groups):

@@ -10,11 +10,11 @@ from lowrank_checks import ACTIVATIONS, CONV, LAYOUTS, LINEAR, conv2d_case, line
 from torch.library import opcheck
 
 import compaware_kernels as ck
-from compaware_kernels import _library
 from compaware_kernels.folds import FOLDS
+from compaware_kernels.ops import library
 
 ops = torch.ops.compaware
-kernel = pytest.mark.skipif(bool(_library.missing), reason=f"no C++ kernel: {_library.missing}")
+kernel = pytest.mark.skipif(bool(library.missing), reason=f"no C++ kernel: {library.missing}")
 dtypes = pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16), ids=str)
 folds = pytest.mark.parametrize("fold", FOLDS)
 

@@ -10,8 +10,7 @@ from shrink_checks import weight
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import compaware_kernels as ck
-from compaware_kernels import ops
-from compaware_kernels.gpu import kernels
+from compaware_kernels.ops import cuda_launcher, shrinkage
 
 needs_gpu = [
     pytest.mark.gpu,
@@ -31,7 +30,7 @@ def test_refusals(device):
 
 
 def test_reference(monkeypatch):
-    monkeypatch.setattr(torch.ops.compaware, "neuron_shrink_", ops.neuron_shrink_._init_fn)
+    monkeypatch.setattr(torch.ops.compaware, "neuron_shrink_", shrinkage.neuron_shrink_._init_fn)
     checks.neuron_values("cpu")
 
 
@@ -70,17 +69,17 @@ def test_public_refusals(biases, message):
 @pytest.fixture(params=DEVICES)
 def device(request):
     """On the CPU as on a GPU, without what only that could compute."""
-    token = kernels.instead.set(lambda *launch: None) if request.param == "cpu" else None
+    token = cuda_launcher.instead.set(lambda *launch: None) if request.param == "cpu" else None
     yield request.param
     if token:
-        kernels.instead.reset(token)
+        cuda_launcher.instead.reset(token)
 
 
 @contextmanager
 def plainly():
-    token = kernels.instead.set(None)
+    token = cuda_launcher.instead.set(None)
     yield
-    kernels.instead.reset(token)
+    cuda_launcher.instead.reset(token)
 
 
 def network(device):

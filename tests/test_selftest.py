@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 import compaware_kernels as ck
 from compaware_kernels import cli
-from compaware_kernels import triton as triton_ops
-from compaware_kernels.gpu import engine, kernels, selftest, verdicts
+from compaware_kernels.gpu import engine, selftest
+from compaware_kernels.ops import backends, cuda_launcher, quarantine
 
 LONG = "minutes: make gpu-check runs it"
 pytestmark = pytest.mark.skipif(not os.environ.get("COMPAWARE_LADDER"), reason=LONG)
@@ -28,10 +28,10 @@ def empty_cache(monkeypatch, tmp_path):
     """No verdicts before, none after."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("COMPAWARE_VERDICTS", raising=False)
-    verdicts.found.cache_clear()
+    quarantine.found.cache_clear()
     yield tmp_path
-    verdicts.found.cache_clear()
-    verdicts._put.clear()
+    quarantine.found.cache_clear()
+    quarantine._put.clear()
 
 
 def emulated(family, *arguments):
@@ -67,13 +67,13 @@ def test_a_wrong_kernel_fails_is_written_down_and_refused(family, pattern, wrong
     rows = emulated(family, pattern, "planted")
     assert {row.name for row in rows if row.failed} == wrong, rows
     assert all(row.failed.startswith(("error", "AssertionError")) for row in rows if row.failed), rows
-    assert verdicts.refused(family, CPU) == ""
+    assert quarantine.refused(family, CPU) == ""
     file = selftest.record(CPU, rows)
     assert file.parent == empty_cache / "compaware" and list(file.parent.iterdir()) == [file]
-    assert next(iter(wrong)) in verdicts.refused(family, CPU)
-    assert "failed" in verdicts.about()["cpu"]
+    assert next(iter(wrong)) in quarantine.refused(family, CPU)
+    assert "failed" in quarantine.about()["cpu"]
     selftest.record(CPU, [row for row in rows if not row.failed] or [rows[0]._replace(failed="")])
-    assert verdicts.refused(family, CPU) == "" and verdicts.about() == {"cpu": "all passed"}
+    assert quarantine.refused(family, CPU) == "" and quarantine.about() == {"cpu": "all passed"}
 
 
 def failing(family):
@@ -83,7 +83,7 @@ def failing(family):
 def test_the_step_is_refused(caplog):
     pytest.importorskip("triton")
     weights, functions = [torch.randn(4, 5)], [engine.SoftThreshold(1.0)]
-    token = kernels.instead.set(lambda *launch: pytest.fail("launched"))
+    token = cuda_launcher.instead.set(lambda *launch: pytest.fail("launched"))
     try:
         assert engine.takes(weights, functions, True)
         failing("step")
@@ -91,16 +91,16 @@ def test_the_step_is_refused(caplog):
             assert not engine.takes(weights, functions, True)
         ck.svt_(weights, 1.0)
     finally:
-        kernels.instead.reset(token)
+        cuda_launcher.instead.reset(token)
     assert len([r for r in caplog.records if "failed the self-test here (case: error 3" in r.message]) == 1
 
 
 def test_the_fused_low_rank_kernel_is_refused():
     pytest.importorskip("triton")
     x, V, U = torch.randn(4, 16), torch.randn(8, 16), torch.randn(16, 8)
-    before = triton_ops.why_not(x, V, U)
+    before = backends.why_not(x, V, U)
     failing("low rank")
-    assert triton_ops.why_not(x, V, U) != before and "low rank kernels failed" in triton_ops.why_not(x, V, U)
+    assert backends.why_not(x, V, U) != before and "low rank kernels failed" in backends.why_not(x, V, U)
 
 
 def test_shrink_is_replaced(caplog):
@@ -109,13 +109,13 @@ def test_shrink_is_replaced(caplog):
     assert "shrink kernels: plain PyTorch instead" in caplog.text
     script = """if True:
         import torch
-        from compaware_kernels import ops
+        from compaware_kernels.ops import shrinkage
         from compaware_kernels.gpu import verdicts
         assert verdicts._put
         verdicts._put.clear()
         called = []
         for name in [*(name + end for name in verdicts.SHRINK_OPS for end in ("", "_")), "neuron_shrink_"]:
-            op = getattr(ops, name)
+            op = getattr(shrinkage, name)
             op._init_fn = lambda *args, body=op._init_fn, name=name: called.append(name) or body(*args)
         verdicts.replace_shrink("CPU")
         W, tau = torch.randn(3, 4), torch.tensor(0.5)
@@ -134,24 +134,24 @@ def test_shrink_is_replaced(caplog):
 
 def test_verdicts_can_be_ignored(monkeypatch):
     failing("step")
-    assert verdicts.refused("step", CPU)
-    verdicts.found.cache_clear()
+    assert quarantine.refused("step", CPU)
+    quarantine.found.cache_clear()
     monkeypatch.setenv("COMPAWARE_VERDICTS", "ignore")
-    assert not verdicts.refused("step", CPU)
+    assert not quarantine.refused("step", CPU)
 
 
 def test_other_code_needs_another_test(monkeypatch):
     failing("step")
-    monkeypatch.setattr(verdicts, "_code", lambda: "of another version")
-    verdicts.found.cache_clear()
-    assert verdicts.refused("step", CPU) == ""
+    monkeypatch.setattr(quarantine, "_code", lambda: "of another version")
+    quarantine.found.cache_clear()
+    assert quarantine.refused("step", CPU) == ""
 
 
 def test_a_damaged_file_says_nothing():
     failing("step")
-    verdicts._file().write_text("{")
-    verdicts.found.cache_clear()
-    assert verdicts.refused("step", CPU) == ""
+    quarantine._file().write_text("{")
+    quarantine.found.cache_clear()
+    assert quarantine.refused("step", CPU) == ""
 
 
 def test_a_process_that_dies_or_hangs_fails_the_case_it_was_in(monkeypatch, tmp_path):
@@ -192,4 +192,4 @@ def test_the_command_reports_and_exits_1(monkeypatch):
     assert done.exit_code == 1
     for text in ("GPU of a test", "FAILED: error 7 times its bound", "0.25", "1.500", "not in the library"):
         assert text in done.output
-    assert json.loads(verdicts._file().read_text()) == {"GPU of a test": {"step": "warm: error 7 times its bound"}}
+    assert json.loads(quarantine._file().read_text()) == {"GPU of a test": {"step": "warm: error 7 times its bound"}}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import compaware_kernels as ck
-from compaware_kernels import ops
+from compaware_kernels.ops import linalg
 
 info = ck.info()
 kernel = pytest.mark.skipif(
@@ -16,7 +16,7 @@ kernel = pytest.mark.skipif(
 )
 small_svd = torch.ops.compaware.small_svd
 both_bodies = pytest.mark.parametrize(
-    "svd", [pytest.param(small_svd, id="kernel", marks=kernel), pytest.param(ops.small_svd._init_fn, id="reference")]
+    "svd", [pytest.param(small_svd, id="kernel", marks=kernel), pytest.param(linalg.small_svd._init_fn, id="reference")]
 )
 both_dtypes = pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 

@@ -8,10 +8,9 @@ from torch.func import jacrev, vmap
 from torch.library import opcheck
 
 import compaware_kernels as ck
-from compaware_kernels import ops
 from compaware_kernels._utils.dtypes import compute_dtype
+from compaware_kernels.ops.svt import differentiable_svt as svt
 
-svt = ops.differentiable_svt
 SMOOTH = {  # three singular values, none of them at TAU: there P is smooth
     "distinct": (2.0, 1.2, 0.3),
     "all above": (2.0, 1.2, 0.8),

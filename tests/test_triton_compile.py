@@ -15,7 +15,7 @@ from triton_aot import SHARED, Code, lowrank_code, problems, program_code, progr
 
 from compaware_kernels.gpu.plan import Plan
 from compaware_kernels.gpu.program import Program
-from compaware_kernels.triton.lowrank import TILES, Tile
+from compaware_kernels.ops.triton_lowrank import TILES, Tile
 
 BIGGEST = [(kind, BR, TILES[kind][BR][0]) for kind in TILES for BR in (16, 128)]
 

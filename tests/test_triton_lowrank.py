@@ -11,8 +11,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import compaware_kernels as ck
-from compaware_kernels import lowrank_ops
-from compaware_kernels import triton as triton_ops
+from compaware_kernels.ops import backends
+from compaware_kernels.ops import lowrank as lowrank_ops
 
 INTERPRETED = Path(__file__).with_name("triton_interpreted.py")
 
@@ -32,11 +32,11 @@ def test_registered_and_imported_late():
     script = """if True:
         import sys
         import torch, compaware_kernels
-        from compaware_kernels import triton
-        triton.register()
+        from compaware_kernels.ops import backends
+        backends.register()
         for name in ("lowrank_conv2d", "lowrank_linear"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"compaware::{name}", "CUDA")
-        assert "compaware_kernels.triton.lowrank" not in sys.modules"""
+        assert "compaware_kernels.ops.triton_lowrank" not in sys.modules"""
     done = python("-c", script)
     assert done.returncode == 0, done.stderr
 
@@ -44,22 +44,22 @@ def test_registered_and_imported_late():
 @pytest.fixture
 def fresh(monkeypatch):
     """What is remembered about Triton is forgotten before and after."""
-    for cached in (triton_ops.missing, triton_ops._log_once):
+    for cached in (backends.missing, backends._log_once):
         cached.cache_clear()
     yield monkeypatch
-    for cached in (triton_ops.missing, triton_ops._log_once):
+    for cached in (backends.missing, backends._log_once):
         cached.cache_clear()
 
 
 def test_what_is_missing(fresh):
     triton = pytest.importorskip("triton")
-    assert triton_ops.missing() == ""
-    triton_ops.missing.cache_clear()
+    assert backends.missing() == ""
+    backends.missing.cache_clear()
     fresh.setattr(triton, "__version__", "3.5.1")
-    assert triton_ops.missing() == "triton 3.6 or later is wanted; found 3.5.1"
-    triton_ops.missing.cache_clear()
+    assert backends.missing() == "triton 3.6 or later is wanted; found 3.5.1"
+    backends.missing.cache_clear()
     fresh.setitem(sys.modules, "triton", None)
-    assert "triton cannot be imported" in triton_ops.missing()
+    assert "triton cannot be imported" in backends.missing()
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["with triton", "without"])
@@ -81,14 +81,14 @@ def test_two_steps_where_it_is_not_for(fresh, caplog, triton):
     more = ([2, 1], [1, 0], [1, 1], 1, "paper", "relu")
     with caplog.at_level(logging.INFO, logger="compaware_kernels"):
         for _ in range(2):
-            y = triton_ops._conv2d(x, V, U, bias, None, None, *more)
+            y = backends._conv2d(x, V, U, bias, None, None, *more)
     assert torch.equal(y, lowrank_ops.lowrank_two_step(x, V, U, bias, None, *more))
     reason = "x is on cpu" if triton else "triton cannot be imported"
     assert len(caplog.records) == 1 and reason in caplog.text and "two steps" in caplog.text
 
     x, V, U = torch.randn(2, 5, 8), torch.randn(3, 8), torch.randn(4, 3)
     wanted = lowrank_ops.lowrank_linear_two_step(x, V, U, bias, None, "gelu")
-    assert torch.equal(triton_ops._linear(x, V, U, bias, None, None, "gelu"), wanted)
+    assert torch.equal(backends._linear(x, V, U, bias, None, None, "gelu"), wanted)
 
 
 CONV = {"x": (2, 16, 8, 8), "V": (4, 16, 3, 3), "U": (24, 4, 1, 1), "dtype": torch.bfloat16}
@@ -110,20 +110,20 @@ REFUSED = {
 def test_why_not(reason, monkeypatch):
     """On tensors that are only said to be on a GPU."""
     pytest.importorskip("triton")
-    from compaware_kernels.triton import lowrank
+    from compaware_kernels.ops import triton_lowrank
 
     case = CONV | REFUSED[reason]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: case.get("capability", (9, 0)))
     with FakeTensorMode():
         x = torch.empty(case["x"], dtype=case["dtype"], device="cuda")
         V, U = (torch.empty(case[name], dtype=case.get("weights", x.dtype), device="cuda") for name in "VU")
-        said = lowrank.why_not(x, V, U, case.get("groups", 1), case.get("fold", "paper"))
+        said = triton_lowrank.why_not(x, V, U, case.get("groups", 1), case.get("fold", "paper"))
     assert reason in said and bool(said) == bool(reason), said
 
 
 def test_refusals():
     pytest.importorskip("triton")
-    from compaware_kernels.triton.lowrank import lowrank_conv2d, lowrank_linear
+    from compaware_kernels.ops.triton_lowrank import lowrank_conv2d, lowrank_linear
 
     x, V, U = torch.randn(2, 8, 5, 5), torch.randn(3, 8, 3, 3), torch.randn(4, 3, 1, 1)
     with pytest.raises(ValueError, match=r"activation must be one of .*; got 'tanh'"):

@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from compaware_kernels.triton.lowrank import Tile, lowrank_kernel
+from compaware_kernels.ops.triton_lowrank import Tile, lowrank_kernel
 from compaware_kernels.triton.program import options, program_kernel
 
 # Bytes of shared memory a block can have: CUDA C++ Programming Guide, compute capabilities.

@@ -16,8 +16,8 @@ import triton.language as tl
 import triton_sim
 from torch import Tensor
 
-from compaware_kernels.lowrank_ops import ACTIVATIONS
-from compaware_kernels.triton import lowrank
+from compaware_kernels.ops import triton_lowrank
+from compaware_kernels.ops.lowrank import ACTIVATIONS
 
 ARITHMETIC = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -45,7 +45,7 @@ def gpu(monkeypatch):
     """gpu(multiprocessors, seed, precision): what the launcher and the simulated GPU are to be like."""
 
     def set_up(multiprocessors=1, seed=0, precision="ieee"):
-        monkeypatch.setattr(lowrank, "_multiprocessors", lambda device: multiprocessors)
+        monkeypatch.setattr(triton_lowrank, "_multiprocessors", lambda device: multiprocessors)
         monkeypatch.setattr(triton_sim, "seed", seed)
         torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = precision
 
@@ -70,7 +70,7 @@ def two_steps(case, x, V, U, bias, residual, rounded=lambda t: t):
     return ACTIVATIONS[case.activation](y if residual is None else y + residual)
 
 
-def fused(case, args, module=lowrank):
+def fused(case, args, module=triton_lowrank):
     return module.lowrank_conv2d(*args, case.stride, case.padding, case.dilation, case.activation)
 
 
@@ -90,7 +90,7 @@ def assert_close(got, truth, plain):
         assert error <= bound, f"error {error:.2e}, allowed {bound:.2e}"
 
 
-def check(case, arithmetic, module=lowrank):
+def check(case, arithmetic, module=triton_lowrank):
     args = tensors(case, ARITHMETIC[arithmetic])
     rounded = to_tf32 if arithmetic == "tf32" else lambda t: t
     got = fused(case, args, module)
@@ -144,7 +144,7 @@ def test_linear(shape, arithmetic, gpu):
         T = F.linear(rounded(x), rounded(V))
         return F.gelu(F.linear(rounded(T), rounded(U), bias) + residual)
 
-    got = lowrank.lowrank_linear(*args, activation="gelu")
+    got = triton_lowrank.lowrank_linear(*args, activation="gelu")
     assert got.is_contiguous()
     assert_close(got, two(*double(args)), two(*args, to_tf32 if arithmetic == "tf32" else lambda t: t))
 
@@ -164,8 +164,8 @@ def test_any_strides():
 
 def test_nothing_to_do():
     V, U = torch.randn(4, 8, 1, 1), torch.randn(16, 4, 1, 1)
-    assert lowrank.lowrank_conv2d(torch.randn(0, 8, 3, 3), V, U).shape == (0, 16, 3, 3)
-    assert lowrank.lowrank_linear(torch.randn(2, 0, 8), V[:, :, 0, 0], U[:, :, 0, 0]).shape == (2, 0, 16)
+    assert triton_lowrank.lowrank_conv2d(torch.randn(0, 8, 3, 3), V, U).shape == (0, 16, 3, 3)
+    assert triton_lowrank.lowrank_linear(torch.randn(2, 0, 8), V[:, :, 0, 0], U[:, :, 0, 0]).shape == (2, 0, 16)
 
 
 def test_not_finite(gpu):
@@ -199,8 +199,8 @@ def test_offsets_beyond_int32(C, tmp_path):
     ("ieee", 128, 10**6, 1, 128, 64, 1),
 ])  # fmt: skip
 def test_tile_for(kind, rank, pixels, multiprocessors, BR, BM, sharing):
-    got = lowrank.tile_for(kind, rank, pixels, multiprocessors)
-    assert (got[0], got[1].BM, got[2]) == (BR, BM, sharing) and got[1] in lowrank.TILES[kind][BR]
+    got = triton_lowrank.tile_for(kind, rank, pixels, multiprocessors)
+    assert (got[0], got[1].BM, got[2]) == (BR, BM, sharing) and got[1] in triton_lowrank.TILES[kind][BR]
 
 
 # --- the simulator ----------------------------------------------------------------------------------------------------
@@ -359,12 +359,12 @@ def test_a_planted_bug_shows(bug, tmp_path, gpu):
 
 def plant(old, new, folder):
     """The kernel's module with one thing replaced in its source."""
-    source = Path(lowrank.__file__).read_text()
+    source = Path(triton_lowrank.__file__).read_text()
     assert source.count(old) == 1, f"{old!r} is {source.count(old)} times in the source"
     path = folder / "planted.py"
     path.write_text(source.replace(old, new))
     spec = importlib.util.spec_from_file_location("compaware_kernels.triton.planted", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module._multiprocessors = lowrank._multiprocessors
+    module._multiprocessors = triton_lowrank._multiprocessors
     return module

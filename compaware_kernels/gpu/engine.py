@@ -15,11 +15,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .. import triton
+from ..ops import backends, cuda_launcher, quarantine
 from ..report import SvtInfo
 from ..spectral import SoftThreshold, Spectral
 from ..state import WarmState
-from . import kernels, tables, verdicts
+from . import tables
 from .sizes import SPARE, is_small, width
 
 REPORT = {name: i for i, name in enumerate(tables.REPORT)}
@@ -32,7 +32,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def on_gpu(weights: Sequence[Tensor]) -> bool:
     """Whether they are where this route is, if anything launches its kernels."""
-    instead = kernels.instead.get() is not None
+    instead = cuda_launcher.instead.get() is not None
     return len(weights) > 0 and all(isinstance(W, Tensor) and (W.is_cuda or instead) for W in weights)
 
 
@@ -45,7 +45,7 @@ def takes(weights: Sequence[Tensor], functions: Sequence[Spectral], plain: bool)
     device = weights[0].device
     if not on_gpu(weights) or any(not W.numel() for W in weights):
         return False
-    reason = triton.missing() or kernels.missing(device) or verdicts.refused(verdicts.STEP, device)
+    reason = backends.missing() or cuda_launcher.missing(device) or quarantine.refused(quarantine.STEP, device)
     if reason:
         _log_once(reason)
     return not reason

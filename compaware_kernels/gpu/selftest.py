@@ -22,9 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops, triton
 from .._utils.dtypes import compute_dtype
-from . import kernels, verdicts
+from ..ops import backends, cuda_launcher, quarantine, shrinkage
 
 TIMEOUT = 1200  # seconds that a family may take; Triton compiles for minutes, the first time
 TAU, TOL = 1.0, 1e-3
@@ -58,7 +57,7 @@ def record(device: torch.device, rows: list[Row]) -> Path:
     """Keep what was found, for this process and later ones: a family with one that failed is not used."""
     tested = [row.family for row in rows if not row.skipped]
     failed = {row.family: f"{row.name}: {row.failed}" for row in reversed(rows) if row.failed}
-    return verdicts.record(device, {family: failed.get(family, "") for family in tested})
+    return quarantine.record(device, {family: failed.get(family, "") for family in tested})
 
 
 def _in_process(family: str, device: int) -> list[Row]:
@@ -141,7 +140,7 @@ def _shrink(name: str, dtype: torch.dtype, device: torch.device) -> Case:
         return [(op(W, *taus), copy) for W, copy in zip(weights, copies, strict=True)]
 
     def judge(results) -> float:
-        body = getattr(ops, name)._init_fn
+        body = getattr(shrinkage, name)._init_fn
         return max(_as_good(got, body(W.double(), *(tau.double() for tau in taus)), body(W, *taus))
                    for W, both in zip(weights, results, strict=True) for got in both)  # fmt: skip
 
@@ -159,7 +158,7 @@ def _neurons(dtype: torch.dtype, device: torch.device) -> Case:
         return [torch.cat([W, b[:, None]], -1) for W, b in zip(weights, biases, strict=True)]
 
     def judge(results) -> float:
-        body, here = ops.group_shrink._init_fn, tau.to(device)
+        body, here = shrinkage.group_shrink._init_fn, tau.to(device)
         return max(_as_good(got, body(W.double(), here.double()), body(W, here))
                    for W, got in zip(whole, results, strict=True))  # fmt: skip
 
@@ -320,7 +319,7 @@ def _linear(precision: str, dtype: torch.dtype, device: torch.device) -> Case:
 
 
 def _fused(name: str, args: list[Tensor], precision: str, first, second, geometry) -> Case:
-    from ..triton import lowrank
+    from ..ops import triton_lowrank
 
     def two_steps(x, V, U, bias, residual, rounded=lambda t: t):
         y = second(rounded(first(rounded(x), rounded(V))), rounded(U), bias)
@@ -328,7 +327,7 @@ def _fused(name: str, args: list[Tensor], precision: str, first, second, geometr
 
     def work() -> Tensor:
         with _precision(precision):
-            return getattr(lowrank, name)(*args, *geometry, activation="gelu")
+            return getattr(triton_lowrank, name)(*args, *geometry, activation="gelu")
 
     def judge(got: Tensor) -> float:
         with _precision("ieee"):
@@ -351,9 +350,9 @@ def _no_shrink(device: torch.device) -> str:
 
 
 MISSING: dict[str, Callable[[torch.device], str]] = {
-    verdicts.SHRINK: _no_shrink,
-    verdicts.STEP: lambda device: triton.missing() or kernels.missing(device),
-    verdicts.LOW_RANK: lambda device: triton.missing(),
+    quarantine.SHRINK: _no_shrink,
+    quarantine.STEP: lambda device: backends.missing() or cuda_launcher.missing(device),
+    quarantine.LOW_RANK: lambda device: backends.missing(),
 }
 _ROUTES = {
     "small": partial(_step, SMALL, 1, ""),
@@ -363,15 +362,15 @@ _ROUTES = {
 }
 _SHRINK_DTYPES = DTYPES | {"fp64": torch.float64}
 CASES: dict[str, dict[str, Callable[[torch.device], Case]]] = {
-    verdicts.SHRINK: {f"{op}, {name}": partial(_shrink, op, dtype)
-                      for op in verdicts.SHRINK_OPS for name, dtype in _SHRINK_DTYPES.items()}
+    quarantine.SHRINK: {f"{op}, {name}": partial(_shrink, op, dtype)
+                      for op in quarantine.SHRINK_OPS for name, dtype in _SHRINK_DTYPES.items()}
                      | {f"neuron_shrink_, {name}": partial(_neurons, dtype) for name, dtype in _SHRINK_DTYPES.items()},
-    verdicts.STEP: {f"matrix program, {how}, {name}": partial(_products, precision, how == "fp64", dtype)
+    quarantine.STEP: {f"matrix program, {how}, {name}": partial(_products, precision, how == "fp64", dtype)
                     for how, precision in (("ieee", "ieee"), ("tf32x3", "tf32x3"), ("fp64", "tf32x3"))
                     for name, dtype in DTYPES.items()}
                    | {f"step, {route}, {name}": partial(make, dtype)
                       for route, make in _ROUTES.items() for name, dtype in DTYPES.items()},
-    verdicts.LOW_RANK: {f"{op}, {name}": partial(make, "tf32" if name == "tf32" else "ieee", dtype)
+    quarantine.LOW_RANK: {f"{op}, {name}": partial(make, "tf32" if name == "tf32" else "ieee", dtype)
                         for op, make in (("lowrank_conv2d", _conv2d), ("lowrank_linear", _linear))
                         for name, dtype in (*DTYPES.items(), ("tf32", torch.float32))},
 }  # fmt: skip

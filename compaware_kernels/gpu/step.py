@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import kernels
+from ..ops import cuda_launcher
 from .plan import Plan
 from .sizes import SMALL_BYTES
 
@@ -60,7 +60,7 @@ def _ritz(plan: Plan) -> None:
 
 
 def _launch(plan: Plan, kernel: str, grid: int, shared: int, arguments: Sequence[int | float | Tensor]) -> None:
-    kernels.launch(kernel, grid, THREADS, shared, arguments, plan.device)
+    cuda_launcher.launch(kernel, grid, THREADS, shared, arguments, plan.device)
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from .folds import row_axes
+from ..folds import row_axes
 
 ACTIVATIONS = {
     "none": lambda y: y,
@@ -246,9 +246,3 @@ for _op in (lowrank_conv2d, lowrank_linear):
     for _device in ("cpu", "cuda"):
         _body = partial(_autocast, _op._opoverload, _device)
         _library.impl(_op._opoverload, _body, f"Autocast{_device.upper()}", with_keyset=True)
-
-
-schemas: dict[str, str] = {
-    op._name.removeprefix("compaware::"): str(op._opoverload._schema)
-    for op in (lowrank_pack, lowrank_conv2d, lowrank_conv2d_, lowrank_linear)
-}

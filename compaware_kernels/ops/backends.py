@@ -9,9 +9,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .. import lowrank_ops
-from ..gpu import verdicts
+from . import lowrank as lowrank_ops
+from . import quarantine
 
+OPS = (
+    "svt", "small_svd", "wide_product", "soft_threshold", "group_shrink", "sparse_group_shrink", "svt_",
+    "soft_threshold_", "group_shrink_", "neuron_shrink_", "sparse_group_shrink_",
+    "lowrank_pack", "lowrank_conv2d", "lowrank_conv2d_", "lowrank_linear",
+)  # fmt: skip
 WANTED = (3, 6)
 
 
@@ -28,11 +33,11 @@ def missing() -> str:
 
 def why_not(x: Tensor, V: Tensor, U: Tensor, groups: int = 1, fold: str = "paper") -> str:
     """Why the Triton kernel does not take these arguments, in words; "" if it does."""
-    if reason := missing() or verdicts.refused(verdicts.LOW_RANK, x.device):
+    if reason := missing() or quarantine.refused(quarantine.LOW_RANK, x.device):
         return reason
-    from . import lowrank
+    from . import triton_lowrank
 
-    return lowrank.why_not(x, V, U, groups, fold)
+    return triton_lowrank.why_not(x, V, U, groups, fold)
 
 
 @cache
@@ -46,9 +51,9 @@ def _conv2d(x, V, U, bias, residual, packed, stride, padding, dilation, groups, 
         return lowrank_ops.lowrank_two_step(
             x, V, U, bias, residual, stride, padding, dilation, groups, fold, activation
         )
-    from . import lowrank
+    from . import triton_lowrank
 
-    y = lowrank.lowrank_conv2d(x, V, U, bias, residual, stride, padding, dilation, activation)
+    y = triton_lowrank.lowrank_conv2d(x, V, U, bias, residual, stride, padding, dilation, activation)
     return y.contiguous(memory_format=lowrank_ops.format_of(x, V))
 
 
@@ -56,9 +61,9 @@ def _linear(x, V, U, bias, residual, packed, activation) -> Tensor:
     if reason := why_not(x, V, U):
         _log_once("lowrank_linear", reason)
         return lowrank_ops.lowrank_linear_two_step(x, V, U, bias, residual, activation)
-    from . import lowrank
+    from . import triton_lowrank
 
-    return lowrank.lowrank_linear(x, V, U, bias, residual, activation)
+    return triton_lowrank.lowrank_linear(x, V, U, bias, residual, activation)
 
 
 KERNELS: dict[str, Callable[..., Tensor]] = {"lowrank_conv2d": _conv2d, "lowrank_linear": _linear}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from .. import _library, ops
+from . import library, shrinkage
 
 SHRINK, STEP, LOW_RANK = "shrink", "step", "low rank"  # the families: one falls out as a whole
 SHRINK_OPS = ("soft_threshold", "group_shrink", "sparse_group_shrink")
@@ -74,7 +74,7 @@ def replace_shrink(key: str = "CUDA") -> None:
     logging.getLogger("compaware_kernels").warning("shrink kernels: plain PyTorch instead: they failed: %s", reason)
     _put.append(torch.library.Library("compaware", "IMPL"))
     for name in [*(name + end for name in SHRINK_OPS for end in ("", "_")), "neuron_shrink_"]:
-        _put[0].impl(name, getattr(ops, name)._init_fn, key, allow_override=True)
+        _put[0].impl(name, getattr(shrinkage, name)._init_fn, key, allow_override=True)
 
 
 _put: list[torch.library.Library] = []  # what it registers is gone with it
@@ -93,7 +93,7 @@ def folder() -> Path:
 @cache
 def _code() -> str:
     """Names the package's kernels, with the versions of what compiles and runs them."""
-    key, package = hashlib.sha256(), _library.PATH.parent
+    key, package = hashlib.sha256(), library.PATH.parent
     for name in ("torch", "triton", "cupy-cuda13x", "compaware-kernels"):
         try:
             key.update(f"{name} {version(name)}".encode())

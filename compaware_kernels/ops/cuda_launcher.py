@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _library
+from . import library as _library
 
 Numbers = Sequence[int | float]
 Launcher = Callable[[str, int, int, int, int, int, Numbers], None]  # as launch(), with device, stream before arguments

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..lowrank_ops import check
+from .lowrank import check
 
 MAX_PIXELS = 2**30  # of x: pixels are counted in int32, and padding adds some; offsets are int64
 ROW = 16  # bytes: the widest load; rows of x, V, U and y start at multiples of it

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from . import lowrank_ops, ops  # noqa: F401  (the schemas must exist before the library implements them)
+from . import linalg, lowrank, shrinkage  # noqa: F401  (the schemas must exist before the library implements them)
 
-PATH = Path(__file__).with_name("_C.abi3.so")
+PATH = Path(__file__).parents[1] / "_C.abi3.so"
 
 
 def load(path: Path) -> str | None:

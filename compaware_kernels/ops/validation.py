@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._utils.dtypes import DTYPES, compute_dtype
+from .._utils.dtypes import DTYPES, compute_dtype
 
 
 def checked(W: Tensor, tau: float | Tensor, what: str = "tau") -> tuple[Tensor, Tensor]:

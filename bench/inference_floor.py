@@ -8,7 +8,7 @@ import torch
 import workloads
 from torch import Tensor, nn
 
-from compaware_kernels.low_rank import LowRank
+from compaware_kernels.nn.lowrank import LowRank
 
 LAYERS = (LowRank, nn.Conv2d, nn.Linear)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import compaware_kernels as ck
-from compaware_kernels.low_rank import LowRank
+from compaware_kernels.nn.lowrank import LowRank
 
 DENSE, TWO_STEP, OURS = "dense", "two-step, folded", "ours, fused"
 NETWORKS = ("resnet18", "resnet50", "vgg16", "mobilenet", "bert")

@@ -16,14 +16,15 @@ import torch
 import typer
 from rich.progress import Progress
 
-from compaware_kernels import compress, low_rank, ranks
+from compaware_kernels import compress, ranks
 from compaware_kernels._utils.tables import text_table
 from compaware_kernels.environment import machine
-from compaware_kernels.layers import low_rank_type
+from compaware_kernels.nn import lowrank
+from compaware_kernels.nn.module_surgery import replace
+from compaware_kernels.nn.registry import low_rank_type
 from compaware_kernels.study import arms, fit
 from compaware_kernels.study.config import Config, Key
 from compaware_kernels.study.data import Source, load
-from compaware_kernels.surgery import replace
 
 ROOT = Path(__file__).parents[1]
 RULE, STRENGTH, SHARE = "energy:0.98", 30.0, 0.2
@@ -89,7 +90,7 @@ def one(config: Config, data: Source, seed: int, advance) -> list[tuple[str, tup
     rows = [("nuclear norm, compressed", measured(small))]
     fit.tune(small, data, changed(config, tune_epochs=config.epochs, tune_lr=config.lr), seed)
     rows.append((f"the same, fine-tuned for {config.epochs} epochs more", measured(small)))
-    Given.ranks = {name: m.rank for name, m in small.named_modules() if isinstance(m, low_rank.LowRank)}
+    Given.ranks = {name: m.rank for name, m in small.named_modules() if isinstance(m, lowrank.LowRank)}
     rows.append(("its ranks, from scratch", measured(trained("given"))))
     rows.append((f"its ranks, from scratch, {2 * config.epochs} epochs", measured(trained("given", times=2))))
     rows.append((f"{SHARE:g} of every full rank, from scratch", measured(trained("fixed-rank", share=SHARE))))

@@ -9,18 +9,12 @@ from .checkpoint import CheckpointError, load, save
 from .compress import CompressReport, LayerReport, compress
 from .environment import info
 from .fuse import fuse
-from .inference import lowrank_conv2d, lowrank_linear
-from .layers import (
-    LowRankConv1d,
-    LowRankConv2d,
-    LowRankConv3d,
-    LowRankConvTranspose1d,
-    LowRankConvTranspose2d,
-    LowRankConvTranspose3d,
-    LowRankLinear,
-)
 from .leaving import to_dense, to_plain
 from .lora import LoraReport, export_lora
+from .nn.conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
+from .nn.conv_transpose import LowRankConvTranspose1d, LowRankConvTranspose2d, LowRankConvTranspose3d
+from .nn.functional import lowrank_conv2d, lowrank_linear
+from .nn.linear import LowRankLinear
 from .ops import backends, library, quarantine
 from .prox import (
     SvtInfo,

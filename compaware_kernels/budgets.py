@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from . import ranks
 from .calibration import Calibration
-from .factorize import singular_values
 from .flops import count_macs
-from .folds import foldable_layers, row_axes
-from .layers import low_rank_type, why_dense
+from .folds import row_axes
+from .nn.discovery import foldable_layers
+from .nn.factorization import singular_values
+from .nn.module_surgery import replace
+from .nn.registry import low_rank_type, why_dense
+from .nn.unwrap import bare
 from .ops.validation import check_finite
-from .surgery import replace
-from .wrappers import bare
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,15 @@ from . import planner
 from . import ranks as rank_rules
 from ._utils.tables import text_table
 from .calibration import Calibration
-from .factorize import singular_values
 from .flops import count_macs
-from .folds import FOLDS, Layer, foldable_layers, require_matches, row_axes
+from .folds import FOLDS, row_axes
 from .graphs import same_outputs
-from .layers import low_rank_type, why_dense
 from .neurons import remove_dead_neurons
-from .surgery import replace, to_channels_last
-from .wrappers import bare
+from .nn.discovery import Layer, foldable_layers, require_matches
+from .nn.factorization import singular_values
+from .nn.module_surgery import replace, to_channels_last
+from .nn.registry import low_rank_type, why_dense
+from .nn.unwrap import bare
 
 RankRule = Callable[[Tensor], int]
 

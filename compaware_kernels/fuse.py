@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .folds import CONVS, TRANSPOSED, Layer
+from .folds import CONVS, TRANSPOSED
 from .graphs import is_in_place, same_outputs, trace
-from .layers import LOW_RANK, LowRankConv2d
-from .low_rank import MODULES, LowRank
-from .surgery import NORMS, is_plain, is_shared, resized, sizes, to_channels_last
+from .nn.conv import LowRankConv2d
+from .nn.discovery import Layer
+from .nn.lowrank import MODULES, LowRank
+from .nn.module_surgery import NORMS, is_plain, is_shared, resized, sizes, to_channels_last
+from .nn.registry import LOW_RANK
 
 DENSE = (nn.Linear, *CONVS, *TRANSPOSED)
 LAYERS = (*DENSE, *LOW_RANK.values())

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from ._utils.dtypes import compute_dtype
 from ._utils.tables import text_table
 from .compress import RankRule
-from .factorize import factors
-from .folds import CONVS, require_matches, to_matrix
+from .folds import CONVS, to_matrix
+from .nn.discovery import require_matches
+from .nn.factorization import factors
+from .nn.unwrap import bare
 from .ranks import break_even
-from .wrappers import bare
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's own, of every name in the file

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from . import prox
-from .folds import Layer
 from .gpu import engine as gpu
 from .gpu.guard import Guard
+from .nn.discovery import Layer
 from .ops.validation import check_finite
 from .shards import by_rows, column_groups, is_dtensor, local, placed, shrink_rows_
 from .state import WarmState

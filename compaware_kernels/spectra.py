@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ._utils.tables import text_table
-from .factorize import singular_values
 from .folds import to_matrix
+from .nn.factorization import singular_values
 from .ranks import numerical_rank
 from .shards import local, shards_of
 

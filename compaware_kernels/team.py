@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .division import Division, assign, share
-from .folds import Layer
+from .nn.discovery import Layer
 from .owners import gathering_group, owners_of, shrink_at_owners
 from .penalties import Job, check, shrink
 from .shards import agreed, groups_of, is_dtensor, replicas_of

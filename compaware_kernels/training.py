@@ -12,15 +12,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import parametrized
 from .division import MODES
-from .folds import Layer, foldable_layers, require_matches, row_axes
+from .folds import row_axes
+from .nn import parametrization
+from .nn.discovery import Layer, foldable_layers, require_matches
+from .nn.unwrap import data_parallel_group, gather_no_more, unwrapped, unwrapped_optimizer
 from .penalties import PENALTIES, Job, center_of
 from .shards import as_before
 from .spectra import ProximalReport, spectrum
 from .state import WarmState, from_text, to_text
 from .team import Team
-from .wrappers import data_parallel_group, gather_no_more, unwrapped, unwrapped_optimizer
 
 Strength = float | Mapping[str, float]
 KEPT = "no weight was changed"
@@ -251,7 +252,7 @@ class ProximalStep:
 
 def _write(jobs: list[Job]) -> None:
     """Put the copies in the weights and biases. Parametrizations may refuse: they come first, and can be undone."""
-    undo = [(job.layer.chain, parametrized.state(job.layer.chain)) for job in jobs if job.layer.is_parametrized]
+    undo = [(job.layer.chain, parametrization.state(job.layer.chain)) for job in jobs if job.layer.is_parametrized]
     jobs = sorted(jobs, key=lambda job: not job.layer.is_parametrized)
     biases = [None if job.bias is None else as_before(job.bias, job.layer.module.bias) for job in jobs]
     try:

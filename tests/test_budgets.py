@@ -9,8 +9,8 @@ from torch import nn
 import compaware_kernels as ck
 from compaware_kernels import budgets, ranks
 from compaware_kernels.demo.networks import small_convnet
-from compaware_kernels.factorize import singular_values
-from compaware_kernels.folds import foldable_layers
+from compaware_kernels.nn.discovery import foldable_layers
+from compaware_kernels.nn.factorization import singular_values
 
 X = (torch.zeros(1, 1, 8, 8),)
 

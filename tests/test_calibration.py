@@ -10,7 +10,8 @@ from torch import nn
 import compaware_kernels as ck
 from compaware_kernels.calibration import Calibration, second_moment
 from compaware_kernels.demo.networks import small_convnet
-from compaware_kernels.folds import FOLDS, Layer, from_matrix
+from compaware_kernels.folds import FOLDS, from_matrix
+from compaware_kernels.nn.discovery import Layer
 
 LAYERS = {
     "linear": (lambda: nn.Linear(12, 20), (7, 5, 12)),

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import compaware_kernels as ck
-from compaware_kernels.folds import FOLDS, foldable_layers, from_matrix, to_matrix
-from compaware_kernels.layers import low_rank_type
+from compaware_kernels.folds import FOLDS, from_matrix, to_matrix
+from compaware_kernels.nn.discovery import foldable_layers
+from compaware_kernels.nn.registry import low_rank_type
 
 GEOMETRIES = [
     {},

@@ -9,7 +9,7 @@ from torch import nn
 
 import compaware_kernels as ck
 from compaware_kernels.folds import FOLDS
-from compaware_kernels.low_rank import LowRank
+from compaware_kernels.nn.lowrank import LowRank
 
 folds = pytest.mark.parametrize("fold", FOLDS)
 

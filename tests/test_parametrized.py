@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import compaware_kernels as ck
-from compaware_kernels.folds import Layer
+from compaware_kernels.nn.discovery import Layer
 
 
 def attached(model, **more):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import compaware_kernels as ck
-from compaware_kernels.factorize import factors, singular_values
+from compaware_kernels.nn.factorization import factors, singular_values
 from compaware_kernels.ranks import numerical_rank
 
 S = torch.tensor([4.0, 2.0, 1.0, 1.0, 0.0])

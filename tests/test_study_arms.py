@@ -10,9 +10,9 @@ from study_case import CONFIG, STRENGTHS, key, some_digits
 from torch import nn
 
 from compaware_kernels import ranks
-from compaware_kernels.factorize import singular_values
-from compaware_kernels.folds import foldable_layers
-from compaware_kernels.low_rank import LowRank
+from compaware_kernels.nn.discovery import foldable_layers
+from compaware_kernels.nn.factorization import singular_values
+from compaware_kernels.nn.lowrank import LowRank
 from compaware_kernels.study import fit
 from compaware_kernels.study.arms import ARMS, Plan, threshold
 from compaware_kernels.study.networks import build

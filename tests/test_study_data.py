@@ -12,7 +12,7 @@ from safetensors.torch import save_model
 from study_case import CONFIG, key, some_digits
 
 from compaware_kernels.demo.data import Images
-from compaware_kernels.folds import foldable_layers
+from compaware_kernels.nn.discovery import foldable_layers
 from compaware_kernels.study import fit, latency
 from compaware_kernels.study.arms import ARMS
 from compaware_kernels.study.config import Config

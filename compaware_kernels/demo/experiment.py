@@ -14,8 +14,8 @@ from torch import nn
 
 from .. import ranks
 from ..compress import CompressReport, compress
-from ..factorize import singular_values
-from ..folds import foldable_layers
+from ..nn.discovery import foldable_layers
+from ..nn.factorization import singular_values
 from ..training import ProximalStep
 from .data import Images
 from .networks import small_convnet

@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_map_only
 from ..checkpoint import save
 from ..compress import CompressReport, RankRule
 from ..compress import compress as compress_model
-from ..folds import foldable_layers
+from ..nn.discovery import foldable_layers
+from ..nn.unwrap import plain_name, unwrapped
 from ..ranks import energy
 from ..training import ProximalStep
-from ..wrappers import plain_name, unwrapped
 
 
 class Compression:

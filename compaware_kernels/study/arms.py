@@ -18,9 +18,10 @@ from torch.optim import Optimizer
 
 from .. import ranks
 from ..compress import compress
-from ..folds import Layer, foldable_layers, from_matrix
-from ..layers import low_rank_type
-from ..surgery import replace
+from ..folds import from_matrix
+from ..nn.discovery import Layer, foldable_layers
+from ..nn.module_surgery import replace
+from ..nn.registry import low_rank_type
 from ..training import ProximalStep
 
 

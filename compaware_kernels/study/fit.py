@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checkpoint, ranks
-from ..factorize import singular_values
-from ..folds import foldable_layers
+from ..nn.discovery import foldable_layers
+from ..nn.factorization import singular_values
 from .arms import ARMS, Arm, Plan
 from .config import Config, Key
 from .data import Batches, Source

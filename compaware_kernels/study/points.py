@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .. import checkpoint, ranks
 from ..compress import CompressReport, compress
-from ..folds import foldable_layers
 from ..leaving import to_dense
+from ..nn.discovery import foldable_layers
 from .arms import threshold
 from .config import Config
 from .data import Source

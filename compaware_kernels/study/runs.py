@@ -18,8 +18,8 @@ from filelock import FileLock, Timeout  # torch needs it, too
 
 from .._utils.atomic_write import write_text
 from ..environment import machine
-from ..factorize import singular_values
-from ..folds import foldable_layers
+from ..nn.discovery import foldable_layers
+from ..nn.factorization import singular_values
 from . import Stopped
 from .config import Config, Key
 from .data import Source, load

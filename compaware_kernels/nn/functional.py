@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .ops import backends, library, lowrank
+from ..ops import backends, library, lowrank
 
 # Below these the CPU kernel was slower than two convolutions of torch, by up to a third: its columns count in sixteens,
 # and every tap costs something (AMD EPYC with AVX-512, 1 thread, 3 to 32 channels, ranks 8 and 16, 56 x 56).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .folds import CONVS, TRANSPOSED
+from ..folds import CONVS, TRANSPOSED
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 STATE = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}

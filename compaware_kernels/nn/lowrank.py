@@ -7,9 +7,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from .inference import why_two_step
-from .ops.lowrank import ACTIVATIONS, lowrank_pack
-from .surgery import is_plain
+from ..ops.lowrank import ACTIVATIONS, lowrank_pack
+from .functional import why_two_step
+from .module_surgery import is_plain
 
 MODULES = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "gelu": nn.GELU}  # of the fused activations
 

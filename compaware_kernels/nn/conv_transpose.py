@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from .folds import row_axes
-from .low_rank_conv import LowRankConv
-from .ops.lowrank import ACTIVATIONS
+from ..folds import row_axes
+from ..ops.lowrank import ACTIVATIONS
+from .conv import LowRankConv
 
 
 class _LowRankConvTranspose(LowRankConv):

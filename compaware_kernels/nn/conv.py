@@ -1,15 +1,16 @@
-"""What low-rank convolutions share, transposed ones included: the two factors and their geometry."""
+"""Low-rank convolutions: two factors and their geometry, which transposed ones share."""
 
 from __future__ import annotations
 
 import math
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from .factorize import check_rank, factors
-from .folds import from_matrix, oriented, row_axes, to_matrix
-from .low_rank import LowRank
+from ..folds import from_matrix, oriented, row_axes, to_matrix
+from .factorization import check_rank, factors
+from .lowrank import LowRank
 
 
 class LowRankConv(LowRank):
@@ -128,3 +129,40 @@ class LowRankConv(LowRank):
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, fold={self.fold}, "
             f"groups={self.groups}, {self._extra()}"
         )
+
+
+class LowRankConv1d(LowRankConv):
+    __doc__ = LowRankConv.__doc__
+    dense, axes = nn.Conv1d, 1
+
+
+class LowRankConv2d(LowRankConv):
+    __doc__ = LowRankConv.__doc__
+    dense, axes = nn.Conv2d, 2
+
+    def _why_not_geometry(self) -> str:
+        if self.padding_mode != "zeros":
+            return f"padding mode {self.padding_mode}"
+        return "" if self._padding() else f"padding {self.padding!r}, more on one side than on the other"
+
+    def _padding(self) -> list[int] | None:
+        """Padding in pixels; None where it is not symmetric."""
+        if not isinstance(self.padding, str):
+            return list(self.padding)
+        if self.padding == "valid":
+            return [0, 0]
+        both = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        return None if any(p % 2 for p in both) else [p // 2 for p in both]
+
+    def _in_one(self, x, V, U, bias, residual, in_place) -> Tensor:
+        args = (x, V, U, bias, residual, self._packed_now(V, U), self.stride, self._padding(), self.dilation,
+                self.groups, self.fold, self.activation)  # fmt: skip
+        if residual is None or not in_place or torch.is_grad_enabled():
+            return torch.ops.compaware.lowrank_conv2d(*args)
+        torch.ops.compaware.lowrank_conv2d_(*args)
+        return residual
+
+
+class LowRankConv3d(LowRankConv):
+    __doc__ = LowRankConv.__doc__
+    dense, axes = nn.Conv3d, 3

@@ -1,0 +1,66 @@
+"""The low-rank linear layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..folds import row_axes
+from .factorization import check_rank, factors
+from .lowrank import LowRank
+
+
+class LowRankLinear(LowRank):
+    """``y = U (V x) + b``:  V ``[r, in_features]`` (``first``), U ``[out_features, r]`` (``second``).
+
+    Args:
+        in_features, out_features: as in ``nn.Linear``.
+        rank: 1 to min(in_features, out_features).
+        bias: whether to add a bias ``[out_features]``.
+
+    Raises:
+        ValueError: rank out of range.
+    """
+
+    dense = nn.Linear
+    fold = "paper"
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = True, device=None, dtype=None):
+        super().__init__()
+        check_rank(rank, out_features, in_features)
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.first = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.second = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    @classmethod
+    def like(cls, layer: nn.Linear, rank: int, fold: str = "paper") -> LowRankLinear:
+        """An untrained low-rank layer with the sizes, bias, device and dtype of ``layer`` (every fold is the same)."""
+        row_axes(fold, 0)
+        place = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+        return cls(layer.in_features, layer.out_features, rank, layer.bias is not None, **place)
+
+    @classmethod
+    def from_dense(cls, layer: nn.Linear, rank: int, fold: str = "paper") -> LowRankLinear:
+        """The best rank-r approximation of ``layer`` (truncated SVD of its weight)."""
+        self = cls.like(layer, rank, fold)
+        V, U = self._weights(layer.weight)
+        self._copy_from(layer, U, V)
+        return self
+
+    def _weights(self, dense: Tensor) -> tuple[Tensor, Tensor]:
+        return factors(dense, self.rank)[::-1]
+
+    def _dense_numel(self) -> int:
+        return self.in_features * self.out_features
+
+    def _in_one(self, x, V, U, bias, residual, in_place) -> Tensor:
+        return torch.ops.compaware.lowrank_linear(x, V, U, bias, residual, self._packed_now(V, U), self.activation)
+
+    def to_dense(self) -> nn.Linear:
+        """One ``nn.Linear`` with weight ``U V``."""
+        place = {"device": self.first.weight.device, "dtype": self.first.weight.dtype}
+        layer = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, bias=self.bias is not None, **place)
+        return self._copy_to(layer, self.second.weight @ self.first.weight)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self._extra()}"

@@ -1,0 +1,38 @@
+"""Which low-rank layer stands in for which dense layer, and which layers must stay dense.
+
+The factors of a low-rank layer are ordinary torch layers, so hooks, quantization, export and optimizers see what they
+know. ``rank`` is per group: a grouped convolution has one factorization per group, all of the same rank.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
+from .conv_transpose import LowRankConvTranspose1d, LowRankConvTranspose2d, LowRankConvTranspose3d
+from .linear import LowRankLinear
+from .lowrank import LowRank
+
+_CLASSES = (LowRankLinear, LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankConvTranspose1d, LowRankConvTranspose2d,
+            LowRankConvTranspose3d)  # fmt: skip
+LOW_RANK = {low_rank.dense: low_rank for low_rank in _CLASSES}
+
+
+def why_dense(model: nn.Module, name: str) -> str:
+    """Why the layer of that name cannot become two factors; "" where it can."""
+    layer, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    if type(layer) not in LOW_RANK:
+        return f"a {type(layer).__name__} may use its weight in ways of its own"
+    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+        return f"nn.{type(parent).__name__} reads its weight directly"
+    if isinstance(parent, LowRank):
+        return "a factor of a low-rank layer; ck.to_dense(model) first, to cut its rank further"
+    return ""
+
+
+def low_rank_type(layer: nn.Module) -> type[LowRank]:
+    """The low-rank class that stands in for a dense layer.  Raises TypeError where there is none."""
+    for dense, low_rank in LOW_RANK.items():
+        if isinstance(layer, dense):
+            return low_rank
+    raise TypeError(f"wanted {', '.join(dense.__name__ for dense in LOW_RANK)}; got {type(layer).__name__}")

@@ -24,7 +24,7 @@ from workloads import device_name, drifted, low_rank, resnet18, resnet50, shrunk
 
 import compaware_kernels as ck
 from compaware_kernels.certificate import PROBES as CHECKS
-from compaware_kernels.shards import placed
+from compaware_kernels.distributed.dtensor import placed
 from compaware_kernels.subspace import FRESH, PART, PROBES, columns_for, even
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))

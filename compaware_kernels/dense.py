@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from .certificate import NOT_ZERO, PROBES, in_range, norm_from_norm, norm_from_probes, svd_loss, unit_roundoff
+from .distributed.row_sharded import Rows
 from .ops.linalg import product
-from .rows import Rows
 from .spectral import SoftThreshold, Spectral
 
 GRAM_LOSS = 32  # spectral error of the SVT, in units of u s_1^2 / tau; measured: up to 21

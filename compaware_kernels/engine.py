@@ -27,12 +27,12 @@ from torch import Tensor
 from . import dense, small
 from ._utils.dtypes import compute_dtype
 from .certificate import in_range, norms, storage, unit_roundoff
+from .distributed.dtensor import Shards
+from .distributed.row_sharded import Rows
 from .gpu import engine as gpu
 from .ops.linalg import ROWS, product
 from .ops.validation import check_finite
 from .report import SvtInfo
-from .rows import Rows
-from .shards import Shards
 from .spectral import SoftThreshold, Spectral
 from .state import WarmState
 from .subspace import FIRST, Subspace, columns_for

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .distributed.dtensor import agreed, local, shards_of
 from .division import as_bytes, assign, from_bytes
 from .penalties import Job, shrink
-from .shards import agreed, local, shards_of
 from .state import WarmState
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from . import prox
+from .distributed.dtensor import by_rows, column_groups, is_dtensor, local, placed, shrink_rows_
 from .gpu import engine as gpu
 from .gpu.guard import Guard
 from .nn.discovery import Layer
 from .ops.validation import check_finite
-from .shards import by_rows, column_groups, is_dtensor, local, placed, shrink_rows_
 from .state import WarmState
 
 PENALTIES = ("nuclear", "group", "l1")

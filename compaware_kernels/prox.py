@@ -26,11 +26,11 @@ from torch import Tensor
 
 from . import certificate, engine, folds
 from ._utils.dtypes import compute_dtype
+from .distributed.dtensor import agreed, column_groups, device_of, groups_of, local, placed, shards_of, shrink_rows_
 from .gpu import engine as gpu
 from .ops.svt import differentiable_svt
 from .ops.validation import check_center, checked, checked_list, checked_tau
 from .report import SvtInfo
-from .shards import agreed, column_groups, device_of, groups_of, local, placed, shards_of, shrink_rows_
 from .spectral import SoftThreshold, Truncate, WeightedThreshold
 from .state import WarmState
 

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .distributed.dtensor import agreed, groups_of, is_dtensor, replicas_of
 from .division import Division, assign, share
 from .nn.discovery import Layer
 from .owners import gathering_group, owners_of, shrink_at_owners
 from .penalties import Job, check, shrink
-from .shards import agreed, groups_of, is_dtensor, replicas_of
 from .state import WarmState
 
 log = logging.getLogger(__name__)

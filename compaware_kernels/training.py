@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .distributed.dtensor import as_before
 from .division import MODES
 from .folds import row_axes
 from .nn import parametrization
 from .nn.discovery import Layer, foldable_layers, require_matches
 from .nn.unwrap import data_parallel_group, gather_no_more, unwrapped, unwrapped_optimizer
 from .penalties import PENALTIES, Job, center_of
-from .shards import as_before
 from .spectra import ProximalReport, spectrum
 from .state import WarmState, from_text, to_text
 from .team import Team

@@ -12,7 +12,7 @@ from test_distributed import PENALTIES, fsdp_model, full, network
 from torch.nn.parallel import DistributedDataParallel
 
 import compaware_kernels as ck
-from compaware_kernels.shards import local
+from compaware_kernels.distributed.dtensor import local
 
 MODELS = {
     "DDP": (lambda: DistributedDataParallel(network()), "owner"),

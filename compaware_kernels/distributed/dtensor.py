@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._utils.dtypes import compute_dtype
-from .folds import to_matrix
-from .rows import Rows
+from .._utils.dtypes import compute_dtype
+from ..folds import to_matrix
+from .row_sharded import Rows
 
 T = TypeVar("T")
 

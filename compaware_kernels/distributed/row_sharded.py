@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .ops.linalg import ROWS, inner, product, times
+from ..ops.linalg import ROWS, inner, product, times
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_leaves
 from workloads import device_name, drifted, low_rank, resnet18, resnet50, shrunk
 
 import compaware_kernels as ck
-from compaware_kernels.certificate import PROBES as CHECKS
 from compaware_kernels.distributed.dtensor import placed
-from compaware_kernels.subspace import FRESH, PART, PROBES, columns_for, even
+from compaware_kernels.proximal.error_bounds import PROBES as CHECKS
+from compaware_kernels.proximal.subspace_iteration import FRESH, PART, PROBES, columns_for, even
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 

@@ -22,10 +22,10 @@ import nvrtc_aot as nvrtc  # noqa: E402
 import triton_aot as aot  # noqa: E402
 import workloads  # noqa: E402
 
-from compaware_kernels.gpu.plan import Plan  # noqa: E402
-from compaware_kernels.gpu.sizes import SMALL_BYTES, width  # noqa: E402
-from compaware_kernels.gpu.step import COLUMNS, FEW_COLUMNS  # noqa: E402
 from compaware_kernels.ops.triton_lowrank import TILES  # noqa: E402
+from compaware_kernels.proximal.cuda.plan import Plan  # noqa: E402
+from compaware_kernels.proximal.cuda.sizes import SMALL_BYTES, width  # noqa: E402
+from compaware_kernels.proximal.cuda.step import COLUMNS, FEW_COLUMNS  # noqa: E402
 
 INTERPRETED = ("triton_interpreted.py", "triton_program.py", "gpu_step_emulated.py")
 EMULATED = (

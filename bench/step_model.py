@@ -1,8 +1,8 @@
 """A model of the time that the proximal step of a whole network takes on a GPU. See step_roofline.py.
 
-The step is planned on the meta device and its launches are listed as :mod:`compaware_kernels.gpu.step` queues them. A
-stage of a matrix program takes as long as the longest of: DRAM traffic, L2 traffic, arithmetic, and the steps one
-Triton program must do one after the other. Of a CUDA kernel, the block of the largest matrix counts.
+The step is planned on the meta device and its launches are listed as :mod:`compaware_kernels.proximal.cuda.step`
+queues them. A stage of a matrix program takes as long as the longest of: DRAM traffic, L2 traffic, arithmetic, and the steps
+one Triton program must do one after the other. Of a CUDA kernel, the block of the largest matrix counts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,13 +13,13 @@ from typing import NamedTuple
 import torch
 from roofline import CHIPS, DRAM_SHARE, L2_SHARE, PORT, STEP, TENSOR_SHARE, Chip
 
-from compaware_kernels.gpu import step
-from compaware_kernels.gpu.plan import Plan
-from compaware_kernels.gpu.program import TYPES, Product, Program
-from compaware_kernels.gpu.schedule import schedule
-from compaware_kernels.gpu.sizes import width
-from compaware_kernels.gpu.tables import PAIRS, PROBES, ROOT_PAIRS
 from compaware_kernels.ops import cuda_launcher
+from compaware_kernels.proximal.cuda import step
+from compaware_kernels.proximal.cuda.device_structs import PAIRS, PROBES, ROOT_PAIRS
+from compaware_kernels.proximal.cuda.matmul_program import TYPES, Product, Program
+from compaware_kernels.proximal.cuda.plan import Plan
+from compaware_kernels.proximal.cuda.polar_express import schedule
+from compaware_kernels.proximal.cuda.sizes import width
 
 
 class Gpu(NamedTuple):

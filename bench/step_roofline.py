@@ -9,7 +9,7 @@ import workloads
 from roofline import DRAM_SHARE, L2_SHARE, STEP, TENSOR_SHARE, markdown
 from step_model import GPUS, Predicted, launches, plan_of, predict, workspace
 
-from compaware_kernels.gpu.plan import Plan
+from compaware_kernels.proximal.cuda.plan import Plan
 
 NETWORKS = {"ResNet-18": workloads.resnet18, "ResNet-50": workloads.resnet50, "ViT-B/16": workloads.vit_b}
 RANK = 0.125  # of the warm step

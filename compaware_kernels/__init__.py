@@ -3,7 +3,7 @@
 weights --prox--> shrunk weights --ranks--> ranks --factorize--> two small weights --layers--> inference
 """
 
-from . import folds, ranks, svt_op
+from . import folds, ranks
 from .budgets import allocate
 from .checkpoint import CheckpointError, load, save
 from .compress import CompressReport, LayerReport, compress
@@ -16,7 +16,8 @@ from .nn.conv_transpose import LowRankConvTranspose1d, LowRankConvTranspose2d, L
 from .nn.functional import lowrank_conv2d, lowrank_linear
 from .nn.linear import LowRankLinear
 from .ops import backends, library, quarantine
-from .prox import (
+from .proximal import svt_op
+from .proximal.functional import (
     SvtInfo,
     group_shrink,
     group_shrink_,
@@ -30,8 +31,8 @@ from .prox import (
     truncate_,
     weighted_svt_,
 )
+from .proximal.warm_state import WarmState
 from .spectra import ProximalReport
-from .state import WarmState
 from .training import ProximalStep
 
 __version__ = "0.1.0"

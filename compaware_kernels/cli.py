@@ -128,7 +128,7 @@ def info(
 
 
 def _selftest() -> int:
-    from .gpu import selftest
+    from . import selftest
 
     if not torch.cuda.is_available():
         print("nothing to test: torch sees no CUDA device")

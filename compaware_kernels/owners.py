@@ -17,7 +17,7 @@ from torch import Tensor
 from .distributed.dtensor import agreed, local, shards_of
 from .division import as_bytes, assign, from_bytes
 from .penalties import Job, shrink
-from .state import WarmState
+from .proximal.warm_state import WarmState
 
 
 def gathering_group(job: Job, fold: str) -> dist.ProcessGroup | None:

@@ -9,13 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import prox
 from .distributed.dtensor import by_rows, column_groups, is_dtensor, local, placed, shrink_rows_
-from .gpu import engine as gpu
-from .gpu.guard import Guard
 from .nn.discovery import Layer
 from .ops.validation import check_finite
-from .state import WarmState
+from .proximal import functional
+from .proximal.cuda import backend as gpu
+from .proximal.cuda.finite_guard import Guard
+from .proximal.warm_state import WarmState
 
 PENALTIES = ("nuclear", "group", "l1")
 
@@ -85,7 +85,7 @@ def shrink(jobs: Sequence[Job], order: Sequence[str], fold: str, warm: WarmState
         centers = [job.center for job in jobs] if jobs and jobs[0].center is not None else None
         groups, weights = [job.layer.groups for job in jobs], [job.weight for job in jobs]
         calls = warm.calls
-        prox.svt_(weights, taus, state=warm, center=centers, fold=fold, groups=groups, names=names)
+        functional.svt_(weights, taus, state=warm, center=centers, fold=fold, groups=groups, names=names)
         warm.calls = calls  # which counts steps: how often a process calls depends on what it owns
 
     steps: dict[str, Callable] = {
@@ -141,9 +141,9 @@ def _group(jobs: list[Job], taus: list[float], names: list[str], guard: Guard | 
         return
     weights, biases, jobs, taus, names = map(list, zip(*whole, strict=True))
     if guard:
-        prox.neurons_(weights, biases, torch.tensor(taus, dtype=torch.float64), guard.thresholds)
+        functional.neurons_(weights, biases, torch.tensor(taus, dtype=torch.float64), guard.thresholds)
     else:
-        prox.group_shrink_(weights, taus, biases=biases, names=names)
+        functional.group_shrink_(weights, taus, biases=biases, names=names)
     for W, b, job in zip(weights, biases, jobs, strict=True):
         for part, result in zip(job.results, (W, b), strict=False):
             if result is not part:
@@ -162,6 +162,6 @@ def _alike(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
 def _l1(jobs: list[Job], taus: list[float], names: list[str], guard: Guard | None) -> None:
     weights = [job.weight for job in jobs]
     if guard:
-        prox.elements_(weights, guard.thresholds(torch.tensor(taus, dtype=torch.float64)))
+        functional.elements_(weights, guard.thresholds(torch.tensor(taus, dtype=torch.float64)))
     else:
-        prox.soft_threshold_(weights, taus, names=names)
+        functional.soft_threshold_(weights, taus, names=names)

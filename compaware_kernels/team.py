@@ -14,7 +14,7 @@ from .division import Division, assign, share
 from .nn.discovery import Layer
 from .owners import gathering_group, owners_of, shrink_at_owners
 from .penalties import Job, check, shrink
-from .state import WarmState
+from .proximal.warm_state import WarmState
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from .nn import parametrization
 from .nn.discovery import Layer, foldable_layers, require_matches
 from .nn.unwrap import data_parallel_group, gather_no_more, unwrapped, unwrapped_optimizer
 from .penalties import PENALTIES, Job, center_of
+from .proximal.warm_state import WarmState, from_text, to_text
 from .spectra import ProximalReport, spectrum
-from .state import WarmState, from_text, to_text
 from .team import Team
 
 Strength = float | Mapping[str, float]

@@ -10,7 +10,7 @@ from cases import low_rank, with_spectrum
 from torch import nn
 
 import compaware_kernels as ck
-from compaware_kernels.gpu import step
+from compaware_kernels.proximal.cuda import step
 
 TAU, TOL = 1.0, 1e-3
 ROUNDING = {torch.float32: 2**-22, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # of a weight, relative

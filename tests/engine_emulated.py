@@ -6,20 +6,20 @@ import pytest
 import torch
 import triton_sim
 
-from compaware_kernels.gpu import program
 from compaware_kernels.ops import cuda_launcher
+from compaware_kernels.proximal.cuda import matmul_program
 
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
     """Launches go to the emulator and the interpreter."""
-    run = program.Program.run
+    run = matmul_program.Program.run
 
     def interpreted(self, counters):
         with triton_sim.register(*self.tensors):
             run(self, counters)
 
-    monkeypatch.setattr(program.Program, "run", interpreted)
+    monkeypatch.setattr(matmul_program.Program, "run", interpreted)
     token = cuda_launcher.instead.set(lambda kernel, grid, block, shared, device, stream, numbers:
                                 emulator.launch(kernel, grid, block, shared, numbers))  # fmt: skip
     yield

@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import compaware_kernels as ck
-from compaware_kernels.gpu import plan
 from compaware_kernels.ops import cuda_launcher
+from compaware_kernels.proximal.cuda import plan
 
 TOL, TAU = 1e-3, 1.0
 LAUNCHES = ["ck_begin", "ck_small", "program", "ck_orth", "program", "ck_orth", "program", "ck_ritz", "program",

@@ -24,7 +24,7 @@ import typer
 from rich.progress import track
 
 import compaware_kernels as ck
-from compaware_kernels import engine, small, subspace
+from compaware_kernels.proximal import jacobi, solver, subspace_iteration
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Case:
     kwargs: dict
     state: ck.WarmState | None = None
     forced: bool = False  # the subspace route, also where it does not pay
-    first: int = subspace.FIRST  # columns where nothing is known
+    first: int = subspace_iteration.FIRST  # columns where nothing is known
     wrong: int | None = None  # seed of what replaces the state after the first call
 
 
@@ -196,9 +196,9 @@ def run(case: Case) -> list[tuple[list[torch.Tensor], list[ck.SvtInfo]]]:
     """Per call the weights after it and what it said."""
     state, out, patches = copy.deepcopy(case.state), [], {"FIRST": case.first}
     if case.forced:
-        patches |= {"worth_it": lambda m, n, columns: True, "small": mock.Mock(wraps=small)}
-        patches["small"].small_shapes, patches["small"].Group = lambda weights: set(), small.Group
-    with mock.patch.multiple(engine, **patches), mock.patch.object(subspace, "FIRST", case.first):
+        patches |= {"worth_it": lambda m, n, columns: True, "small": mock.Mock(wraps=jacobi)}
+        patches["small"].small_shapes, patches["small"].Group = lambda weights: set(), jacobi.Group
+    with mock.patch.multiple(solver, **patches), mock.patch.object(subspace_iteration, "FIRST", case.first):
         for weights in copy.deepcopy(case.calls):
             out.append((weights, getattr(ck, case.op)(weights, case.parameter, state=state, **case.kwargs)))
             if case.wrong is not None and len(out) == 1:

@@ -41,10 +41,10 @@ def step(planted: bool) -> None:
     import emulator
     import triton_sim
 
-    from compaware_kernels.gpu import program
     from compaware_kernels.ops import cuda_launcher
+    from compaware_kernels.proximal.cuda import matmul_program
 
-    run, multiply = program.Program.run, program.Program.multiply
+    run, multiply = matmul_program.Program.run, matmul_program.Program.multiply
 
     def listed(self, layer, A, B, C, *rest, **options):
         vars(self).setdefault("first", C)
@@ -56,7 +56,7 @@ def step(planted: bool) -> None:
         if planted and "first" in vars(self):
             self.first[0, 0] += 1
 
-    program.Program.run, program.Program.multiply = interpreted, listed
+    matmul_program.Program.run, matmul_program.Program.multiply = interpreted, listed
     cuda_launcher.instead.set(lambda kernel, grid, block, shared, device, stream, numbers:
                         emulator.launch(kernel, grid, block, shared, numbers))  # fmt: skip
 
@@ -74,7 +74,7 @@ def low_rank(planted: bool) -> None:
 def main(family: str, pattern: str = "*", planted: str = "") -> None:
     torch.set_num_threads(1)
     {"shrink": shrink, "step": step, "low rank": low_rank}[family](bool(planted))
-    from compaware_kernels.gpu import selftest
+    from compaware_kernels import selftest
 
     cases = selftest.CASES[family]
     selftest.CASES[family] = {name: case for name, case in cases.items() if fnmatchcase(name, pattern)}

@@ -9,19 +9,19 @@ from cases import low_rank
 from emulator import Launch
 from torch import Tensor
 
-from compaware_kernels import certificate
-from compaware_kernels.gpu import plan, program, step, subspace, tables
 from compaware_kernels.ops import cuda_launcher
+from compaware_kernels.proximal import error_bounds
+from compaware_kernels.proximal.cuda import device_structs, matmul_program, plan, step, subspace_iteration
 
 TOL, SEED, CALL = 1e-3, 11, 5
-FACTOR = certificate._factor(tables.PROBES)
-GATE = {name: i for i, name in enumerate(tables.GATES)}
-REPORT = {name: i for i, name in enumerate(tables.REPORT)}
-NO = dict.fromkeys(tables.GATES, 0)
+FACTOR = error_bounds._factor(device_structs.PROBES)
+GATE = {name: i for i, name in enumerate(device_structs.GATES)}
+REPORT = {name: i for i, name in enumerate(device_structs.REPORT)}
+NO = dict.fromkeys(device_structs.GATES, 0)
 ZERO, NOTHING, SUBSPACE, FULL, UNSURE, REFUSED = 0, *range(3, 8)  # Method of step.h and small.h
 
 
-def multiply(listed: program.Program, *_) -> None:
+def multiply(listed: matmul_program.Program, *_) -> None:
     """All products of a program in fp64, stage by stage; those of one stage in the order in which they should not."""
     if listed.awake is not None and not listed.awake:
         return
@@ -91,7 +91,7 @@ def apart(made: plan.Plan) -> plan.Plan:
     """With reports and singular values that have no neighbours: what is written beyond them is out of bounds."""
     for x in made.layers:
         x.report, x.s = x.report.clone(), x.s.clone()
-    made.table = tables.table(tables.LAYER, made.layers, made.device)
+    made.table = device_structs.table(device_structs.LAYER, made.layers, made.device)
     return made
 
 
@@ -116,7 +116,7 @@ def gates(x) -> dict[str, int]:
 
 
 def report(x) -> dict[str, float]:
-    return dict(zip(tables.REPORT, x.report.tolist(), strict=True))
+    return dict(zip(device_structs.REPORT, x.report.tolist(), strict=True))
 
 
 def judged(x, norm: float) -> tuple[float, float, float]:
@@ -127,15 +127,17 @@ def judged(x, norm: float) -> tuple[float, float, float]:
     tau, unit, slack = x.tau.item(), 2.0**-24, 4 * 2.0**-24 * norm
     parts = torch.stack([R.mT @ R for R in (x.F, x.left, x.skew_U, x.skew_V)])
     F, E, U, V = (FACTOR * math.sqrt(K.trace()) for K in parts)
-    about_F, about_E, about_U, about_V = certificate.spectral_estimates(parts)
+    about_F, about_E, about_U, about_V = error_bounds.spectral_estimates(parts)
     bound = math.hypot(F, E) + U + V
-    sketches = {j: FACTOR * subspace._power(j, x).double().norm().item() for j in range(1, tables.POWERS + 1)}
+    sketches = {
+        j: FACTOR * subspace_iteration._power(j, x).double().norm().item() for j in range(1, device_structs.POWERS + 1)
+    }
     rho = tau * min(s ** (1 / j) for j, s in sketches.items() if j == 1 or s > 1e-20) + slack
     c = int((x.mu > max(0.8 * tau, 1e-6 * x.mu[0])).sum())
     above = ((x.mu[c:] ** 2 + rho**2).sqrt() + slack + bound - tau).clamp_min(0)
     excess = above.norm().item() if rho <= tau else math.inf
     stored = (x.mu[:c] - tau).clamp_min(0).norm().item()
-    rounding = 2 * (c + 1) * unit * x.mu[:c].norm().item() + certificate.unit_roundoff(x.W.dtype) * stored
+    rounding = 2 * (c + 1) * unit * x.mu[:c].norm().item() + error_bounds.unit_roundoff(x.W.dtype) * stored
     spectral = math.hypot(about_F, about_E) + about_U + about_V
     return bound + excess + rounding, 1.25 * spectral + excess, rho
 

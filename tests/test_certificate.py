@@ -6,28 +6,29 @@ import pytest
 import torch
 from cases import with_spectrum
 
-from compaware_kernels import certificate, products
-from compaware_kernels.spectral import SoftThreshold
-from compaware_kernels.subspace import MARGIN, Subspace
+from compaware_kernels import products
+from compaware_kernels.proximal import error_bounds
+from compaware_kernels.proximal.spectral_functions import SoftThreshold
+from compaware_kernels.proximal.subspace_iteration import MARGIN, Subspace
 
 
 def test_probes_fail_as_rarely_as_they_say():
     from scipy.stats import chi2
 
-    c = 1 / (certificate._factor(certificate.PROBES) ** 2 * certificate.PROBES)
-    assert 1e-14 < chi2.cdf(c * certificate.PROBES, certificate.PROBES) <= certificate.FAILURE
+    c = 1 / (error_bounds._factor(error_bounds.PROBES) ** 2 * error_bounds.PROBES)
+    assert 1e-14 < chi2.cdf(c * error_bounds.PROBES, error_bounds.PROBES) <= error_bounds.FAILURE
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 3.0])
 def test_norms_from_probes_are_upper_bounds(decay):
     R = with_spectrum(80, 60, torch.arange(1.0, 61) ** -decay)
     for seed in range(50):
-        y = torch.randn(60, certificate.PROBES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        y = torch.randn(60, error_bounds.PROBES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         for power in range(1, 6):
             y = R @ y if power % 2 else R.mT @ y
-            bound = certificate.norm_from_log(math.log(float(y.norm())), certificate.PROBES, power)
+            bound = error_bounds.norm_from_log(math.log(float(y.norm())), error_bounds.PROBES, power)
             assert bound >= (R.norm() if power == 1 else 1.0)
-            assert power > 1 or certificate.norm_from_probes(y) == pytest.approx(bound)
+            assert power > 1 or error_bounds.norm_from_probes(y) == pytest.approx(bound)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -59,8 +60,8 @@ def test_the_estimate_of_a_spectral_norm_is_rarely_too_small(rank):
     small = 0
     for seed in range(1000):
         generator = torch.Generator().manual_seed(seed)
-        sketch = R @ torch.randn(60, certificate.PROBES, generator=generator, dtype=torch.float64)
-        small += MARGIN * certificate.spectral_estimates((sketch.mT @ sketch)[None])[0] < 1
+        sketch = R @ torch.randn(60, error_bounds.PROBES, generator=generator, dtype=torch.float64)
+        small += MARGIN * error_bounds.spectral_estimates((sketch.mT @ sketch)[None])[0] < 1
     assert small <= 3
 
 
@@ -71,7 +72,7 @@ def test_what_is_left_out_together_may_stand_out():
         torch.eye(6).double(), 1.0, V, 1e-3, torch.Generator(), max_columns=3, slack=0.01, gain=SoftThreshold(1.0).gain
     )
     search.mu, search.checked, search.rho = [3.0, 0.8, 0.1], 1, 0.7
-    sketch = certificate.Sketch(bound=0.02, spectral=0.0, columns=torch.zeros(1))
+    sketch = error_bounds.Sketch(bound=0.02, spectral=0.0, columns=torch.zeros(1))
     assert search._tail(sketch) == pytest.approx(math.hypot(0.8, 0.7) + 0.03 - 1)
     search.mu, search.rho = [3.0], 1.01
     assert search._tail(sketch) == math.inf

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import compaware_kernels as ck
-from compaware_kernels.subspace import FRESH, NEAR, PART, PROBES, even
+from compaware_kernels.proximal.subspace_iteration import FRESH, NEAR, PART, PROBES, even
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 

@@ -10,8 +10,8 @@ import torch
 from cases import low_rank
 from step_case import FULL, GATE, NO, SUBSPACE, TOL, changed, gates, launch, normal, one, report, state, trying
 
-from compaware_kernels.gpu import program, step, subspace, tables
-from compaware_kernels.gpu.schedule import schedule
+from compaware_kernels.proximal.cuda import device_structs, matmul_program, step, subspace_iteration
+from compaware_kernels.proximal.cuda.polar_express import schedule
 
 pytestmark = pytest.mark.skipif(bool(emulator.missing), reason=emulator.missing)
 
@@ -20,7 +20,7 @@ HALVES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch):
-    monkeypatch.setattr(program.Program, "run", step_case.multiply)
+    monkeypatch.setattr(matmul_program.Program, "run", step_case.multiply)
     with step_case.launched_by(step_case.on_emulator):
         yield
 
@@ -112,7 +112,7 @@ def test_streams_of_ritz():
 # --- judge -----------------------------------------------------------------------------------------------------------
 
 PARTS = ("F", "left", "skew_U", "skew_V")
-POWERS = torch.arange(1, tables.POWERS + 1)
+POWERS = torch.arange(1, device_structs.POWERS + 1)
 
 
 def judge(sizes, rest, tol=TOL, tau=1.0, dtype=torch.float32, mu=None, spoil=None, norm=100.0):
@@ -126,7 +126,7 @@ def judge(sizes, rest, tol=TOL, tau=1.0, dtype=torch.float32, mu=None, spoil=Non
         part.copy_(normal(*part.shape, seed=seed) * torch.logspace(0, -2, len(part), dtype=torch.float64)[:, None])
         part.mul_(size / part.norm())
     for j in POWERS.tolist():
-        power = subspace._power(j, x)
+        power = subspace_iteration._power(j, x)
         power.copy_(normal(*power.shape, seed=9 + j))
         power.mul_(rest**j * (0.2 + 1 / j) / power.norm())
     if spoil:
@@ -156,7 +156,7 @@ def check_judged(made, x, tol, tau, norm=100.0):
     s = torch.zeros(x.n, dtype=torch.float64)
     s[: x.k] = (x.mu - tau).clamp_min(0) * met
     torch.testing.assert_close(x.s, s, rtol=1e-14, atol=0)
-    taken = x.gates[tables.SIGN_PAIR :]
+    taken = x.gates[device_structs.SIGN_PAIR :]
     if met:
         assert not taken.any()
     else:
@@ -187,7 +187,7 @@ def test_judge_of_what_the_basis_leaves_out():
 def put_rest(x, rho, least=4):
     """Of all powers, one shows the least."""
     for j in POWERS.tolist():
-        power = subspace._power(j, x)
+        power = subspace_iteration._power(j, x)
         power.zero_()
         power[-1, -1] = (rho * (1 + 1e-3 * (j != least))) ** j / step_case.FACTOR
 
@@ -203,7 +203,7 @@ def test_judge_takes_the_best_power():
 def test_judge_ignores_powers_that_fp32_has_lost():
     def spoil(x):
         for j in (5, 6, 7, 8, 9):
-            subspace._power(j, x).mul_(1e-25)
+            subspace_iteration._power(j, x).mul_(1e-25)
 
     made, x = judge(SIZES[0], 0.3, spoil=spoil)
     check_judged(made, x, TOL, 1.0)

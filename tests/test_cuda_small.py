@@ -11,7 +11,7 @@ import torch
 from emulator import Launch
 from test_cuda_block import SANITIZERS, longest_first
 
-from compaware_kernels.small import COARSE, LOSS
+from compaware_kernels.proximal.jacobi import COARSE, LOSS
 
 pytestmark = pytest.mark.skipif(bool(emulator.missing), reason=emulator.missing)
 

@@ -11,8 +11,8 @@ from cases import low_rank, with_spectrum
 from step_case import FULL, GATE, NO, REPORT, SUBSPACE, TOL, WIDTHS, changed, gates, make, network, one, report, state
 from test_cuda_block import SANITIZERS
 
-from compaware_kernels.gpu import plan, program, step, tables
-from compaware_kernels.gpu.schedule import schedule
+from compaware_kernels.proximal.cuda import device_structs, matmul_program, plan, step
+from compaware_kernels.proximal.cuda.polar_express import schedule
 
 pytestmark = pytest.mark.skipif(bool(emulator.missing), reason=emulator.missing)
 
@@ -21,7 +21,7 @@ HALVES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch):
-    monkeypatch.setattr(program.Program, "run", step_case.multiply)
+    monkeypatch.setattr(matmul_program.Program, "run", step_case.multiply)
     with step_case.launched_by(step_case.on_emulator):
         yield
 
@@ -39,7 +39,7 @@ def in_memory(W):
     return W.mT.view(-1) if W.mT.is_contiguous() else W.view(-1)
 
 
-@pytest.mark.parametrize("dtype", tables.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", device_structs.DTYPES, ids=str)
 def test_begin_adds_squares(dtype, chunks):
     made = make(network(dtype), WIDTHS)
     step._begin(made)
@@ -151,7 +151,7 @@ def test_orth_decides(case, chunks):
     assert told["known"] == (options.get("known", False) or found["restart"])
     assert x.s.isnan().all() if refused else not x.s.any()
     assert made.awake == found["dense"]
-    assert bool(x.gates[tables.SIGN_PAIR :].any()) == bool(found["dense"])
+    assert bool(x.gates[device_structs.SIGN_PAIR :].any()) == bool(found["dense"])
 
 
 def test_orth_at_the_boundaries():

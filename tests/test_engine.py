@@ -9,7 +9,8 @@ import torch
 from cases import low_rank, with_spectrum
 
 import compaware_kernels as ck
-from compaware_kernels import dense, engine, products, small
+from compaware_kernels import products
+from compaware_kernels.proximal import gram, jacobi, solver
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -91,10 +92,10 @@ def test_many_small_matrices_go_together():
 
 
 def test_small_shapes():
-    assert small.small_shapes([torch.empty(6, 25)]) == {(6, 25)}
-    assert small.small_shapes([torch.empty(60, 40)]) == set()
-    assert small.small_shapes([torch.empty(60, 40)] * 20) == {(60, 40)}
-    assert engine.worth_it(1024, 256, 40) and not engine.worth_it(1024, 64, 16)
+    assert jacobi.small_shapes([torch.empty(6, 25)]) == {(6, 25)}
+    assert jacobi.small_shapes([torch.empty(60, 40)]) == set()
+    assert jacobi.small_shapes([torch.empty(60, 40)] * 20) == {(60, 40)}
+    assert solver.worth_it(1024, 256, 40) and not solver.worth_it(1024, 64, 16)
 
 
 @pytest.mark.parametrize("scale", [1e-140, 1e-30, 1e30, 1e140])
@@ -139,7 +140,10 @@ def test_a_smaller_tolerance_is_met():
 def test_rounding_that_no_one_expected_is_seen(monkeypatch):
     """Products a thousand times less accurate than they should be: the probes notice, and the route is not taken."""
     honest = products.product
-    monkeypatch.setattr("compaware_kernels.subspace.product", lambda A, B: honest(A, B) * (1 + 3e-5 * torch.randn(())))
+    monkeypatch.setattr(
+        "compaware_kernels.proximal.subspace_iteration.product",
+        lambda A, B: honest(A, B) * (1 + 3e-5 * torch.randn(())),
+    )
     W = low_rank(500, 300, 20)
     W = W.float()
     truth = exact(W)
@@ -270,7 +274,7 @@ def test_a_failure_in_the_last_layer_changes_no_weight_and_no_state(monkeypatch)
     def fail(*args):
         raise torch.linalg.LinAlgError("no convergence")
 
-    monkeypatch.setattr(dense, "by_gram", fail)
+    monkeypatch.setattr(gram, "by_gram", fail)
     with pytest.raises(torch.linalg.LinAlgError):
         ck.svt_(weights, 0.5, state=state)
     assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True)) and state.state_dict() == kept

@@ -12,12 +12,12 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import compaware_kernels as ck
-from compaware_kernels.gpu import tables
 from compaware_kernels.ops import cuda_launcher
+from compaware_kernels.proximal.cuda import device_structs
 
 pytest.importorskip("triton")
-from compaware_kernels.gpu import plan, step
-from compaware_kernels.gpu.sizes import MAX_COLUMNS, width
+from compaware_kernels.proximal.cuda import plan, step
+from compaware_kernels.proximal.cuda.sizes import MAX_COLUMNS, width
 
 ROOT = Path(__file__).parents[1]
 MOST_LAUNCHES = 16
@@ -72,11 +72,11 @@ def numbers(header: str) -> dict[str, int]:
 
 
 def test_tables_are_those_of_the_kernels():
-    assert fields("Layer", "step.h") == list(tables.LAYER)
-    assert fields("Chunk", "step.cuh") == list(tables.CHUNK)
+    assert fields("Layer", "step.h") == list(device_structs.LAYER)
+    assert fields("Chunk", "step.cuh") == list(device_structs.CHUNK)
     found = numbers("step.h")
-    assert (found["kProbes"], found["kPowers"]) == (tables.PROBES, tables.POWERS)
-    assert (found["kPairs"], found["kRootPairs"]) == (tables.PAIRS, tables.ROOT_PAIRS)
+    assert (found["kProbes"], found["kPowers"]) == (device_structs.PROBES, device_structs.POWERS)
+    assert (found["kPairs"], found["kRootPairs"]) == (device_structs.PAIRS, device_structs.ROOT_PAIRS)
     assert found["kMaxColumns"] == MAX_COLUMNS
 
 
@@ -103,7 +103,7 @@ def test_exported_with_fake_cuda_tensors():
 
 def test_the_last_polynomials_leave_rounding():
     """Of numbers in any interval that a step is made for, the composition of the rest makes 1."""
-    from compaware_kernels.gpu.schedule import schedule
+    from compaware_kernels.proximal.cuda.polar_express import schedule
 
     for first, (low, *_) in enumerate(schedule()[:-1]):
         x = torch.logspace(math.log10(low), 0, 20_000, dtype=torch.float64)

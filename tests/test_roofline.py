@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parents[1] / "bench"))
 import step_model as model
 import workloads
 
-from compaware_kernels.gpu.program import Program
+from compaware_kernels.proximal.cuda.matmul_program import Program
 
 H100 = model.GPUS["H100 SXM"]
 

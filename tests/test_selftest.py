@@ -11,9 +11,9 @@ import torch
 from typer.testing import CliRunner
 
 import compaware_kernels as ck
-from compaware_kernels import cli
-from compaware_kernels.gpu import engine, selftest
+from compaware_kernels import cli, selftest
 from compaware_kernels.ops import backends, cuda_launcher, quarantine
+from compaware_kernels.proximal.cuda import backend
 
 LONG = "minutes: make gpu-check runs it"
 pytestmark = pytest.mark.skipif(not os.environ.get("COMPAWARE_LADDER"), reason=LONG)
@@ -82,13 +82,13 @@ def failing(family):
 
 def test_the_step_is_refused(caplog):
     pytest.importorskip("triton")
-    weights, functions = [torch.randn(4, 5)], [engine.SoftThreshold(1.0)]
+    weights, functions = [torch.randn(4, 5)], [backend.SoftThreshold(1.0)]
     token = cuda_launcher.instead.set(lambda *launch: pytest.fail("launched"))
     try:
-        assert engine.takes(weights, functions, True)
+        assert backend.takes(weights, functions, True)
         failing("step")
         for _ in range(2):
-            assert not engine.takes(weights, functions, True)
+            assert not backend.takes(weights, functions, True)
         ck.svt_(weights, 1.0)
     finally:
         cuda_launcher.instead.reset(token)

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import compaware_kernels as ck
-from compaware_kernels.certificate import storage
+from compaware_kernels.proximal.error_bounds import storage
 
 TAU = 1.0
 MATRICES = {  # m, n, rank: each takes another route

@@ -13,9 +13,9 @@ pytest.importorskip("triton")
 
 from triton_aot import SHARED, Code, lowrank_code, problems, program_code, program_problems
 
-from compaware_kernels.gpu.plan import Plan
-from compaware_kernels.gpu.program import Program
 from compaware_kernels.ops.triton_lowrank import TILES, Tile
+from compaware_kernels.proximal.cuda.matmul_program import Program
+from compaware_kernels.proximal.cuda.plan import Plan
 
 BIGGEST = [(kind, BR, TILES[kind][BR][0]) for kind in TILES for BR in (16, 128)]
 

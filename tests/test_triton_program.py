@@ -21,8 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton_planted import IN_CODE, plant
 
-from compaware_kernels.gpu.program import FAR, Program, layout
-from compaware_kernels.triton import program as kernel
+from compaware_kernels.proximal.cuda import matmul_kernel as kernel
+from compaware_kernels.proximal.cuda.matmul_program import FAR, Program, layout
 
 CAPABILITIES = (80, 90, 100, 120)
 

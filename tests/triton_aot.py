@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from compaware_kernels.ops.triton_lowrank import Tile, lowrank_kernel
-from compaware_kernels.triton.program import options, program_kernel
+from compaware_kernels.proximal.cuda.matmul_kernel import options, program_kernel
 
 # Bytes of shared memory a block can have: CUDA C++ Programming Guide, compute capabilities.
 SHARED = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
@@ -79,7 +79,7 @@ def lowrank_code(
 
 
 def program_code(capability: int, program) -> Code:
-    """The kernel as this :class:`compaware_kernels.gpu.program.Program` launches it."""
+    """The kernel as this :class:`compaware_kernels.proximal.cuda.matmul_program.Program` launches it."""
     names = ("GROUPS", "LOOPS", "ENDS", "PRECISION")
     constants = dict(zip(names, (*program.kinds, program.precision), strict=True))
     types = {name: "*i64" if name == "problems" else "*i32" for name in ("problems", "tiles", "counters", "awake")}

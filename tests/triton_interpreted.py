@@ -363,7 +363,7 @@ def plant(old, new, folder):
     assert source.count(old) == 1, f"{old!r} is {source.count(old)} times in the source"
     path = folder / "planted.py"
     path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location("compaware_kernels.triton.planted", path)
+    spec = importlib.util.spec_from_file_location("compaware_kernels.ops.planted", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module._multiprocessors = triton_lowrank._multiprocessors

@@ -15,9 +15,9 @@ import triton_sim
 from torch import Tensor
 from triton_planted import IN_KERNEL, IN_TABLES, plant
 
-from compaware_kernels.gpu import program as host
-from compaware_kernels.gpu.program import TYPES, Program
-from compaware_kernels.triton import program as kernel
+from compaware_kernels.proximal.cuda import matmul_kernel as kernel
+from compaware_kernels.proximal.cuda import matmul_program as host
+from compaware_kernels.proximal.cuda.matmul_program import TYPES, Program
 
 PROGRAMS = 16  # of a launch on the CPU
 SEEDS = 0, 1, 2, 5, 9, 11  # all programs at a time in order; two, one, five, all and all in any

@@ -99,7 +99,7 @@ def _code() -> str:
             key.update(f"{name} {version(name)}".encode())
         except PackageNotFoundError:
             key.update(name.encode())
-    sources = [*package.glob("*.so"), *package.glob("gpu/*"), *package.glob("triton/*")]
+    sources = [*package.glob("*.so"), *package.glob("ops/*"), *package.glob("proximal/cuda/*"), package / "selftest.py"]
     sources += [path for root in (package, package.parent) for path in root.glob("csrc/*/*")]
     for path in sorted(path for path in sources if path.suffix in SUFFIXES):
         key.update(path.name.encode() + path.read_bytes())

@@ -13,7 +13,7 @@ exact ones of ``W - F V_s^T``, ``F = W V_s - U_s diag(mu_s)``, of which the rest
 
 and what rounding adds: ``W^T U_s - V_s mu_s``, and what U_s and V_s lack of being orthonormal. All four are measured by
 32 Gaussian vectors in fp64; ``||R||`` by powers ``R, R^T R, ...`` of the same vectors (see
-:mod:`compaware_kernels.certificate`). U is made orthonormal by a Cholesky factor in fp64 and two steps of
+:mod:`compaware_kernels.proximal.error_bounds`). U is made orthonormal by a Cholesky factor in fp64 and two steps of
 Newton-Schulz, ``U (3 I - U^T U) / 2``: matrix products, which double its digits.
 """
 
@@ -25,8 +25,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from .program import Program
-from .tables import POWERS, PROBES
+from .device_structs import POWERS, PROBES
+from .matmul_program import Program
 
 
 def allocate(layer: SimpleNamespace, new) -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .certificate import norms, storage, unit_roundoff
-from .spectral import SoftThreshold, Spectral
+from .error_bounds import norms, storage, unit_roundoff
+from .spectral_functions import SoftThreshold, Spectral
 
 SHORT, LONG = 64, 256  # up to here Jacobi is faster than a Gram matrix and its eigenvectors,
 ALONE, MANY = 16, 16  # of a single matrix up to ALONE, of larger ones where there are MANY of one shape

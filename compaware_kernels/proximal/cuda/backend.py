@@ -15,15 +15,15 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ..ops import backends, cuda_launcher, quarantine
-from ..report import SvtInfo
-from ..spectral import SoftThreshold, Spectral
-from ..state import WarmState
-from . import tables
+from ...ops import backends, cuda_launcher, quarantine
+from ..spectral_functions import SoftThreshold, Spectral
+from ..svt_info import SvtInfo
+from ..warm_state import WarmState
+from . import device_structs
 from .sizes import SPARE, is_small, width
 
-REPORT = {name: i for i, name in enumerate(tables.REPORT)}
-REFUSED = len(tables.METHODS) - 1
+REPORT = {name: i for i, name in enumerate(device_structs.REPORT)}
+REFUSED = len(device_structs.METHODS) - 1
 SOON, LATER = (1, 2, 4, 8), 16  # calls after which widths are looked at: a new plan takes as long as many steps
 SLACK = 32  # columns that a basis may be too wide
 
@@ -69,7 +69,7 @@ class DeviceInfo(SvtInfo):
         return torch.stack([report[REPORT[what]] for report in self._reports]).reshape(self._batch)
 
     def _methods(self) -> str:
-        return " + ".join(dict.fromkeys(tables.METHODS[int(code)] for code in self._number("method").flatten()))
+        return " + ".join(dict.fromkeys(device_structs.METHODS[int(code)] for code in self._number("method").flatten()))
 
     def __getattribute__(self, name: str):
         if name == "rank":
@@ -167,7 +167,7 @@ class Engine:
 def shrink_all(
     weights: Sequence[Tensor], taus: Sequence[float], names: Sequence[str] | None, tol: float, state: WarmState | None
 ) -> list[SvtInfo]:
-    """:func:`compaware_kernels.engine.shrink_all` for what :func:`takes` has taken."""
+    """:func:`compaware_kernels.proximal.solver.shrink_all` for what :func:`takes` has taken."""
     state = WarmState() if state is None else state
     keys = list(names or map(str, range(len(weights))))
     device = weights[0].device

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from . import dense, subspace, tables
-from .program import Program
-from .schedule import schedule
+from . import device_structs, matrix_sign, subspace_iteration
+from .matmul_program import Program
+from .polar_express import schedule
 from .sizes import is_small
 
 PROGRAMS = 6
@@ -40,7 +40,7 @@ class Plan:
         self.matrices = [_matrix(W, self.inputs[i]) for i, W in enumerate(weights)]
         self.small = [x for x, W in zip(self.matrices, weights, strict=True) if is_small(W)]
         self.layers = [x for x, W in zip(self.matrices, weights, strict=True) if not is_small(W)]
-        self.out = self._zeros(sum(x.n + len(tables.REPORT) for x in self.matrices))
+        self.out = self._zeros(sum(x.n + len(device_structs.REPORT) for x in self.matrices))
         self._share_out()
         for number, x in enumerate(self.layers):
             x.number = number
@@ -62,13 +62,13 @@ class Plan:
 
     def _share_out(self) -> None:
         """Everything that is reported of a matrix lies together: its numbers, then its singular values."""
-        parts = self.out.split([size for x in self.matrices for size in (len(tables.REPORT), x.n)])
+        parts = self.out.split([size for x in self.matrices for size in (len(device_structs.REPORT), x.n)])
         for x, report, s in zip(self.matrices, parts[::2], parts[1::2], strict=True):
             x.report, x.s = report, s
         for x in self.small:
             x.row, x.col = x.W.stride()
             for name in ("error", "rank", "method"):
-                setattr(x, name, x.report[tables.REPORT.index(name) :])
+                setattr(x, name, x.report[device_structs.REPORT.index(name) :])
 
     def _cut(self) -> Tensor:
         rows = []
@@ -78,36 +78,36 @@ class Plan:
             rows += [SimpleNamespace(W=x.W, dtype=x.dtype, first=i, count=min(CHUNK, size - i)) for i in starts]
             x.partials = len(starts)
         self.partials = self.new(len(rows), dtype=torch.float64)
-        return tables.table(tables.CHUNK, rows, self.device)
+        return device_structs.table(device_structs.CHUNK, rows, self.device)
 
     def _allocate(self, x: SimpleNamespace) -> None:
         x.partial = self.partials[x.first_chunk :]
         x.awake = self.awake
-        x.gates = self._zeros(tables.ALL_GATES, dtype=torch.int32)
-        x.coefficients = self.new(len(tables.COEFFICIENTS), 3, dtype=torch.float64)
-        x.omega = self.new(x.n, tables.PROBES, dtype=torch.float64)
-        x.gate = {name: x.gates[i : i + 1] for i, name in enumerate(tables.GATES)}
-        x.sign_pairs = x.gates[tables.SIGN_PAIR :].split(1)[: tables.PAIRS]
-        x.root_pairs = x.gates[tables.ROOT_PAIR :].split(1)
-        x.coefficient = dict(zip(tables.COEFFICIENTS, x.coefficients, strict=True))
+        x.gates = self._zeros(device_structs.ALL_GATES, dtype=torch.int32)
+        x.coefficients = self.new(len(device_structs.COEFFICIENTS), 3, dtype=torch.float64)
+        x.omega = self.new(x.n, device_structs.PROBES, dtype=torch.float64)
+        x.gate = {name: x.gates[i : i + 1] for i, name in enumerate(device_structs.GATES)}
+        x.sign_pairs = x.gates[device_structs.SIGN_PAIR :].split(1)[: device_structs.PAIRS]
+        x.root_pairs = x.gates[device_structs.ROOT_PAIR :].split(1)
+        x.coefficient = dict(zip(device_structs.COEFFICIENTS, x.coefficients, strict=True))
         if x.k:
-            subspace.allocate(x, self.new)
+            subspace_iteration.allocate(x, self.new)
             x.V.zero_()
-        dense.allocate(x, self.new)
+        matrix_sign.allocate(x, self.new)
 
     def _fill_tables(self) -> None:
-        self.table = tables.table(tables.LAYER, self.layers, self.device)
-        self.small_table = tables.table(tables.SMALL, self.small, self.device)
+        self.table = device_structs.table(device_structs.LAYER, self.layers, self.device)
+        self.small_table = device_structs.table(device_structs.SMALL, self.small, self.device)
         steps = schedule()
         sign = [[(c, b, 0), (1, a, 0)] for _, a, b, c in steps]
-        root = [(c, b, a) for _, a, b, c in steps[2 * (tables.PAIRS - tables.ROOT_PAIRS) :]]
+        root = [(c, b, a) for _, a, b, c in steps[2 * (device_structs.PAIRS - device_structs.ROOT_PAIRS) :]]
         self.lows = self._constants([low for low, *_ in steps])
         self.one = {name: self._constants(row) for name, row in CONSTANTS.items()}
         self.one |= {"sign": self._constants(sign), "root": self._constants(root)}
 
     def _list_programs(self) -> None:
         count = len(self.layers)
-        self.warm = subspace.programs([x for x in self.layers if x.k], count, self.one)
+        self.warm = subspace_iteration.programs([x for x in self.layers if x.k], count, self.one)
         out = Program(layers=count)
         for x in self.layers:
             empty = self.new(0)
@@ -115,10 +115,10 @@ class Plan:
             if x.k:
                 out.multiply(x.number, x.Us, x.right.mT, x.W, gate=x.gate["apply"])
         whole = Program(layers=count, awake=self.awake, warps=8)  # with 4, registers are spilled
-        dense.list_products(whole, dense.assign(self.layers, SLOT_BYTES), self.new, self.one)
+        matrix_sign.list_products(whole, matrix_sign.assign(self.layers, SLOT_BYTES), self.new, self.one)
         self.programs = [program.build(self.device) for program in (*self.warm, out, whole)]
 
 
 def _matrix(W: Tensor, tau: Tensor) -> SimpleNamespace:
     tall = W if W.shape[0] >= W.shape[1] else W.mT
-    return SimpleNamespace(W=tall, m=tall.shape[0], n=tall.shape[1], dtype=tables.DTYPES[W.dtype], tau=tau)
+    return SimpleNamespace(W=tall, m=tall.shape[0], n=tall.shape[1], dtype=device_structs.DTYPES[W.dtype], tau=tau)

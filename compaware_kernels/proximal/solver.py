@@ -24,18 +24,19 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import dense, small
-from ._utils.dtypes import compute_dtype
-from .certificate import in_range, norms, storage, unit_roundoff
-from .distributed.dtensor import Shards
-from .distributed.row_sharded import Rows
-from .gpu import engine as gpu
-from .ops.linalg import ROWS, product
-from .ops.validation import check_finite
-from .report import SvtInfo
-from .spectral import SoftThreshold, Spectral
-from .state import WarmState
-from .subspace import FIRST, Subspace, columns_for
+from .._utils.dtypes import compute_dtype
+from ..distributed.dtensor import Shards
+from ..distributed.row_sharded import Rows
+from ..ops.linalg import ROWS, product
+from ..ops.validation import check_finite
+from . import gram as dense
+from . import jacobi
+from .cuda import backend as gpu
+from .error_bounds import in_range, norms, storage, unit_roundoff
+from .spectral_functions import SoftThreshold, Spectral
+from .subspace_iteration import FIRST, Subspace, columns_for
+from .svt_info import SvtInfo
+from .warm_state import WarmState
 
 FEW = 3  # a subspace may begin with n / FEW columns, and grow to n / 2
 LITTLE = 1e8  # multiplications of a matrix product, below which threads are not worth starting
@@ -79,7 +80,7 @@ class Task:
     def matrix(self) -> Rows:
         """X [m, n], m >= n, in the compute dtype: fp32, or fp64 where the weight is, or a difference needs it."""
         dtype = compute_dtype(self.W.dtype)
-        X = small.difference(self.W, self.center)
+        X = jacobi.difference(self.W, self.center)
         X = X.to(dtype if self.center is None else _product_dtype(self, dtype))
         return Rows(X if self.tall else X.mT, self.shape[0], () if self.shards is None else self.shards.groups)
 
@@ -95,7 +96,7 @@ class Task:
 
 def compute(task: Task) -> None:
     """Find the result of one task; write nothing."""
-    task.norm = task.norm_of(small.difference(task.W, task.center))
+    task.norm = task.norm_of(jacobi.difference(task.W, task.center))
     if task.norm == 0 or task.function.count == 0 or (task.function.count is None and task.norm <= task.function.floor):
         task.method, task.reason = "zero", f"||W||_F is at most {task.norm:.3g}"
         return
@@ -275,21 +276,21 @@ def shrink_all(
             check_finite(W, names[i] if names else f"weights[{i}]")
     shards = [None] * len(weights) if shards is None else shards
     centers = [None] * len(weights) if centers is None else centers
-    work: list[small.Group | list[Task]] = []
-    small_shapes = small.small_shapes([W for W, lie in zip(weights, shards, strict=True) if lie is None])
+    work: list[jacobi.Group | list[Task]] = []
+    small_shapes = jacobi.small_shapes([W for W, lie in zip(weights, shards, strict=True) if lie is None])
     keys = names or map(str, range(len(weights)))
     for W, function, key, center, lie in zip(weights, functions, keys, centers, shards, strict=True):
         if lie is not None:
             work.append([_divided(W, function, key, center, tol, state, lie)])
         elif tuple(W.shape[-2:]) in small_shapes:
-            work.append(small.Group(W, function, center))
+            work.append(jacobi.Group(W, function, center))
         else:
             work.append(_tasks(W, function, key, center, tol, state))
-    groups = [entry for entry in work if isinstance(entry, small.Group)]
+    groups = [entry for entry in work if isinstance(entry, jacobi.Group)]
     tasks = [task for entry in work if isinstance(entry, list) for task in entry]
-    small.compute(groups, tol, ball)
+    jacobi.compute(groups, tol, ball)
     in_parallel(compute, tasks)
-    small.write(groups)
+    jacobi.write(groups)
     in_parallel(lambda task: write(task, ball), tasks)
     for W, entry, lie in zip(weights, work, shards, strict=True):
         if lie is not None:
@@ -330,8 +331,8 @@ def _remember(task: Task, state: WarmState | None) -> None:
     task.seed = seed_of(state.seed, state.calls, task.key) if state else seed_of(0, 0, task.key)
 
 
-def _report(W: Tensor, entry: small.Group | list[Task], name: str | None) -> SvtInfo:
-    if isinstance(entry, small.Group):
+def _report(W: Tensor, entry: jacobi.Group | list[Task], name: str | None) -> SvtInfo:
+    if isinstance(entry, jacobi.Group):
         return SvtInfo(entry.rank, entry.s, entry.error, entry.method, "small", name)
     divided = entry and entry[0].shards
     shape = divided.shape if divided else W.shape[-2:]

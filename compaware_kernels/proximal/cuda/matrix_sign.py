@@ -27,8 +27,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from .program import Program
-from .tables import PAIRS, PROBES, ROOT_PAIRS
+from .device_structs import PAIRS, PROBES, ROOT_PAIRS
+from .matmul_program import Program
 
 SQUARES = 9  # of n^2 numbers each
 

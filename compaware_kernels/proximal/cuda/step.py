@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops import cuda_launcher
+from ...ops import cuda_launcher
 from .plan import Plan
 from .sizes import SMALL_BYTES
 

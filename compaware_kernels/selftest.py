@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._utils.dtypes import compute_dtype
-from ..ops import backends, cuda_launcher, quarantine, shrinkage
+from ._utils.dtypes import compute_dtype
+from .ops import backends, cuda_launcher, quarantine, shrinkage
 
 TIMEOUT = 1200  # seconds that a family may take; Triton compiles for minutes, the first time
 TAU, TOL = 1.0, 1e-3
@@ -176,7 +176,7 @@ def _as_good(got: Tensor, truth: Tensor, plain: Tensor) -> float:
 
 def _products(precision: str, wide: bool, dtype: torch.dtype, device: torch.device) -> Case:
     """Two layers of two stages, ragged, with views and an epilogue; each product against fp64."""
-    from .program import Program
+    from .proximal.cuda.matmul_program import Program
 
     program, inner = Program(2, precision), torch.float64 if wide else torch.float32
     coef = torch.tensor([-0.5, 1.5, 0.25], dtype=torch.float64, device=device)
@@ -235,8 +235,8 @@ SMALL = ((20, 12, 3), (40, 48, 9))
 
 def _step(shapes, calls: int, method: str, dtype: torch.dtype, device: torch.device) -> Case:
     """The last of so many calls with one state: the report must be right, the method the one that is meant."""
-    from ..state import WarmState
-    from .engine import shrink_all
+    from .proximal.cuda.backend import shrink_all
+    from .proximal.warm_state import WarmState
 
     before = [_low_rank(*shape, seed=10 * i).to(device, dtype) for i, shape in enumerate(shapes)]
     weights, state = [W.clone() for W in before], WarmState()
@@ -272,8 +272,8 @@ def _svt_error(W: Tensor, X: Tensor, info) -> float:
 
 def _nothing_changes(dtype: torch.dtype, device: torch.device) -> Case:
     """NaN in one weight of a network."""
-    from ..state import WarmState
-    from .engine import shrink_all
+    from .proximal.cuda.backend import shrink_all
+    from .proximal.warm_state import WarmState
 
     before = [_low_rank(*shape, seed=0).to(device, dtype) for shape in (LARGE[0], SMALL[0])]
     before[1][3, 4] = torch.nan
@@ -319,7 +319,7 @@ def _linear(precision: str, dtype: torch.dtype, device: torch.device) -> Case:
 
 
 def _fused(name: str, args: list[Tensor], precision: str, first, second, geometry) -> Case:
-    from ..ops import triton_lowrank
+    from .ops import triton_lowrank
 
     def two_steps(x, V, U, bias, residual, rounded=lambda t: t):
         y = second(rounded(first(rounded(x), rounded(V))), rounded(U), bias)

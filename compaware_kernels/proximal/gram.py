@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .certificate import NOT_ZERO, PROBES, in_range, norm_from_norm, norm_from_probes, svd_loss, unit_roundoff
-from .distributed.row_sharded import Rows
-from .ops.linalg import product
-from .spectral import SoftThreshold, Spectral
+from ..distributed.row_sharded import Rows
+from ..ops.linalg import product
+from .error_bounds import NOT_ZERO, PROBES, in_range, norm_from_norm, norm_from_probes, svd_loss, unit_roundoff
+from .spectral_functions import SoftThreshold, Spectral
 
 GRAM_LOSS = 32  # spectral error of the SVT, in units of u s_1^2 / tau; measured: up to 21
 EIGH_LOSS = 400  # ||V diag(w) V^T - G||_F in units of u trace(G), fp64; measured: up to 82 (all ones, n <= 1500)

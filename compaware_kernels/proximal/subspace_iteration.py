@@ -27,9 +27,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .certificate import Sketch, norm_from_log, sketch_triplets
-from .distributed.row_sharded import Rows
-from .ops.linalg import COLUMNS, inner, product, times, without
+from ..distributed.row_sharded import Rows
+from ..ops.linalg import COLUMNS, inner, product, times, without
+from .error_bounds import Sketch, norm_from_log, sketch_triplets
 
 SPARE = 8  # right singular vectors kept beyond the rank: they follow the top of what is left out
 FRESH, PART = 12, 5  # so many columns, and one per so many known, at random beside those of the last call

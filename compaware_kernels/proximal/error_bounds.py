@@ -23,8 +23,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .distributed.row_sharded import Rows
-from .ops.linalg import inner, times
+from ..distributed.row_sharded import Rows
+from ..ops.linalg import inner, times
 
 PROBES = 12
 NOT_ZERO = torch.finfo(torch.float64).tiny

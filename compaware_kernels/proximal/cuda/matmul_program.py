@@ -247,6 +247,6 @@ class Program:
         Args:
             counters: int32, all 0, ``self.counters`` of them; a run leaves other numbers there.
         """
-        from ..triton.program import run
+        from .matmul_kernel import run
 
         run(self._problems, self._tiles, counters, self._awake, self.kinds, self.precision, self.warps)

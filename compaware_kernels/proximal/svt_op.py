@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .prox import svt_ as functional_svt_
+from .functional import svt_ as functional_svt_
 
 
 @torch.library.custom_op("compaware::svt_", mutates_args={"weights"})

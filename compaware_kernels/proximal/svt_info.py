@@ -19,7 +19,7 @@ class SvtInfo:
             its dtype included.  Of :func:`svt`: a-priori; a dense SVD is the exact one of a matrix within
             ``p(m, n) eps ||W||_2`` (LAPACK Users' Guide, 4.9), here with ``p = 2 sqrt(k) max(m, n)`` in the Frobenius
             norm, k = min(m, n), and SVT is non-expansive.  Of the forms in place: a-posteriori, as
-            :mod:`compaware_kernels.certificate` explains; its probabilistic parts fail with a probability below 1e-9.
+            :mod:`.error_bounds` explains; its probabilistic parts fail with a probability below 1e-9.
         method: the route taken.
         reason: why, or what it took.
         name: the layer's name, where names were given.

@@ -24,15 +24,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import certificate, engine, folds
-from ._utils.dtypes import compute_dtype
-from .distributed.dtensor import agreed, column_groups, device_of, groups_of, local, placed, shards_of, shrink_rows_
-from .gpu import engine as gpu
-from .ops.svt import differentiable_svt
-from .ops.validation import check_center, checked, checked_list, checked_tau
-from .report import SvtInfo
-from .spectral import SoftThreshold, Truncate, WeightedThreshold
-from .state import WarmState
+from .. import folds
+from .._utils.dtypes import compute_dtype
+from ..distributed.dtensor import agreed, column_groups, device_of, groups_of, local, placed, shards_of, shrink_rows_
+from ..ops.svt import differentiable_svt
+from ..ops.validation import check_center, checked, checked_list, checked_tau
+from . import error_bounds, solver
+from .cuda import backend as gpu
+from .spectral_functions import SoftThreshold, Truncate, WeightedThreshold
+from .svt_info import SvtInfo
+from .warm_state import WarmState
 
 
 def svt(W: Tensor, tau: float | Tensor, *, return_info: bool = False) -> Tensor | tuple[Tensor, SvtInfo]:
@@ -269,7 +270,7 @@ def _shrink(weights, functions, state, tol, fold, groups, names, center=None, ba
     mats = [M[None] if lie and M.ndim == 2 else M for M, lie in zip(_matrices(here, fold, groups), shards, strict=True)]
     targets = _targets(mats)
     centers = None if center is None else _matrices(there, fold, groups)
-    infos = engine.shrink_all(
+    infos = solver.shrink_all(
         targets, functions, names, tol=tol, state=state, centers=centers, ball=ball, shards=shards
     )
     for W, M, T in zip(here, mats, targets, strict=True):
@@ -425,7 +426,7 @@ def _svt_info(s: Tensor, W: Tensor, tau: Tensor, name: str | None = None) -> Svt
     k, s64 = min(m, n), s.double()
     norm_P = s64.square().sum(-1).sqrt()
     norm_W = norm_P + tau.double() * k**0.5  # every discarded singular value is at most tau
-    bound = certificate.svd_loss(compute_dtype(W.dtype), m, n) * norm_W + torch.finfo(W.dtype).eps * norm_P
+    bound = error_bounds.svd_loss(compute_dtype(W.dtype), m, n) * norm_W + torch.finfo(W.dtype).eps * norm_P
     if W.dtype != torch.float64:  # subnormals round absolutely
         bound = bound + (m * n) ** 0.5 * torch.finfo(W.dtype).smallest_normal * torch.finfo(W.dtype).eps
     return SvtInfo(rank=(s > 0).sum(-1), s=s, error_bound=bound, name=name)

@@ -1,0 +1,1 @@
+"""The proximal operators and the solver behind them."""

@@ -1,8 +1,8 @@
 """A model of the time that the proximal step of a whole network takes on a GPU. See step_roofline.py.
 
 The step is planned on the meta device and its launches are listed as :mod:`compaware_kernels.proximal.cuda.step`
-queues them. A stage of a matrix program takes as long as the longest of: DRAM traffic, L2 traffic, arithmetic, and the steps
-one Triton program must do one after the other. Of a CUDA kernel, the block of the largest matrix counts.
+queues them. A stage of a matrix program takes as long as the longest of: DRAM traffic, L2 traffic, arithmetic, and the
+steps one Triton program must do one after the other. Of a CUDA kernel, the block of the largest matrix counts.
 """
 
 from collections.abc import Iterator, Sequence

@@ -32,8 +32,8 @@ from .proximal.functional import (
     weighted_svt_,
 )
 from .proximal.warm_state import WarmState
-from .spectra import ProximalReport
-from .training import ProximalStep
+from .training.proximal_step import ProximalStep
+from .training.report import ProximalReport
 
 __version__ = "0.1.0"
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import compaware_kernels as ck
-from compaware_kernels import division
+from compaware_kernels.training.proximal_step import replicas as division
 
 PENALTIES = {"nuclear": 0.3, "group": 0.02, "l1": 0.01}
 

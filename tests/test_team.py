@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import low_rank
+from compaware_kernels.training.proximal_step.replicas import assign, fingerprint
+from compaware_kernels.training.proximal_step.report import spectrum
 from processes import run
 from test_distributed import assert_same_bits
 from torch import nn
@@ -12,8 +14,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import compaware_kernels as ck
-from compaware_kernels.division import assign, fingerprint
-from compaware_kernels.spectra import spectrum
 
 SHAPES = {"0": (150, 200), "1": (200, 150), "2": (181, 181)}
 

@@ -16,7 +16,7 @@ from .. import ranks
 from ..compress import CompressReport, compress
 from ..nn.discovery import foldable_layers
 from ..nn.factorization import singular_values
-from ..training import ProximalStep
+from ..training.proximal_step import ProximalStep
 from .data import Images
 from .networks import small_convnet
 

@@ -18,7 +18,7 @@ from ..compress import compress as compress_model
 from ..nn.discovery import foldable_layers
 from ..nn.unwrap import plain_name, unwrapped
 from ..ranks import energy
-from ..training import ProximalStep
+from ..training.proximal_step import ProximalStep
 
 
 class Compression:

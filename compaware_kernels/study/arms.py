@@ -22,7 +22,7 @@ from ..folds import from_matrix
 from ..nn.discovery import Layer, foldable_layers
 from ..nn.module_surgery import replace
 from ..nn.registry import low_rank_type
-from ..training import ProximalStep
+from ..training.proximal_step import ProximalStep
 
 
 @dataclass(frozen=True)

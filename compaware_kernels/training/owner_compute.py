@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .distributed.dtensor import agreed, local, shards_of
-from .division import as_bytes, assign, from_bytes
+from ..distributed.dtensor import agreed, local, shards_of
+from ..proximal.warm_state import WarmState
 from .penalties import Job, shrink
-from .proximal.warm_state import WarmState
+from .replicas import as_bytes, assign, from_bytes
 
 
 def gathering_group(job: Job, fold: str) -> dist.ProcessGroup | None:

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .distributed.dtensor import agreed, groups_of, is_dtensor, replicas_of
-from .division import Division, assign, share
-from .nn.discovery import Layer
-from .owners import gathering_group, owners_of, shrink_at_owners
+from ..distributed.dtensor import agreed, groups_of, is_dtensor, replicas_of
+from ..nn.discovery import Layer
+from ..proximal.warm_state import WarmState
+from .owner_compute import gathering_group, owners_of, shrink_at_owners
 from .penalties import Job, check, shrink
-from .proximal.warm_state import WarmState
+from .replicas import Division, assign, share
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .proximal.warm_state import WarmState
+from ..proximal.warm_state import WarmState
 
 log = logging.getLogger(__name__)
 MODES = ("auto", "owner", "replicated")

@@ -9,13 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .distributed.dtensor import by_rows, column_groups, is_dtensor, local, placed, shrink_rows_
-from .nn.discovery import Layer
-from .ops.validation import check_finite
-from .proximal import functional
-from .proximal.cuda import backend as gpu
-from .proximal.cuda.finite_guard import Guard
-from .proximal.warm_state import WarmState
+from ..distributed.dtensor import by_rows, column_groups, is_dtensor, local, placed, shrink_rows_
+from ..nn.discovery import Layer
+from ..ops.validation import check_finite
+from ..proximal import functional
+from ..proximal.cuda import backend as gpu
+from ..proximal.cuda.finite_guard import Guard
+from ..proximal.warm_state import WarmState
 
 PENALTIES = ("nuclear", "group", "l1")
 

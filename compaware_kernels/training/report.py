@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ._utils.tables import text_table
-from .distributed.dtensor import local, shards_of
-from .folds import to_matrix
-from .nn.factorization import singular_values
-from .ranks import numerical_rank
+from .._utils.tables import text_table
+from ..distributed.dtensor import local, shards_of
+from ..folds import to_matrix
+from ..nn.factorization import singular_values
+from ..ranks import numerical_rank
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .distributed.dtensor import as_before
-from .division import MODES
-from .folds import row_axes
-from .nn import parametrization
-from .nn.discovery import Layer, foldable_layers, require_matches
-from .nn.unwrap import data_parallel_group, gather_no_more, unwrapped, unwrapped_optimizer
+from ..distributed.dtensor import as_before
+from ..folds import row_axes
+from ..nn import parametrization
+from ..nn.discovery import Layer, foldable_layers, require_matches
+from ..nn.unwrap import data_parallel_group, gather_no_more, unwrapped, unwrapped_optimizer
+from ..proximal.warm_state import WarmState, from_text, to_text
+from .coordinator import Team
 from .penalties import PENALTIES, Job, center_of
-from .proximal.warm_state import WarmState, from_text, to_text
-from .spectra import ProximalReport, spectrum
-from .team import Team
+from .replicas import MODES
+from .report import ProximalReport, spectrum
 
 Strength = float | Mapping[str, float]
 KEPT = "no weight was changed"

@@ -1,0 +1,1 @@
+"""ck.ProximalStep: the proximal operators attached to any torch optimizer."""

@@ -16,8 +16,9 @@ import torch
 import typer
 from rich.progress import Progress
 
-from compaware_kernels import compress, ranks
+from compaware_kernels import ranks
 from compaware_kernels._utils.tables import text_table
+from compaware_kernels.compression import compress
 from compaware_kernels.environment import machine
 from compaware_kernels.nn import lowrank
 from compaware_kernels.nn.module_surgery import replace

@@ -14,7 +14,7 @@ from inference_tables import planner_rows
 from torch import nn
 
 import compaware_kernels as ck
-from compaware_kernels import planner
+from compaware_kernels.compression import latency_model
 
 RULES = {"1/8": 1 / 8, "1/4": 1 / 4, "1/2": 1 / 2}
 
@@ -48,6 +48,6 @@ def test_random_networks(seed, measure):
         assert (small(x) - truth).abs().max() <= 1e-5 * truth.abs().max()
     last = copy.deepcopy(dense).to(memory_format=torch.channels_last)
     with torch.inference_mode():
-        times = planner.seconds([lambda: dense(x), lambda: last(x), lambda: small(x)], x.device)
+        times = latency_model.seconds([lambda: dense(x), lambda: last(x), lambda: small(x)], x.device)
     factorised = sum(layer.rank is not None for layer in report.layers)
     planner_rows.append((seed, "measured" if measure else "predicted", share, factorised, len(report.layers), *times))

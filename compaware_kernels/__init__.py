@@ -4,13 +4,13 @@ weights --prox--> shrunk weights --ranks--> ranks --factorize--> two small weigh
 """
 
 from . import folds, ranks
-from .budgets import allocate
-from .checkpoint import CheckpointError, load, save
-from .compress import CompressReport, LayerReport, compress
+from .compression.checkpoint import CheckpointError, load, save
+from .compression.compress import CompressReport, LayerReport, compress
+from .compression.convert import to_dense, to_plain
+from .compression.fuse import fuse
+from .compression.peft_export import LoraReport, export_lora
+from .compression.rank_allocation import allocate
 from .environment import info
-from .fuse import fuse
-from .leaving import to_dense, to_plain
-from .lora import LoraReport, export_lora
 from .nn.conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from .nn.conv_transpose import LowRankConvTranspose1d, LowRankConvTranspose2d, LowRankConvTranspose3d
 from .nn.functional import lowrank_conv2d, lowrank_linear

@@ -18,11 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from . import checkpoint, ranks
 from . import compress as compress_model
 from . import info as gather_info
+from . import ranks
 from ._utils.atomic_write import write_text
 from ._utils.tables import text_table
+from .compression import checkpoint
 from .ops import quarantine
 from .study import Stopped
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import compaware_kernels as ck
-from compaware_kernels import budgets, ranks
+from compaware_kernels import ranks
+from compaware_kernels.compression import rank_allocation
 from compaware_kernels.demo.networks import small_convnet
 from compaware_kernels.nn.discovery import foldable_layers
 from compaware_kernels.nn.factorization import singular_values
@@ -96,7 +97,7 @@ def test_equal_loses_alike():
 
 def test_ways_differ():
     model = network()
-    found = {by: {k: str(v) for k, v in ck.allocate(model, 0.3, X, by=by).items()} for by in budgets._WAYS}
+    found = {by: {k: str(v) for k, v in ck.allocate(model, 0.3, X, by=by).items()} for by in rank_allocation._WAYS}
     assert found["relative"] != found["absolute"] != found["equal"] != found["relative"]
 
 

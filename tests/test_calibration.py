@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import compaware_kernels as ck
-from compaware_kernels.calibration import Calibration, second_moment
+from compaware_kernels.compression.calibration import Calibration, second_moment
 from compaware_kernels.demo.networks import small_convnet
 from compaware_kernels.folds import FOLDS, from_matrix
 from compaware_kernels.nn.discovery import Layer

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import compaware_kernels as ck
-from compaware_kernels import lora
+from compaware_kernels.compression import peft_export
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("error")  # PEFT warns of names that match nothing
@@ -121,7 +121,7 @@ def test_the_learned_rank_is_the_one_exported(tmp_path, dtype, size, tau):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_singular_values_just_above_the_rounding_are_kept(tmp_path, dtype):
     base = pretrained(dtype)
-    floor = lora.noise_floor(base[0].weight.detach(), 0.0)
+    floor = peft_export.noise_floor(base[0].weight.detach(), 0.0)
     U, V = (torch.linalg.qr(torch.randn(size, 5, dtype=torch.float64))[0] for size in (96, 160))
     L = U * torch.tensor([200.0, 50.0, 10.0, 3.0, 1.5]) * floor @ V.T
     model = tuned(base, lambda model: model[0].weight.copy_(model[0].weight.double() + L))
@@ -140,7 +140,7 @@ def test_rounding_stays_below_its_floor(case, dtype):
         "tall": random(3000, 20),
         "wide": random(20, 3000),
     }[case]
-    floor = lora.noise_floor(W.to(dtype), 0.0)
+    floor = peft_export.noise_floor(W.to(dtype), 0.0)
     assert 0.1 * floor < torch.linalg.matrix_norm(W.to(dtype) - W, 2) < 0.9 * floor
 
 
@@ -231,9 +231,9 @@ def test_biases_are_stored_as_they_are_and_rank_0_costs_nothing_else(tmp_path):
     assert (
         report.params
         == 2 * 48 + 3 * 24
-        == sum(T.numel() for T in load_file(tmp_path / "adapter" / lora.WEIGHTS).values())
+        == sum(T.numel() for T in load_file(tmp_path / "adapter" / peft_export.WEIGHTS).values())
     )
-    assert report.bytes == (tmp_path / "adapter" / lora.WEIGHTS).stat().st_size
+    assert report.bytes == (tmp_path / "adapter" / peft_export.WEIGHTS).stat().st_size
     assert_same(base, model, tmp_path / "adapter", torch.randn(64, 24))
     loaded(base, tmp_path / "adapter").save_pretrained(tmp_path / "again")
     assert_same(base, model, tmp_path / "again", torch.randn(64, 24))
@@ -284,7 +284,7 @@ def test_rules_by_name_and_the_error_they_leave(tmp_path):
     assert entries["my_fc"].rank == ck.ranks.energy(0.7)(s) < 4
     wanted = float(s[entries["my_fc"].rank :].norm() / s.norm())
     assert entries["my_fc"].error == pytest.approx(wanted, rel=1e-4)
-    file = load_file(tmp_path / "adapter" / lora.WEIGHTS)
+    file = load_file(tmp_path / "adapter" / peft_export.WEIGHTS)
     A, B = (file[f"base_model.model.my_fc.lora_{which}.weight"].double() for which in "AB")
     assert float((D - B @ A).norm() / D.norm()) == pytest.approx(wanted, rel=1e-4)
     torch.testing.assert_close(B.norm(dim=0), A.norm(dim=1))
@@ -375,7 +375,7 @@ def test_the_old_adapter_is_whole_until_the_new_one_is(tmp_path, monkeypatch, fa
 
     monkeypatch.setattr(os, "replace", replace)
     if fails == "writing":
-        monkeypatch.setattr(lora, "save_file", lambda *args, **kwargs: replace("", 1 / 0))
+        monkeypatch.setattr(peft_export, "save_file", lambda *args, **kwargs: replace("", 1 / 0))
     model = tuned(base, lambda model: update(model.fc, 1))
     if fails == "nothing":
         ck.export_lora(model, base, tmp_path / "adapter")

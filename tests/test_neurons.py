@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from compaware_kernels.neurons import remove_dead_neurons
+from compaware_kernels.compression.dead_neurons import remove_dead_neurons
 
 IMAGE = (2, 3, 9, 9)
 

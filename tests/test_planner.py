@@ -5,16 +5,16 @@ import torch
 from torch import nn
 
 import compaware_kernels as ck
-from compaware_kernels import planner
+from compaware_kernels.compression import latency_model
 
-DEVICE = planner.Device(rate=1e11, bandwidth=1e10, dense=1e-5, low_rank=2e-5)
+DEVICE = latency_model.Device(rate=1e11, bandwidth=1e10, dense=1e-5, low_rank=2e-5)
 X = torch.randn(2, 64, 28, 28)
 
 
 @pytest.fixture(autouse=True)
 def known_device(monkeypatch):
-    monkeypatch.setattr(planner, "measure_device", lambda *_: DEVICE)
-    monkeypatch.setattr(planner, "_measured", {})
+    monkeypatch.setattr(latency_model, "measure_device", lambda *_: DEVICE)
+    monkeypatch.setattr(latency_model, "_measured", {})
 
 
 def network():
@@ -24,7 +24,7 @@ def network():
 
 
 def seconds(layer, x=X):
-    return planner.predict(layer.eval(), x, layer(x))
+    return latency_model.predict(layer.eval(), x, layer(x))
 
 
 def test_the_model_by_hand():
@@ -41,7 +41,7 @@ def test_the_model_by_hand():
 def test_one_kernel_and_two_steps():
     low = ck.LowRankConv2d(64, 100, 3, 24, padding=1).requires_grad_(False)
     pixels = 2 * 28 * 28
-    assert seconds(low) == pytest.approx(2e-5 + pixels * (32 * (576 + planner.TAP * 9) + 112 * 24) / 1e11)
+    assert seconds(low) == pytest.approx(2e-5 + pixels * (32 * (576 + latency_model.TAP * 9) + 112 * 24) / 1e11)
     separable = ck.LowRankConv2d(64, 100, 3, 24, padding=1, fold="spatial").requires_grad_(False)
     steps = pixels * 32 * 192 / 1e11, pixels * 112 * 72 / 1e11
     assert seconds(separable) == pytest.approx(2e-5 + sum(steps))  # two dense overheads
@@ -50,9 +50,9 @@ def test_one_kernel_and_two_steps():
 def test_a_layer_has_to_gain_enough():
     dense = nn.Linear(512, 512)
     x, y = torch.randn(64, 512), torch.randn(64, 512)
-    choice, gain, reason = planner.choose(dense, [("paper", 32)], x, y, measured=False)
+    choice, gain, reason = latency_model.choose(dense, [("paper", 32)], x, y, measured=False)
     assert choice == ("paper", 32) and gain > 1.25 and reason.endswith("x predicted")
-    choice, gain, reason = planner.choose(dense, [("paper", 240)], x, y, measured=False)
+    choice, gain, reason = latency_model.choose(dense, [("paper", 240)], x, y, measured=False)
     assert choice is None and gain < 1.25 and "rank 240" in reason and "1.25x is wanted" in reason
 
 
@@ -63,25 +63,25 @@ def test_measuring_takes_the_fastest_and_asks_once(monkeypatch):
         calls.append([f().shape for f in functions])
         return [1.0, 0.9, 0.5, 0.7]
 
-    monkeypatch.setattr(planner, "seconds", timed)
+    monkeypatch.setattr(latency_model, "seconds", timed)
     dense, folds = nn.Conv2d(64, 32, 3, padding=1), [(fold, 8) for fold in ("paper", "spatial", "input")]
     for _ in range(2):
-        choice, gain, reason = planner.choose(dense, folds, X, dense(X), measured=True)
+        choice, gain, reason = latency_model.choose(dense, folds, X, dense(X), measured=True)
         assert choice == ("spatial", 8) and gain == 2.0 and reason == "2x measured"
     assert calls == [[(2, 32, 28, 28)] * 4]
-    planner.choose(dense, folds, X[:1], dense(X[:1]), measured=True)  # another input is measured anew
+    latency_model.choose(dense, folds, X[:1], dense(X[:1]), measured=True)  # another input is measured anew
     assert len(calls) == 2
 
 
 def test_medians_of_calls_in_turns():
     order = []
-    times = planner.seconds([lambda: order.append(0), lambda: order.append(1)], torch.device("cpu"))
-    assert order[:4] == [0, 1, 0, 1] and len(order) >= 2 * planner.ROUNDS and all(0 < t < 1 for t in times)
+    times = latency_model.seconds([lambda: order.append(0), lambda: order.append(1)], torch.device("cpu"))
+    assert order[:4] == [0, 1, 0, 1] and len(order) >= 2 * latency_model.ROUNDS and all(0 < t < 1 for t in times)
 
 
 def test_the_device_is_measured(monkeypatch):
     monkeypatch.undo()
-    device = planner.measure_device(torch.device("cpu"), torch.float32, torch.get_num_threads())
+    device = latency_model.measure_device(torch.device("cpu"), torch.float32, torch.get_num_threads())
     assert 1e8 < device.rate < 1e14 and 1e8 < device.bandwidth < 1e13
     assert 1e-7 < device.dense < 1e-2 and 1e-7 < device.low_rank < 1e-2
 
@@ -89,7 +89,7 @@ def test_the_device_is_measured(monkeypatch):
 def test_recording_changes_nothing():
     model = network()
     wanted = model(X)
-    seen = planner.record(model, ["0", "5"], (X,))
+    seen = latency_model.record(model, ["0", "5"], (X,))
     assert torch.equal(seen["0"][0], X) and torch.equal(seen["5"][1], wanted) and torch.equal(model(X), wanted)
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -110,7 +110,7 @@ def test_compress_for_speed_explains_every_layer():
 
 
 def test_compress_by_size_asks_for_no_time(monkeypatch):
-    monkeypatch.setattr(planner, "choose", None)
+    monkeypatch.setattr(latency_model, "choose", None)
     small, report = ck.compress(network(), ck.ranks.share(0.2), (X,), goal="size")
     assert [layer.rank for layer in report.layers] == [26, 2, 1] and all(layer.gain is None for layer in report.layers)
     assert torch.equal(small(X), small.eval()(X))
@@ -127,10 +127,10 @@ def test_fold_auto_takes_the_best(monkeypatch):
 
 
 def test_a_whole_model_that_is_no_faster_stays_dense(monkeypatch):
-    monkeypatch.setattr(planner, "seconds", lambda calls, device: [1.0, *[0.5] * (len(calls) - 1)])
+    monkeypatch.setattr(latency_model, "seconds", lambda calls, device: [1.0, *[0.5] * (len(calls) - 1)])
     small, report = ck.compress(network(), ck.ranks.share(0.2), (X,), measure=True)
     assert [layer.rank for layer in report.layers] == [32, 2, 1] and report.layers[0].gain == 2.0
-    monkeypatch.setattr(planner, "fastest", lambda models, inputs: 0)
+    monkeypatch.setattr(latency_model, "fastest", lambda models, inputs: 0)
     small, report = ck.compress(network(), ck.ranks.share(0.2), (X,), measure=True)
     assert not any(isinstance(module, ck.LowRankConv2d) for module in small.modules())
     assert "whole model was measured" in report.layers[0].reason and report.layers[0].rank is None
@@ -138,8 +138,8 @@ def test_a_whole_model_that_is_no_faster_stays_dense(monkeypatch):
 
 @pytest.mark.parametrize(("times", "best"), [([1.0, 0.9], 1), ([1.0, 0.97], 0), ([1.0, 1.1], 0)])
 def test_fastest_is_beyond_noise(monkeypatch, times, best):
-    monkeypatch.setattr(planner, "seconds", lambda calls, device: times)
-    assert planner.fastest([network(), network()], (X,)) == best
+    monkeypatch.setattr(latency_model, "seconds", lambda calls, device: times)
+    assert latency_model.fastest([network(), network()], (X,)) == best
 
 
 class Views(nn.Module):

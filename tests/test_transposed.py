@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import compaware_kernels as ck
+from compaware_kernels.compression.dead_neurons import remove_dead_neurons
 from compaware_kernels.folds import FOLDS, oriented, row_axes
-from compaware_kernels.neurons import remove_dead_neurons
 from compaware_kernels.nn.discovery import Layer
 from compaware_kernels.nn.registry import low_rank_type
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ranks
-from ..compress import CompressReport, compress
+from ..compression.compress import CompressReport, compress
 from ..nn.discovery import foldable_layers
 from ..nn.factorization import singular_values
 from ..training.proximal_step import ProximalStep

@@ -4,8 +4,8 @@ Routes, for the short side n of a matrix:
 
 * ``zero``: the Frobenius norm is at most tau, so the result is zero; nothing is factorised;
 * ``jacobi``: small matrices, many at a time (:func:`torch.ops.compaware.small_svd`);
-* ``subspace``: the triplets above tau are few, or were at the last call (:mod:`.subspace`);
-* ``gram``, ``svd``: the rest (:mod:`.dense`).
+* ``subspace``: the triplets above tau are few, or were at the last call (:mod:`.subspace_iteration`);
+* ``gram``, ``svd``: the rest (:mod:`.gram`).
 
 A route that cannot show that it met the tolerance hands over to the next one. The tolerance is about what is computed;
 storing the result in the dtype of the weight rounds it, whatever the route.

@@ -8,7 +8,7 @@ iteration, ``V <- orth(X^T X V)``, and Rayleigh-Ritz,
 
 after which ``X V' = U diag(mu)`` holds exactly; mu and Q come from ``Y^T Y`` in fp64. What is missing in a triplet
 (u, mu, v) is ``E = X^T u - mu v``. It is measured by a few Gaussian probes in fp64, which see the rounding, too
-(:func:`.certificate.sketch_triplets`). Where it is too much, its directions join V (a block Krylov step).
+(:func:`.error_bounds.sketch_triplets`). Where it is too much, its directions join V (a block Krylov step).
 
 All that is not wanted must be nowhere above the threshold. What is near it is checked like what is wanted. The columns
 of the rest are ``U_e diag(mu_e)``, of the pairs that were found, too, and ``R = X (I - V V^T)``: its norm is at most

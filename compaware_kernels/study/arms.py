@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import ranks
-from ..compress import compress
+from ..compression.compress import compress
 from ..folds import from_matrix
 from ..nn.discovery import Layer, foldable_layers
 from ..nn.module_surgery import replace

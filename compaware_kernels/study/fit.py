@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checkpoint, ranks
+from .. import ranks
+from ..compression import checkpoint
 from ..nn.discovery import foldable_layers
 from ..nn.factorization import singular_values
 from .arms import ARMS, Arm, Plan

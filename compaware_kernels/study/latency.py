@@ -11,9 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoint, planner
+from ..compression import checkpoint, latency_model
+from ..compression.fuse import fuse
 from ..environment import machine
-from ..fuse import fuse
 from .data import Source
 from .networks import build
 from .runs import Record, Study, read_json, write_json
@@ -67,7 +67,7 @@ def _time(structures: list[str], name: str, data: Source) -> dict[str, float]:
     for i in range(0, len(structures), some):
         networks = [_network(text, copy.deepcopy(dense), x) for text in structures[i : i + some]]
         with torch.inference_mode():
-            seconds += planner.seconds([partial(network, x) for network in networks], x.device)
+            seconds += latency_model.seconds([partial(network, x) for network in networks], x.device)
     return {text: 1e3 * time for text, time in zip(structures, seconds, strict=True)}
 
 

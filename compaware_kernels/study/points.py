@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoint, ranks
-from ..compress import CompressReport, compress
-from ..leaving import to_dense
+from .. import ranks
+from ..compression import checkpoint
+from ..compression.compress import CompressReport, compress
+from ..compression.convert import to_dense
 from ..nn.discovery import foldable_layers
 from .arms import threshold
 from .config import Config
@@ -29,7 +30,7 @@ class Point:
         bytes: fp32 values; a sparse layer also has one bit per weight that says where they are.
         validation, test: per cent of the images right.  tuned_...: after fine-tuning, else None, as
             where that diverged.
-        structure: of a low-rank one, for :func:`compaware_kernels.checkpoint.restructured`.
+        structure: of a low-rank one, for :func:`compaware_kernels.compression.checkpoint.restructured`.
         milliseconds: for a batch, where it was timed.
     """
 

@@ -1,4 +1,4 @@
-"""Many dense products, one after another where they must be, in one launch: what :class:`..gpu.program.Program` lists.
+"""Many dense products, one after another where they must be, in one launch: what :class:`.matmul_program.Program` lists.
 
 A Triton program takes a ticket, the number of its tile, waits until what comes before it in its layer is done,
 multiplies, and says that it is done. Tickets are drawn in order: whoever waits, waits for one that already runs.

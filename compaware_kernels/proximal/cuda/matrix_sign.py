@@ -4,7 +4,7 @@ With ``X = W^T W / tau^2`` and ``M = max(X, I)``
 
     ``W - prox(W) = W M^(-1/2)``,  ``M = (X + I + (X - I) S) / 2``,  ``S = sign(X - I)``.
 
-S comes from ``(X - I) / beta`` and ``M^(-1/2)`` from ``M / (beta + 1)`` by the polynomials of :mod:`.schedule`:
+S comes from ``(X - I) / beta`` and ``M^(-1/2)`` from ``M / (beta + 1)`` by the polynomials of :mod:`.polar_express`:
 ``S <- a S + b S^3 + c S^5``; ``Z <- Z q``, ``R <- R q^2`` with ``q = a I + b R + c R^2``, where Z tends to the inverse
 root of the first R. beta is ``||W||_F^2 / tau^2 + 1``; steps that only serve larger ones are left out, two by two.
 

@@ -19,9 +19,9 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from .nn.conv import LowRankConv2d
-from .nn.lowrank import LowRank
-from .nn.registry import LOW_RANK
+from ..nn.conv import LowRankConv2d
+from ..nn.lowrank import LowRank
+from ..nn.registry import LOW_RANK
 
 PREDICTED, MEASURED = 1.25, 1.05  # what a layer has to gain to be factorised
 COLUMNS, TAP = 16, 8  # outputs that cost as much as one; channels that a tap of a kernel costs as much as

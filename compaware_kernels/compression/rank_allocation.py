@@ -12,16 +12,16 @@ from glob import escape
 import torch
 from torch import Tensor, nn
 
-from . import ranks
+from .. import ranks
+from ..folds import row_axes
+from ..nn.discovery import foldable_layers
+from ..nn.factorization import singular_values
+from ..nn.module_surgery import replace
+from ..nn.registry import low_rank_type, why_dense
+from ..nn.unwrap import bare
+from ..ops.validation import check_finite
 from .calibration import Calibration
-from .flops import count_macs
-from .folds import row_axes
-from .nn.discovery import foldable_layers
-from .nn.factorization import singular_values
-from .nn.module_surgery import replace
-from .nn.registry import low_rank_type, why_dense
-from .nn.unwrap import bare
-from .ops.validation import check_finite
+from .macs import count_macs
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from .nn.lowrank import LowRank
-from .nn.module_surgery import NORMS, replace, resized, sizes
-from .nn.registry import LOW_RANK, low_rank_type
-from .nn.unwrap import bare
+from ..nn.lowrank import LowRank
+from ..nn.module_surgery import NORMS, replace, resized, sizes
+from ..nn.registry import LOW_RANK, low_rank_type
+from ..nn.unwrap import bare
 
 FORMAT = "compaware_kernels/1"
 

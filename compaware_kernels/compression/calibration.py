@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .folds import CONVS, from_matrix, row_axes
-from .nn.discovery import Layer
-from .nn.factorization import singular_values
+from ..folds import CONVS, from_matrix, row_axes
+from ..nn.discovery import Layer
+from ..nn.factorization import singular_values
 
 RIDGE = 1e-2
 WANTED = "inputs of the model, [(x,), ...]"

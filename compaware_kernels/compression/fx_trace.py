@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .nn.lowrank import LowRank
+from ..nn.lowrank import LowRank
 
 
 class _Tracer(fx.Tracer):

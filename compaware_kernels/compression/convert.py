@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from torch import fx, nn
 
-from .nn.lowrank import LowRank
-from .nn.module_surgery import replace
+from ..nn.lowrank import LowRank
+from ..nn.module_surgery import replace
 
 
 def to_plain(model: nn.Module) -> nn.Module:

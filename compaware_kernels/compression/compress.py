@@ -9,19 +9,19 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from . import planner
-from . import ranks as rank_rules
-from ._utils.tables import text_table
+from .. import ranks as rank_rules
+from .._utils.tables import text_table
+from ..folds import FOLDS, row_axes
+from ..nn.discovery import Layer, foldable_layers, require_matches
+from ..nn.factorization import singular_values
+from ..nn.module_surgery import replace, to_channels_last
+from ..nn.registry import low_rank_type, why_dense
+from ..nn.unwrap import bare
+from . import latency_model
 from .calibration import Calibration
-from .flops import count_macs
-from .folds import FOLDS, row_axes
-from .graphs import same_outputs
-from .neurons import remove_dead_neurons
-from .nn.discovery import Layer, foldable_layers, require_matches
-from .nn.factorization import singular_values
-from .nn.module_surgery import replace, to_channels_last
-from .nn.registry import low_rank_type, why_dense
-from .nn.unwrap import bare
+from .dead_neurons import remove_dead_neurons
+from .fx_trace import same_outputs
+from .macs import count_macs
 
 RankRule = Callable[[Tensor], int]
 
@@ -88,12 +88,12 @@ def compress(
 ) -> tuple[nn.Module, CompressReport]:
     """Factorise the low-rank layers of a model and remove its dead neurons.  The model itself is not changed.
 
-    Dead neurons (weights all zero) go first, where removing them is exact (:mod:`compaware_kernels.neurons`). Then each
+    Dead neurons (weights all zero) go first, where removing them is exact (:mod:`.dead_neurons`). Then each
     layer's folded matrix is cut to the rank that the rule gives and replaced by two factors (truncated SVD), unless
     that would not be smaller: ``r >= m n / (m + n)``, or no fewer multiply-adds on the example inputs.
 
     With ``goal="speed"`` a layer is factorised only where that makes it faster, too, on the device, with the threads
-    and for the shapes of the example inputs (:mod:`compaware_kernels.planner`): predicted by a model, or measured with
+    and for the shapes of the example inputs (:mod:`.latency_model`): predicted by a model, or measured with
     ``measure=True``, which then also compares the whole model with the dense one and returns whichever is faster.
     Ranks are rounded up to a multiple of 8 where that is no larger than dense: it costs no time, and keeps no budget of
     :func:`compaware_kernels.allocate`. 2-D convolutions get channels_last weights where the model allows it.
@@ -111,7 +111,7 @@ def compress(
         skip: name patterns of layers to leave alone.
         remove_dead: whether to remove dead neurons.
         calibration: a few unlabelled inputs of the model, ``[(x,), ...]``: ranks are chosen and layers cut by what that
-            does to outputs, not to weights (:mod:`compaware_kernels.calibration`).
+            does to outputs, not to weights (:mod:`compaware_kernels.compression.calibration`).
 
     Returns:
         the new model, and a :class:`CompressReport`.
@@ -148,7 +148,7 @@ def compress(
         small = dense
     elif goal == "size":
         small = _keep_what_is_cheaper(small, whole, count_macs(dense, inputs), gains, inputs, notes)
-    elif measure and planner.fastest([dense, small], inputs) == 0:
+    elif measure and latency_model.fastest([dense, small], inputs) == 0:
         for name in gains:
             _note(notes, name, "put back: the whole model was measured to be no faster")
         small, gains = dense, {}
@@ -172,7 +172,7 @@ def _factorize(
     Returns the model and the gain (None: not asked) of each that was replaced, and notes why others were not.
     """
     names, gains = [layer.name for layer in layers], {}
-    seen = {} if inputs is None else planner.record(model, names, inputs)
+    seen = {} if inputs is None else latency_model.record(model, names, inputs)
     for name in names:
         dense, gain = model.get_submodule(name), None
         rule = next((rule for pattern, rule in rules.items() if fnmatchcase(name, pattern)), None)
@@ -180,7 +180,7 @@ def _factorize(
         if inputs is None:
             choice = min(candidates, key=lambda c: _size(low_rank_type(dense).like(dense, c[1], c[0])), default=None)
         elif candidates and name in seen:
-            choice, gain, reason = planner.choose(dense, candidates, *seen[name], measure)
+            choice, gain, reason = latency_model.choose(dense, candidates, *seen[name], measure)
         else:
             choice, reason = None, reason or "the example inputs do not reach it"
         if reason:

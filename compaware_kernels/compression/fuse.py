@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .folds import CONVS, TRANSPOSED
-from .graphs import is_in_place, same_outputs, trace
-from .nn.conv import LowRankConv2d
-from .nn.discovery import Layer
-from .nn.lowrank import MODULES, LowRank
-from .nn.module_surgery import NORMS, is_plain, is_shared, resized, sizes, to_channels_last
-from .nn.registry import LOW_RANK
+from ..folds import CONVS, TRANSPOSED
+from ..nn.conv import LowRankConv2d
+from ..nn.discovery import Layer
+from ..nn.lowrank import MODULES, LowRank
+from ..nn.module_surgery import NORMS, is_plain, is_shared, resized, sizes, to_channels_last
+from ..nn.registry import LOW_RANK
+from .fx_trace import is_in_place, same_outputs, trace
 
 DENSE = (nn.Linear, *CONVS, *TRANSPOSED)
 LAYERS = (*DENSE, *LOW_RANK.values())

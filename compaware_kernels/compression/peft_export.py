@@ -142,7 +142,7 @@ def noise_floor(W: Tensor, largest: float) -> float:
     Args:
         W: the weight as a matrix ``[m, n]``, in the dtype it is stored in.  largest: ``||W - C||_2``.
 
-    Source: Bandeira & van Handel, Ann. Probab. 44(4), 2016; what SVT errs: :func:`compaware_kernels.ranks.numerical_rank`.
+    Source: Bandeira & van Handel, Ann. Probab. 44(4), 2016. SVT: see :func:`compaware_kernels.ranks.numerical_rank`.
     """
     e = torch.finfo(W.dtype).eps / (2 * math.sqrt(3)) * W.double()
     return float(e.norm(dim=1).max() + e.norm(dim=0).max()) + 32 * torch.finfo(compute_dtype(W.dtype)).eps * largest

@@ -1,7 +1,7 @@
 """What the self-test has found of the kernels on this machine's GPUs: those that failed it are not used.
 
-``compaware info --selftest`` writes it (:mod:`compaware_kernels.selftest`), for the very code and versions that it has tested.
-``COMPAWARE_VERDICTS=ignore`` uses the kernels all the same.
+``compaware info --selftest`` writes it (:mod:`compaware_kernels.selftest`), for the very code and versions that it has
+tested. ``COMPAWARE_VERDICTS=ignore`` uses the kernels all the same.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// All kernels, as one translation unit: of nvcc (launch.cu), of NVRTC (compaware_kernels/gpu/kernels.py) and of a C++
+// All kernels, as one translation unit: of nvcc (launch.cu), of NVRTC (compaware_kernels/ops/cuda_launcher.py) and of a C++
 // compiler with CUDA on the CPU (tests/emulator).
 #pragma once
 

@@ -1,5 +1,5 @@
 // What a kernel file needs to be compiled by nvcc, by NVRTC, which has no standard headers, and by a C++ compiler with
-// CUDA on the CPU (tests/emulator/cuda_on_cpu.h, which defines CK_EMULATED).
+// CUDA on the CPU (tests/emulation/cxx/cuda_on_cpu.h, which defines CK_EMULATED).
 #pragma once
 
 #ifdef __CUDACC_RTC__

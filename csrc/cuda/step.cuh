@@ -326,7 +326,7 @@ namespace compaware {
 // --- finish ---------------------------------------------------------------------------------------------------------
 
 // How far W - W M^(-1/2) is from the prox, M = max(X, I): (X - I)(1 - S^2) / 4 is what the sign S lacks, I - Y M Y what
-// the inverse root Y lacks, and both move the result by at most tau times their norm. See gpu/dense.py.
+// the inverse root Y lacks, and both move the result by at most tau times their norm. See proximal/cuda/matrix_sign.py.
 CK_DEVICE void account(const Layer& layer, double tol) {
   const int64_t n = layer.n;
   const double tau = *layer.tau, norm = layer.report[kNorm];

@@ -1,5 +1,5 @@
 // The proximal step of a whole network: what the kernels of step.cuh know of each matrix. Every field has 8 bytes;
-// compaware_kernels/gpu/plan.py fills the same table.
+// compaware_kernels/proximal/cuda/plan.py fills the same table.
 #pragma once
 
 #include "../core/shrink.h"

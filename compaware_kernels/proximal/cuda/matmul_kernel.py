@@ -1,4 +1,4 @@
-"""Many dense products, one after another where they must be, in one launch: what :class:`.matmul_program.Program` lists.
+"""Ragged dense products that depend on each other, in one launch: the Triton kernel of :mod:`.matmul_program`.
 
 A Triton program takes a ticket, the number of its tile, waits until what comes before it in its layer is done,
 multiplies, and says that it is done. Tickets are drawn in order: whoever waits, waits for one that already runs.

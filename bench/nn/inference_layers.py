@@ -1,0 +1,207 @@
+"""One layer in two factors against the dense layer and two layers of torch: the shapes, who computes it, the checks."""
+
+import copy
+import math
+import os
+from collections.abc import Callable
+from itertools import product
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import compaware_kernels as ck
+from bench.common import networks
+
+# Optional (pip install --no-deps tensorly-torch tensorly): 0.5.0 with tensorly 0.10.0 runs on torch 2.13.
+try:
+    import tltorch
+except ImportError:
+    tltorch = None
+
+OURS, DENSE, TWO_STEP, TENSORLY = "ours", "dense", "two-step", "tensorly"
+OTHER = ", other"  # NCHW; of a linear layer: as a 1x1 convolution, which torch gives to another library
+ROWS = (DENSE, DENSE + OTHER, TWO_STEP, TWO_STEP + OTHER, TENSORLY, OURS)
+BATCHES, SHARES = (1, 8, 32), {"1/8": 1 / 8, "1/4": 1 / 4, "1/2": 1 / 2}
+TOLERANCE = 1e-5  # of the largest output
+EPS = torch.finfo(torch.float32).eps
+
+
+class Layer(NamedTuple):
+    """A convolution C -> O, k x k, of H x H pixels; with k = 0 a linear layer for H tokens."""
+
+    C: int
+    O: int
+    k: int
+    H: int
+    stride: int = 1
+
+    @property
+    def kind(self) -> str:
+        return f"{self.k} x {self.k}" if self.k else "linear"
+
+    def __str__(self) -> str:
+        size = f"{self.H} x {self.H}" + ("" if self.stride == 1 else f" / {self.stride}")
+        return f"{self.kind}, {self.C} -> {self.O}, " + (size if self.k else f"{self.H} tokens")
+
+    def rank(self, share: float) -> int:
+        return max(8, round(share * min(self.O, self.C * max(1, self.k) ** 2)))
+
+    def pixels(self, batch: int) -> int:
+        """Of the output."""
+        return batch * math.ceil(self.H / self.stride) ** 2
+
+    def input(self, batch: int) -> Tensor:
+        return torch.randn(batch, self.C, self.H, self.H) if self.k else torch.randn(batch, self.H, self.C)
+
+    def low_rank(self, rank: int) -> nn.Module:
+        if not self.k:
+            return ck.LowRankLinear(self.C, self.O, rank).eval()
+        return ck.LowRankConv2d(self.C, self.O, self.k, rank, self.stride, self.k // 2).eval()
+
+
+class Case(NamedTuple):
+    layer: Layer
+    batch: int
+    share: str
+
+    def __str__(self) -> str:
+        return f"{self.layer}, batch {self.batch}, r = {self.share}"
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------------
+
+LINEAR = [Layer(C, O, 0, tokens) for C, O in ((768, 768), (768, 3072), (3072, 768)) for tokens in (16, 128, 1024)]
+CHOSEN = [  # ResNets, VGG-16, MobileNetV2, BERT
+    *(Layer(C, C, 3, H) for C, H in ((64, 56), (128, 28), (256, 14), (512, 7))),
+    *(Layer(C, C, 3, H) for C, H in ((128, 112), (512, 28))),
+    *(Layer(C, O, 1, H) for C, O, H in ((64, 256, 56), (256, 64, 56), (1024, 256, 14), (512, 2048, 7))),
+    *(Layer(C, O, 1, H) for C, O, H in ((24, 144, 56), (96, 576, 14), (960, 160, 7))),
+    *(Layer(C, O, 0, 128) for C, O in ((768, 768), (768, 3072), (3072, 768))),
+    *(Layer(768, 3072, 0, tokens) for tokens in (16, 1024)),
+]
+
+
+def cases() -> list[Case]:
+    """A fixed selection; all with BENCH_GRID=whole."""
+    layers = [*convolutions(), *LINEAR] if os.environ.get("BENCH_GRID") == "whole" else CHOSEN
+    return [Case(*case) for case in product(layers, BATCHES, SHARES)]
+
+
+def convolutions() -> list[Layer]:
+    """Every shape of the networks' 3x3 convolutions with stride 1 and of their 1x1; stems and depthwise ones are left
+    out."""
+    found = {}
+
+    def note(conv, args, y):
+        layer = Layer(conv.in_channels, conv.out_channels, conv.kernel_size[0], args[0].shape[-1], conv.stride[0])
+        if conv.groups == 1 and conv.in_channels > 3 and (layer.k == 1 or layer.stride == 1):
+            found[layer] = None
+
+    for network in (networks.resnet18, networks.resnet50, networks.vgg16, networks.mobilenet):
+        with torch.device("meta"):
+            model = network().eval()
+            for module in model.modules():
+                if isinstance(module, nn.Conv2d):
+                    module.register_forward_hook(note)
+            model(torch.empty(1, 3, 224, 224))
+    return sorted(found, key=lambda layer: -layer.k)
+
+
+# --- who computes it --------------------------------------------------------------------------------------------------
+
+
+def rows(layer: Layer, ours: nn.Module, x: Tensor) -> tuple[dict[str, Callable[[], Tensor]], nn.Module | None]:
+    """By name, each with weights of its own, in channels_last but for the other ones; and tensorly-torch's layer."""
+    found, peer = {}, None
+    x_last = x.contiguous(memory_format=torch.channels_last) if layer.k else x
+    for name, model in ((DENSE, ours.to_dense()), (TWO_STEP, ours.to_sequential())):
+        found[name] = bind(channels_last(model), x_last)
+        found[name + OTHER] = bind(copy.deepcopy(model) if layer.k else AsConvolutions(model), x)
+    if layer.k and tltorch:
+        peer = tensorly(layer, ours.rank)
+        found[TENSORLY] = bind(peer, x)
+    return found | {OURS: bind(channels_last(ours), x_last)}, peer
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """A copy."""
+    return copy.deepcopy(model).to(memory_format=torch.channels_last)
+
+
+class AsConvolutions(nn.Module):
+    """Linear layers as 1x1 convolutions of an image one pixel wide: ``[N, T, C]`` is it, in channels_last."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.convs = nn.Sequential()
+        for linear in (module for module in model.modules() if isinstance(module, nn.Linear)):
+            conv = nn.Conv2d(linear.in_features, linear.out_features, 1)
+            conv.weight, conv.bias = nn.Parameter(linear.weight[..., None, None]), linear.bias
+            self.convs.append(channels_last(conv))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convs(x.unsqueeze(2).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).squeeze(2)
+
+
+def bind(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    model.eval()
+    return lambda: model(x)
+
+
+def tensorly(layer: Layer, rank: int) -> nn.Module:
+    """A 1x1 as the same two factors (CP); a k x k has no such form there: a Tucker form with as many weights."""
+    form, kernel, channels = "cp", layer.k**2, layer.C + layer.O
+    if layer.k > 1:
+        weights = rank * (layer.C * kernel + layer.O)
+        both = round((-channels + (channels**2 + 4 * kernel * weights) ** 0.5) / (2 * kernel))
+        form, rank = "tucker", (min(both, layer.O), min(both, layer.C), layer.k, layer.k)
+    conv = tltorch.FactorizedConv(
+        layer.C, layer.O, (layer.k, layer.k), factorization=form, rank=rank, implementation="factorized",
+        stride=layer.stride, padding=layer.k // 2, bias=True,
+    )  # fmt: skip
+    conv.reset_parameters(std=0.1)
+    return conv
+
+
+# --- is it right ------------------------------------------------------------------------------------------------------
+
+
+def samples(layer: Layer, x: Tensor, count: int = 256) -> tuple[tuple, Tensor]:
+    """Indices of some outputs, the corners of the first and the last image among them; what each is a product with."""
+    k, s = max(1, layer.k), layer.stride
+    sizes = (len(x), layer.H) if not layer.k else (len(x), *[(layer.H - 1) // s + 1] * 2)
+    corners = torch.tensor(list(product(*((0, n - 1) for n in sizes)))).T
+    at = [torch.cat([torch.randint(n, (count,)), ends]) for n, ends in zip(sizes, corners, strict=True)]
+    if not layer.k:
+        return tuple(at), x[tuple(at)]
+    windows = F.pad(x, [k // 2] * 4).unfold(2, k, s).unfold(3, k, s)
+    index = (at[0], slice(None), at[1], at[2])
+    return index, windows[index].flatten(1)
+
+
+def verdicts(layer: Layer, ours: nn.Module, peer: nn.Module | None, x: Tensor, outputs: dict[str, Tensor]):
+    """By name: the largest error against fp64, relative to the largest output, and whether that is within tolerance.
+
+    Ours must meet what its documentation promises, and agree with the dense layer on all outputs.
+    """
+    at, patches = samples(layer, x)
+    V, U = (factor.weight.double().flatten(1) for factor in (ours.first, ours.second))
+    truths = dict.fromkeys(outputs, patches.double() @ V.T @ U.T + ours.bias.double())
+    if peer:
+        truths[TENSORLY] = patches.double() @ peer.weight.to_tensor().double().flatten(1).T + peer.bias.double()
+    errors = {
+        name: float((outputs[name][at] - truth).abs().max() / truth.abs().max()) for name, truth in truths.items()
+    }
+    ok = {name: error <= TOLERANCE for name, error in errors.items()}
+    apart = float((outputs[OURS] - outputs[DENSE]).abs().max() / outputs[DENSE].abs().max())
+    ok[OURS] &= errors[OURS] <= 2 * errors[TWO_STEP] + 8 * EPS and apart <= 2 * TOLERANCE  # NaN is not
+    return {name: (errors[name], ok[name]) for name in outputs}
+
+
+def speedup(result: dict[str, dict], other: str | None, name: str = OURS) -> float | None:
+    """How many times faster it is than the other, or than the fastest that computes the same; None if one is wrong."""
+    right = {who: row["ms"] for who, row in result.items() if row["ok"]}
+    others = [ms for who, ms in right.items() if who == other or (other is None and who not in (name, TENSORLY))]
+    return min(others) / right[name] if others and name in right else None

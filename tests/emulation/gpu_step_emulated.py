@@ -1,0 +1,241 @@
+"""The whole proximal step as a GPU would run it: Triton kernels under the interpreter, CUDA kernels under the emulator.
+
+test_gpu_step.py runs this in a process of its own. Workspace is poisoned with NaN; the truth is fp64.
+"""
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import compaware_kernels as ck
+from compaware_kernels.ops import cuda_launcher
+from compaware_kernels.proximal.cuda import plan
+from tests.emulation import emulator, triton_sim
+from tests.helpers import oracle
+from tests.helpers.cases import low_rank, with_spectrum
+
+TOL, TAU = 1e-3, 1.0
+LAUNCHES = ["ck_begin", "ck_small", "program", "ck_orth", "program", "ck_orth", "program", "ck_ritz", "program",
+            "ck_judge", "program", "program", "ck_finish"]  # fmt: skip
+counted = []
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    """Launches go to the emulator and the interpreter, and are counted."""
+    counted.clear()
+
+    def launch(kernel, grid, block, shared, device, stream, numbers):
+        counted.append(kernel)
+        emulator.launch(kernel, grid, block, shared, numbers)
+
+    def program(self, counters, run=plan.Program.run):
+        counted.append("program")
+        with triton_sim.register(*self.tensors):
+            run(self, counters)
+
+    token = cuda_launcher.instead.set(launch)
+    monkeypatch.setattr(plan.Program, "run", program)
+    yield
+    cuda_launcher.instead.reset(token)
+
+
+def network(call=0, dtype=torch.float32):
+    """Ragged: a tall and a wide one of low rank, and small ones; they drift from call to call."""
+    weights = [low_rank(200, 64, 6), low_rank(64, 170, 4), low_rank(20, 12, 3, largest=20),
+               with_spectrum(40, 48, torch.linspace(3.1, 0, 40))]  # fmt: skip
+    generator = torch.Generator().manual_seed(call)
+    return [(W + 1e-4 * call * torch.randn(W.shape, generator=generator)).to(dtype) for W in weights]
+
+
+def check(weights, before, tau, infos, storage=2e-7):
+    """The result is that of fp64, as near as the report says, and as the tolerance asks."""
+    for W, X, info in zip(weights, before, infos, strict=True):
+        error = W.double() - torch.from_numpy(oracle.svt(X.double().numpy(), tau))
+        assert float(error.norm()) <= float(info.error_bound), info.method
+        allowed = TOL * tau + storage * float(torch.linalg.matrix_norm(X.double(), 2))
+        assert float(torch.linalg.matrix_norm(error, 2)) <= allowed, info.method
+        assert int(info.rank) == int((torch.linalg.svdvals(X.double()) > tau).sum()), info.method
+
+
+def step(weights, fresh, state, tau=TAU, **options):
+    for W, X in zip(weights, fresh, strict=True):
+        W.copy_(X)
+    infos = ck.svt_(weights, tau, state=state, tol=TOL)
+    check(weights, fresh, tau, infos, **options)
+    return [info.method for info in infos]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_cold_then_warm(seed, monkeypatch):
+    monkeypatch.setattr(triton_sim, "seed", seed)
+    state, weights = ck.WarmState(), network()
+    methods = [step(weights, network(call), state) for call in range(4)]
+    assert methods[0][:2] == ["products"] * 2 and methods[-1][:2] == ["subspace"] * 2
+    assert all("jacobi" in method for call in methods for method in call[2:])
+    assert counted == 4 * LAUNCHES
+
+
+@pytest.mark.parametrize("dtype, storage", [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)], ids=str)
+def test_half_types(dtype, storage):
+    state, weights = ck.WarmState(), network(dtype=dtype)
+    methods = [step(weights, network(call, dtype), state, storage=2 * storage) for call in range(4)]
+    assert methods[-1][:2] == ["subspace"] * 2
+
+
+def test_spectra():
+    """s of the subspace route, and of small matrices; the other route has none."""
+    state, weights = ck.WarmState(), network()
+    for call in range(3):
+        step(weights, network(call), state)
+    before = network(3)
+    for W, X in zip(weights, before, strict=True):
+        W.copy_(X)
+    for X, info in zip(before, ck.svt_(weights, TAU, state=state), strict=True):
+        exact = (torch.linalg.svdvals(X.double()) - TAU).clamp_min(0)
+        torch.testing.assert_close(info.s[0], exact, rtol=1e-5, atol=1e-3)
+
+
+def test_the_rank_outgrows_the_basis():
+    state, weights = ck.WarmState(), [low_rank(200, 64, 4).float()]
+    methods = [step(weights, [low_rank(200, 64, 4, seed=9).float()], state) for _ in range(4)]
+    methods.append(step(weights, [low_rank(200, 64, 30).float()], state))
+    assert [method for (method,) in methods[3:]] == ["subspace", "products"]
+
+
+@pytest.mark.parametrize("tau", [1e-4, 1e-2])
+def test_far_above_tau(tau):
+    weights = [with_spectrum(200, 64, torch.logspace(1, -6, 64)).float()]
+    step(weights, [weights[0].clone()], None, tau)
+
+
+@pytest.mark.parametrize("rank", [1, 64])
+def test_spectra_at_the_ends(rank):
+    """All of X = W^T W at one number: also the largest that the iterations can meet."""
+    weights = [with_spectrum(200, 64, torch.full((rank,), 50.0)).float()]
+    step(weights, [weights[0].clone()], None, 0.3)
+
+
+def test_nothing_to_do_and_all_below():
+    weights = network()
+    before = [W.clone() for W in weights]
+    infos = ck.svt_(weights, [0.0, 1e4, 1e4, 0.0])
+    torch.testing.assert_close(weights[0], before[0], rtol=0, atol=0)
+    assert not weights[1].any() and not weights[2].any()
+    assert infos[0].method == "none" and infos[1].method == infos[2].method == "zero"
+
+
+@pytest.mark.parametrize("broken", [1, 3], ids=["large", "small"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_refused(broken, value):
+    state, weights, names = ck.WarmState(), network(), ["a", "b", "c", "d"]
+    weights[broken][3, 4] = value
+    before = [W.clone() for W in weights]
+    infos = ck.svt_(weights, TAU, state=state, names=names)
+    for W, X, info in zip(weights, before, infos, strict=True):
+        torch.testing.assert_close(W, X, rtol=0, atol=0, equal_nan=True)
+        assert "refused" in info.method
+    with pytest.raises(ValueError, match=f"^{names[broken]}: .*NaN or Inf"):
+        ck.svt_(weights, TAU, state=state, names=names)
+
+
+WAITS = {"item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero", "equal"}
+
+
+class NoSync(TorchFunctionMode):
+    """As a GPU would: what takes a number out of one of its tensors must wait."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.storages = {x.untyped_storage().data_ptr() for x in tensors}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", "")
+        ours = [x for x in args if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() in self.storages]
+        if ours and (name in WAITS or (name in ("copy_", "to") and not kwargs.get("non_blocking"))):
+            raise RuntimeError(f"{name} waits for the GPU")
+        return function(*args, **kwargs)
+
+
+class Counted(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.work = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.work += not function.is_view and not any(word in str(function) for word in ("detach", "empty"))
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_word_with_the_host():
+    state, weights = ck.WarmState(), network()
+    for call in range(3):
+        step(weights, network(call), state)
+    (engine,) = state.engines.values()
+    on_gpu = [*weights, *(x for p in engine.plan.programs for x in p.tensors), engine.plan.out, engine.plan.inputs]
+    with NoSync(on_gpu):
+        ck.svt_(weights, TAU, state=state)
+        with pytest.raises(RuntimeError, match="waits"):
+            weights[0].cpu()
+    assert list(state.engines.values()) == [engine]
+
+
+def test_torch_does_as_much_for_more_layers(monkeypatch):
+    monkeypatch.setattr(plan.Program, "run", lambda self, counters: None)
+    counts = []
+    for copies in (1, 3):
+        state, weights = ck.WarmState(), [W for _ in range(copies) for W in network()]
+        ck.svt_(weights, TAU, state=state)
+        with Counted() as counter:
+            ck.svt_(weights, TAU, state=state)
+        counts.append(counter.work)
+    assert counts[0] == counts[1] <= 20  # most of them of the host: the thresholds
+
+
+def test_a_saved_state_goes_on():
+    state, weights = ck.WarmState(), network()
+    for call in range(3):
+        step(weights, network(call), state)
+    other, copies = ck.WarmState(), network()
+    other.load_state_dict(state.state_dict())
+    assert step(copies, network(3), other)[:2] == ["subspace"] * 2
+
+
+def test_proximal_step():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 200), torch.nn.Tanh(), torch.nn.Linear(200, 10, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    prox = ck.ProximalStep(model, optimizer, nuclear=0.3)
+    at = [p.data_ptr() for p in model.parameters()]
+    for _ in range(3):
+        before = [model[i].weight.detach().clone() for i in (0, 2)]
+        prox.step()
+        for i, X in zip((0, 2), before, strict=True):
+            exact = torch.from_numpy(oracle.svt(X.double().numpy(), 0.3))
+            assert float(torch.linalg.matrix_norm(model[i].weight.detach() - exact, 2)) <= TOL * 0.3
+    assert at == [p.data_ptr() for p in model.parameters()]
+    assert counted == 3 * LAUNCHES
+
+
+@pytest.mark.parametrize("broken", ["0.weight", "0.bias", "2.weight"])
+def test_all_penalties_or_none(broken):
+    """Also where only group lasso sees what is not finite; the host knows at the next step, and says so once."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 200), torch.nn.Tanh(), torch.nn.Linear(200, 10, bias=False))
+    prox = ck.ProximalStep(model, torch.optim.SGD(model.parameters(), lr=1.0), nuclear=0.3, group=0.01, l1=0.001)
+    prox.step()
+    parameter = model.get_parameter(broken).detach().view(-1)
+    good, parameter[3] = parameter[3].clone(), torch.nan
+    before = [p.detach().clone() for p in model.parameters()]
+    prox.step()
+    for p, X in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), X, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(ValueError, match=f"^{broken[0]}: contained NaN or Inf"):
+        prox.step()
+    parameter[3] = good
+    exact = torch.from_numpy(oracle.svt(model[2].weight.detach().double().numpy(), 0.3))
+    exact = ck.soft_threshold(ck.group_shrink(exact, 0.01 * 200**0.5), 0.001)
+    prox.step()
+    assert float(torch.linalg.matrix_norm(model[2].weight.detach() - exact, 2)) <= 2 * TOL * 0.3

@@ -1,0 +1,148 @@
+"""The fused low-rank kernel: its values under Triton's interpreter, and the way from the op to it."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+import compaware_kernels as ck
+from compaware_kernels.ops import backends
+from compaware_kernels.ops import lowrank as lowrank_ops
+
+INTERPRETED = Path(__file__).parents[1] / "emulation/lowrank_interpreted.py"
+
+
+def python(*command, **env) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *command], env={**os.environ, **env}, capture_output=True, text=True)
+
+
+def test_under_the_interpreter():
+    """In a process of its own: Triton interprets kernels or compiles them, as decided when it is imported."""
+    pytest.importorskip("triton")
+    done = python("-m", "pytest", "-p", "no:cacheprovider", str(INTERPRETED), TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_registered_and_imported_late():
+    script = """if True:
+        import sys
+        import torch, compaware_kernels
+        from compaware_kernels.ops import backends
+        backends.register()
+        for name in ("lowrank_conv2d", "lowrank_linear"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"compaware::{name}", "CUDA")
+        assert "compaware_kernels.ops.triton_lowrank" not in sys.modules"""
+    done = python("-c", script)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """What is remembered about Triton is forgotten before and after."""
+    for cached in (backends.missing, backends._log_once):
+        cached.cache_clear()
+    yield monkeypatch
+    for cached in (backends.missing, backends._log_once):
+        cached.cache_clear()
+
+
+def test_what_is_missing(fresh):
+    triton = pytest.importorskip("triton")
+    assert backends.missing() == ""
+    backends.missing.cache_clear()
+    fresh.setattr(triton, "__version__", "3.5.1")
+    assert backends.missing() == "triton 3.6 or later is wanted; found 3.5.1"
+    backends.missing.cache_clear()
+    fresh.setitem(sys.modules, "triton", None)
+    assert "triton cannot be imported" in backends.missing()
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["with triton", "without"])
+def test_info_says_what_runs(fresh, there):
+    if not there:
+        fresh.setitem(sys.modules, "triton", None)
+    said = ck.info()["ops"]
+    wanted = "Triton kernel" if there else "reference (plain PyTorch): triton cannot be imported"
+    for name in ("lowrank_conv2d", "lowrank_conv2d_", "lowrank_linear"):
+        assert said[name]["CUDA"].startswith(wanted) and "riton " not in said[name]["CPU"]
+    assert said["lowrank_pack"]["CUDA"] == said["svt"]["CUDA"] == "reference (plain PyTorch)"
+
+
+@pytest.mark.parametrize("triton", [True, False], ids=["with triton", "without"])
+def test_two_steps_where_it_is_not_for(fresh, caplog, triton):
+    if not triton:
+        fresh.setitem(sys.modules, "triton", None)
+    x, V, U, bias = torch.randn(2, 8, 5, 5), torch.randn(3, 8, 3, 3), torch.randn(4, 3, 1, 1), torch.randn(4)
+    more = ([2, 1], [1, 0], [1, 1], 1, "paper", "relu")
+    with caplog.at_level(logging.INFO, logger="compaware_kernels"):
+        for _ in range(2):
+            y = backends._conv2d(x, V, U, bias, None, None, *more)
+    assert torch.equal(y, lowrank_ops.lowrank_two_step(x, V, U, bias, None, *more))
+    reason = "x is on cpu" if triton else "triton cannot be imported"
+    assert len(caplog.records) == 1 and reason in caplog.text and "two steps" in caplog.text
+
+    x, V, U = torch.randn(2, 5, 8), torch.randn(3, 8), torch.randn(4, 3)
+    wanted = lowrank_ops.lowrank_linear_two_step(x, V, U, bias, None, "gelu")
+    assert torch.equal(backends._linear(x, V, U, bias, None, None, "gelu"), wanted)
+
+
+CONV = {"x": (2, 16, 8, 8), "V": (4, 16, 3, 3), "U": (24, 4, 1, 1), "dtype": torch.bfloat16}
+REFUSED = {
+    "": {},
+    "one dtype of fp16, bf16 and fp32": {"dtype": torch.float64},
+    "got torch.bfloat16, torch.float32": {"weights": torch.float32},
+    "groups 1 and fold paper": {"groups": 2},
+    "got 1 and input": {"fold": "input"},
+    "a rank of at most 128": {"V": (129, 16, 3, 3), "U": (24, 129, 1, 1)},
+    "multiples of 8 are wanted: others load one by one; got 12 and 24": {"x": (2, 12, 8, 8), "V": (4, 12, 3, 3)},
+    "got 16 and 20": {"U": (20, 4, 1, 1)},
+    "at most 1073741824 pixels": {"x": (2**15, 16, 2**8, 2**8)},
+    "sm_80 or later": {"capability": (7, 5)},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_why_not(reason, monkeypatch):
+    """On tensors that are only said to be on a GPU."""
+    pytest.importorskip("triton")
+    from compaware_kernels.ops import triton_lowrank
+
+    case = CONV | REFUSED[reason]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: case.get("capability", (9, 0)))
+    with FakeTensorMode():
+        x = torch.empty(case["x"], dtype=case["dtype"], device="cuda")
+        V, U = (torch.empty(case[name], dtype=case.get("weights", x.dtype), device="cuda") for name in "VU")
+        said = triton_lowrank.why_not(x, V, U, case.get("groups", 1), case.get("fold", "paper"))
+    assert reason in said and bool(said) == bool(reason), said
+
+
+def test_refusals():
+    pytest.importorskip("triton")
+    from compaware_kernels.ops.triton_lowrank import lowrank_conv2d, lowrank_linear
+
+    x, V, U = torch.randn(2, 8, 5, 5), torch.randn(3, 8, 3, 3), torch.randn(4, 3, 1, 1)
+    with pytest.raises(ValueError, match=r"activation must be one of .*; got 'tanh'"):
+        lowrank_conv2d(x, V, U, activation="tanh")
+    for wrong, args in {
+        r"V of shape \[3, 7, 3, 3\]; got \[3, 8, 3, 3\]": (x[:, :7], V, U),
+        r"U of shape \[4, 3, 1, 1\]; got \[4, 2, 1, 1\]": (x, V, U[:, :2]),
+        r"bias of shape \[4\]; got \[1\]": (x, V, U, torch.zeros(1)),
+        r"residual of shape \[2, 4, 3, 3\]; got \[2, 4, 1, 3\]": (x, V, U, None, torch.zeros(2, 4, 1, 3)),
+        "a kernel of 3 x 3 does not fit": (x[..., :2], V, U),
+    }.items():
+        with pytest.raises(RuntimeError, match=f"lowrank_conv2d: .*{wrong}"):
+            lowrank_conv2d(*args)
+    x, V, U = torch.randn(2, 8), torch.randn(3, 8), torch.randn(4, 3)
+    for wrong, args in {
+        r"x of shape \[2, 8\]; got \[2, 7\]": (x[:, :7], V, U),
+        r"U of shape \[4, 3\]; got \[4, 2\]": (x, V, U[:, :2]),
+        r"bias of shape \[4\]; got \[5\]": (x, V, U, torch.zeros(5)),
+        r"residual of shape \[2, 4\]; got \[4\]": (x, V, U, None, torch.zeros(4)),
+    }.items():
+        with pytest.raises(RuntimeError, match=f"lowrank_linear: wanted {wrong}"):
+            lowrank_linear(*args)

@@ -1,0 +1,117 @@
+"""The proximal step of a whole network on a GPU, as far as it shows without one."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+import compaware_kernels as ck
+from compaware_kernels.ops import cuda_launcher
+from compaware_kernels.proximal.cuda import device_structs
+
+pytest.importorskip("triton")
+from compaware_kernels.proximal.cuda import plan, step
+from compaware_kernels.proximal.cuda.sizes import MAX_COLUMNS, width
+
+ROOT = Path(__file__).parents[3]
+MOST_LAUNCHES = 16
+
+
+def shapes(network: str) -> list[tuple[int, int]]:
+    from bench.common import workloads
+
+    return getattr(workloads, network)()
+
+
+def launches(weights, widths, monkeypatch) -> list[str]:
+    """Of one step; nothing is computed."""
+    found = []
+    monkeypatch.setattr(plan.Program, "run", lambda self, counters: found.append("program"))
+    token = cuda_launcher.instead.set(lambda kernel, *rest: found.append(kernel))
+    step.run(plan.Plan(weights, widths), 1e-3)
+    cuda_launcher.instead.reset(token)
+    return found
+
+
+def test_under_interpreter_and_emulator():
+    """In a process of its own: Triton interprets kernels or compiles them, as decided when it is imported."""
+    file = ROOT / "tests/emulation/gpu_step_emulated.py"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "2", str(file)]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
+def test_launches(warm, monkeypatch):
+    counts = {}
+    for network in ("resnet50", "vit_b", "lenet"):
+        weights = [torch.empty(shape, device="meta") for shape in shapes(network)]
+        widths = [width(min(W.shape) // 8, min(W.shape)) if warm else 0 for W in weights]
+        counts[network] = len(launches(weights, widths, monkeypatch))
+    assert counts["resnet50"] == counts["vit_b"] == counts["lenet"] <= MOST_LAUNCHES
+
+
+def fields(struct: str, header: str) -> list[str]:
+    """The members of a C++ struct, in order."""
+    text = re.sub(r"//.*", "", (ROOT / "csrc" / "cuda" / header).read_text())
+    body = re.search(rf"struct {struct} {{(.*?)\n}};", text, re.S)[1]
+    members = re.findall(r"(?:const )?\w+[ *]+([\w, *]+);", body)
+    return [name.strip(" *") for names in members for name in names.split(",")]
+
+
+def numbers(header: str) -> dict[str, int]:
+    text = (ROOT / "csrc" / "cuda" / header).read_text()
+    return {name: int(value) for name, value in re.findall(r"constexpr int (\w+) = (\d+);", text)}
+
+
+def test_tables_are_those_of_the_kernels():
+    assert fields("Layer", "step.h") == list(device_structs.LAYER)
+    assert fields("Chunk", "step.cuh") == list(device_structs.CHUNK)
+    found = numbers("step.h")
+    assert (found["kProbes"], found["kPowers"]) == (device_structs.PROBES, device_structs.POWERS)
+    assert (found["kPairs"], found["kRootPairs"]) == (device_structs.PAIRS, device_structs.ROOT_PAIRS)
+    assert found["kMaxColumns"] == MAX_COLUMNS
+
+
+class Net(torch.nn.Module):
+    def forward(self, W, V):
+        s, bounds = torch.ops.compaware.svt_([W, V], torch.tensor([0.1, 0.2]).double(), 1e-3)
+        return W, V, s, bounds
+
+
+def test_traced_with_fake_cuda_tensors():
+    with FakeTensorMode():
+        W, V = torch.empty(40, 30, device="cuda"), torch.empty(20, 70, device="cuda", dtype=torch.bfloat16)
+        W, V, s, bounds = Net()(W, V)
+        assert {x.device.type for x in (W, V, s, bounds)} == {"cuda"}
+        assert s.shape == (50,) and bounds.shape == (2,)
+
+
+def test_exported_with_fake_cuda_tensors():
+    with FakeTensorMode():
+        inputs = torch.empty(40, 30, device="cuda"), torch.empty(20, 70, device="cuda")
+        program = torch.export.export(Net(), inputs)
+    assert "compaware.svt_" in program.graph_module.code
+
+
+def test_the_last_polynomials_leave_rounding():
+    """Of numbers in any interval that a step is made for, the composition of the rest makes 1."""
+    from compaware_kernels.proximal.cuda.polar_express import schedule
+
+    for first, (low, *_) in enumerate(schedule()[:-1]):
+        x = torch.logspace(math.log10(low), 0, 20_000, dtype=torch.float64)
+        for _, a, b, c in schedule()[first:]:
+            x = x * (a + b * x**2 + c * x**4)
+        assert float((1 - x).abs().max()) < 1e-11, first
+
+
+def test_nothing_is_taken_without_a_gpu():
+    weights = [torch.randn(40, 40)]
+    (info,) = ck.svt_(weights, 0.1)
+    assert "products" not in info.method

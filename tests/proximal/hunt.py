@@ -1,0 +1,298 @@
+"""Seeded cases that try to break the error bounds and the tolerance of the proximal engine.
+
+    python -m tests.proximal.hunt 20000 --seed 0 [--family "tau +- 1 ulp"]
+
+``case(seed)`` makes a case, ``check`` runs it against the fp64 truth. Whatever the matrix, the scale and the state: the
+bounds hold, the tolerance is met, ``s`` and ``rank`` are those of the result, twice the same gives the same, and no
+finite input is refused. Most matrices are too small for the subspace route to pay: in half of the cases it is forced.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from unittest import mock
+
+import numpy as np
+import torch
+import typer
+from rich.progress import track
+
+import compaware_kernels as ck
+from compaware_kernels.proximal import jacobi, solver, subspace_iteration
+from tests.helpers import oracle
+
+
+@dataclass
+class Case:
+    name: str
+    op: str
+    calls: list[list[torch.Tensor]]  # the weights of every call
+    parameter: list  # tau, weights or rank of every layer
+    kwargs: dict
+    state: ck.WarmState | None = None
+    forced: bool = False  # the subspace route, also where it does not pay
+    first: int = subspace_iteration.FIRST  # columns where nothing is known
+    wrong: int | None = None  # seed of what replaces the state after the first call
+
+
+@dataclass
+class Measured:
+    """One matrix of one call."""
+
+    route: str
+    ratio: float = math.inf  # bound / error
+    use: float = 0.0  # spectral error beyond rounding / (tol tau)
+    problems: list[str] = field(default_factory=list)
+
+
+def _cluster(values: Callable) -> Callable:
+    """A few above it, and ``values(count, rng)``."""
+
+    def spectrum(k, top, rng):
+        r = rng.integers(0, min(k, 9))
+        return np.r_[np.geomspace(top, 1.2, r), values(k - r, rng)]
+
+    return spectrum
+
+
+SPECTRA = {  # singular values in units of tau: of (k, the largest, rng)
+    "log-spaced": lambda k, top, rng: np.geomspace(top, 1e-9, k),
+    "half zeros": lambda k, top, rng: np.where(np.arange(k) < k // 2, np.linspace(top, 0.1, k), 0),
+    "few above": lambda k, top, rng: np.where(np.arange(k) < 6, np.geomspace(top, 1.01, k), 0.99 * rng.random(k)),
+    "ties": lambda k, top, rng: np.resize([top, 2, 1, 0.25], k),
+    "tau +- 1 ulp": _cluster(lambda k, rng: 1 + rng.choice([-0.5, 0, 1, 2], k) * np.finfo(np.float32).eps),
+    "cluster at tau": _cluster(lambda k, rng: rng.uniform(0.9, 1.1, k)),
+    "tight cluster at tau": _cluster(lambda k, rng: 1 + rng.uniform(-1e-5, 1e-5, k)),
+    "slow decay below tau": lambda k, top, rng: np.r_[top, np.linspace(0.9999, 0.7, k)][:k],
+    "slow decay across tau": lambda k, top, rng: top * np.arange(1, k + 1) ** -rng.uniform(0.2, 1.5),
+    "one large": lambda k, top, rng: np.r_[top, np.full(k, rng.choice([0.5, 1.0, 1.5]))][:k],
+    "rank 1": lambda k, top, rng: np.where(np.arange(k) == 0, top, 0),
+}
+
+MATRICES = {  # of (m, n, rng)
+    "zero": lambda m, n, rng: np.zeros((m, n)),
+    "constant": lambda m, n, rng: np.full((m, n), rng.choice([1, 1 / 3, 0.1, 1.0000001])),
+    "ones and noise": lambda m, n, rng: 1 + rng.choice([1e-6, 1e-3, 0.1]) * rng.standard_normal((m, n)),
+    "positive": lambda m, n, rng: rng.random((m, n)),
+    "alternating": lambda m, n, rng: (  # what a power iteration from a positive vector does not see
+        np.outer(rng.random(m), (-1.0) ** np.arange(n)) + rng.choice([0, 1e-4, 1e-2]) * rng.standard_normal((m, n))
+    ),
+    "Hilbert": lambda m, n, rng: 1 / (np.arange(m)[:, None] + np.arange(n) + 1.0),
+    "diagonal": lambda m, n, rng: np.eye(m, n) * np.sort(10 ** rng.uniform(-6, 0, n)),
+    "permutation": lambda m, n, rng: np.eye(m, n)[rng.permutation(m)],
+    "equal columns": lambda m, n, rng: rng.standard_normal((m, 1)) + 1e-5 * rng.standard_normal((m, n)),
+    "Gaussian": lambda m, n, rng: rng.standard_normal((m, n)),
+    "one entry": lambda m, n, rng: np.eye(m, n) * (np.arange(n) == n // 2),
+    "spiked columns": lambda m, n, rng: rng.standard_normal((m, n)) * 10 ** rng.uniform(-6, 0, n),
+    "Hadamard": lambda m, n, rng: (-1.0) ** np.bitwise_count(np.arange(m)[:, None] & np.arange(n)),
+    "Toeplitz": lambda m, n, rng: 0.9 ** abs(np.arange(m)[:, None] - np.arange(n)),
+}
+
+
+def _matrix(family: str, top: float, m: int, n: int, rng) -> np.ndarray:
+    if family in MATRICES:
+        return MATRICES[family](m, n, rng)
+    k, coordinates = min(m, n), rng.random() < 0.1
+    bases = [
+        rng.permutation(np.eye(d)) if coordinates else np.linalg.qr(rng.standard_normal((d, k)))[0] for d in (m, n)
+    ]
+    U, V = (B[:, :k] for B in bases)
+    return U * -np.sort(-SPECTRA[family](k, top, rng)) @ V.T
+
+
+def _layer(family: str, batch: tuple, m: int, n: int, rng) -> tuple[np.ndarray, float]:
+    """Matrices [*batch, m, n], and a threshold for them."""
+    top = 10 ** rng.choice([0, 0.3, 1, 2, rng.uniform(0, 3), rng.uniform(0, 6)])
+    W = np.stack([_matrix(family, top, m, n, rng) for _ in range(math.prod(batch))])
+    largest = float(np.linalg.norm(W[0], 2))
+    tau = 1.0 if family in SPECTRA else largest / top
+    return W.reshape(*batch, m, n), rng.choice([tau, largest, 0.0], p=[0.94, 0.03, 0.03])
+
+
+def _dim(rng) -> int:
+    if (kind := rng.random()) < 0.001:
+        return 1200
+    if kind < 0.07:
+        return int(rng.integers(200, 700))
+    return int(rng.choice([1, 2, 7, 13, 31, 64, 65, 97, 127, 128])) if kind < 0.2 else int(rng.integers(8, 160))
+
+
+def _wrong(V: torch.Tensor, rng) -> torch.Tensor:
+    """Another finite matrix in the place of the basis V [n, k] of a state."""
+    n, k = V.shape
+    noise = torch.tensor(rng.standard_normal((n, int(rng.integers(1, max(2, n // 2))))))
+    wrong = [
+        noise, noise * 1e30, noise * 1e300, noise * 1e-30, noise * 0, torch.linalg.qr(noise).Q, noise[:, [0, 0, 0]],
+        V * rng.choice([0.5, 0.7, 0.9, 0.99, 0.999]), V * rng.choice([1.001, 1.01, 1.1, 1.4, 2]), torch.cat([V, V], 1),
+        V + 0.1 * torch.roll(V, 1, 1), V[:, :0], V[:, : k // 2], torch.eye(n), V.bfloat16(), V.half(),
+        V.double() if V.dtype == torch.float32 else V.float(),
+    ]  # fmt: skip
+    return wrong[rng.integers(len(wrong))]
+
+
+def _next(W: np.ndarray, how: str, rng) -> np.ndarray:
+    """The weights of the next call."""
+    m, n = W.shape[-2:]
+    size = rng.choice([1, 3, np.linalg.norm(W)]) / math.sqrt(m * n)
+    return {
+        "same": W,
+        "drift": W + 10 ** rng.uniform(-5, -1) * abs(W).max() * rng.standard_normal(W.shape),
+        "new direction": W + size * np.outer(rng.standard_normal(m), rng.standard_normal(n)),
+        "replaced": rng.permuted(W, axis=-1) * rng.choice([-1, 1, 3]),
+        "new shape": np.swapaxes(W, -1, -2)[..., : max(1, m // 2)],
+    }[how]
+
+
+def case(seed: int, family: str | None = None) -> Case:
+    """The case of this seed: the same on every machine."""
+    rng = np.random.default_rng(seed)
+    op = str(rng.choice(["svt_", "spectral_ball_", "weighted_svt_", "truncate_"], p=[0.7, 0.1, 0.1, 0.1]))
+    names, A, taus, shape = [], [], [], (_dim(rng), _dim(rng))
+    for _ in range(1 if rng.random() < 0.7 else int(rng.integers(2, 5))):
+        if rng.random() < 0.5:
+            shape = (_dim(rng), _dim(rng))
+        names.append(family or str(rng.choice([*SPECTRA, *MATRICES])))
+        batch = () if rng.random() < 0.85 or max(shape) > 199 else (int(rng.choice([1, 2, 3, 17])),)
+        W, tau = _layer(names[-1], batch, *shape, rng)
+        A, taus = [*A, W], [*taus, float(tau)]
+    dtype = [torch.float32, torch.float64, torch.bfloat16, torch.float16][rng.choice(4, p=[0.6, 0.15, 0.15, 0.1])]
+    widest = {torch.float64: (-250, 250), torch.float16: (-4, 2)}.get(dtype, (-42, 36))
+    ranges = [(0, 0), (-3, 2), (-4, 2) if dtype == torch.float16 else (-30, 30), widest]
+    scale = 10 ** rng.uniform(*ranges[rng.choice(4, p=[0.7, 0.2, 0.09, 0.01])])
+    layout, warm = rng.random(), rng.random() < 0.4
+    largest, kwargs = torch.finfo(dtype).max / 16, {"tol": 10.0 ** -rng.choice([1, 2, 3, 3, 3, 4, 5, 6]), "fold": None}
+
+    def tensor(W: np.ndarray) -> torch.Tensor:
+        T = torch.tensor(np.clip(W * scale, -largest, largest)).to(dtype)
+        T = T.mT.contiguous().mT if layout < 0.1 else T
+        return torch.cat([T, T], -1)[..., : T.shape[-1]] if 0.1 < layout < 0.2 else T
+
+    parameter, calls = [tau * scale for tau in taus], [A]
+    if op == "truncate_":
+        parameter = [int(rng.integers(0, rng.choice([4, min(W.shape[-2:]) + 2]))) for W in A]
+    if op == "weighted_svt_":
+        rises = [np.cumsum(rng.random(min(W.shape[-2:]))) * rng.choice([0, 0, 1e-3, 0.1, 10]) for W in A]
+        parameter = [torch.tensor(tau * (1 + rise) * scale) for tau, rise in zip(taus, rises, strict=True)]
+    if op == "svt_" and rng.random() < 0.1:
+        sizes = [rng.choice([1e-3, 1, 1e3]) * abs(W).max() for W in A]
+        kwargs["center"] = [tensor(size * rng.standard_normal(W.shape)) for W, size in zip(A, sizes, strict=True)]
+    same_shape = op == "weighted_svt_" or "center" in kwargs
+    how = rng.choice(["same", "drift", "new direction", "replaced", "new shape"][: 5 - same_shape])
+    for _ in range(int(rng.integers(1, 4)) if warm else 0):
+        calls.append([_next(W, how, rng) for W in calls[-1]])
+    calls = [[tensor(W) for W in A] for A in calls]
+    made = Case(" + ".join(names), op, calls, parameter, kwargs, forced=bool(rng.random() < 0.6))
+    made.first, made.state = int(rng.choice([1, 8, 32])), ck.WarmState(int(rng.integers(99))) if warm else None
+    made.wrong = int(rng.integers(1, 2**32)) if warm and rng.random() < 0.3 else None
+    return made
+
+
+def run(case: Case) -> list[tuple[list[torch.Tensor], list[ck.SvtInfo]]]:
+    """Per call the weights after it and what it said."""
+    state, out, patches = copy.deepcopy(case.state), [], {"FIRST": case.first}
+    if case.forced:
+        patches |= {"worth_it": lambda m, n, columns: True, "small": mock.Mock(wraps=jacobi)}
+        patches["small"].small_shapes, patches["small"].Group = lambda weights: set(), jacobi.Group
+    with mock.patch.multiple(solver, **patches), mock.patch.object(subspace_iteration, "FIRST", case.first):
+        for weights in copy.deepcopy(case.calls):
+            out.append((weights, getattr(ck, case.op)(weights, case.parameter, state=state, **case.kwargs)))
+            if case.wrong is not None and len(out) == 1:
+                rng = np.random.default_rng(case.wrong)
+                state.bases = {key: _wrong(V, rng) for key, V in state.bases.items()}
+    return out
+
+
+def measure(case: Case) -> Iterator[Measured]:
+    out = run(case)
+    first, again = ([P for results, _ in calls for P in results] for calls in (out, run(case)))
+    if not all(map(torch.equal, first, again)):
+        yield Measured("any", problems=["not deterministic"])
+    for t, (weights, (results, infos)) in enumerate(zip(case.calls, out, strict=True)):
+        centers = case.kwargs.get("center") or map(torch.zeros_like, weights)
+        for W, P, C, info, parameter in zip(weights, results, centers, infos, case.parameter, strict=True):
+            m, n = W.shape[-2:]
+            where = f"call {t}, {tuple(W.shape)} {W.dtype}{', center' * ('center' in case.kwargs)}, {info.method}"
+            if not torch.equal((info.s > 0).sum(-1), info.rank):
+                yield Measured(info.method, problems=[f"{where}: rank is not the number of positive s"])
+            s, bounds = info.s.reshape(-1, min(m, n)).numpy(), info.error_bound.flatten().tolist()
+            for parts in zip(*(x.reshape(-1, m, n) for x in (W, P, C)), s, bounds, strict=True):
+                got = _compare(case, *parts, parameter)
+                got.route, got.problems = info.method, [f"{where} ({info.reason}): {what}" for what in got.problems]
+                yield got
+
+
+def _truncated(X: np.ndarray, rank: int) -> np.ndarray:
+    U, s, Vh = np.linalg.svd(X, full_matrices=False)
+    return U[:, :rank] * s[:rank] @ Vh[:rank]
+
+
+def _compare(case: Case, W, R, C, s, bound: float, parameter) -> Measured:
+    """One result R [m, n] against the truth, all of it scaled by a power of two, so that nothing overflows here."""
+    info, got = torch.finfo(W.dtype), Measured("")
+    if not bool(R.isfinite().all()):
+        return Measured("", problems=["not finite"])
+    W, R, C = (x.double().numpy() for x in (W, R, C))
+    e = -int(np.frexp(max(abs(W).max(), abs(C).max()))[1])
+    W, R, C, s, bound = (np.ldexp(x, e) for x in (W, R, C, s, bound))
+    t = parameter if case.op == "truncate_" else np.ldexp(np.asarray(parameter), e)
+    shrunk = (_truncated if case.op == "truncate_" else oracle.svt)(W - C, t)
+    exact = W - shrunk if case.op == "spectral_ball_" else C + shrunk
+    norm, error = np.linalg.norm(W - C), np.linalg.norm(R - exact)
+    noise = 50 * np.finfo(float).eps * (norm + np.linalg.norm(C))  # of the truth
+    got.ratio = bound / error if error > noise else math.inf
+    wrong = np.linalg.norm(s - np.linalg.svd(shrunk, compute_uv=False))
+    about = f"||X|| = {norm:.2e}, parameter {np.ravel(t)[0]:.3e}, tol {case.kwargs['tol']}, scale 2^{-e}"
+    if not error <= bound + noise:  # or NaN
+        got.problems.append(f"bound {bound:.3e} < error {error:.3e}, {about}")
+    elif not wrong <= bound + noise:
+        got.problems.append(f"s is off by {wrong:.3e}, bound {bound:.3e}, {about}")
+    if case.op in ("svt_", "spectral_ball_") and t > 0:
+        stored = info.eps * np.linalg.norm(exact) + math.sqrt(W.size) * np.ldexp(info.smallest_normal * info.eps, e)
+        got.use = max(0.0, np.linalg.norm(R - exact, 2) - stored - noise) / (case.kwargs["tol"] * t)
+        if got.use > 1:
+            got.problems.append(f"tolerance: {got.use:.3g} times tol tau, {about}")
+    return got
+
+
+def check(case: Case, found: list[Measured] | None = None) -> tuple[bool, float, str]:
+    """Whether all of it holds, the least bound / error, and what does not hold; ``found`` gets what was measured."""
+    found = [] if found is None else found
+    try:
+        found += measure(case)
+    except Exception as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if "compaware" in f.filename]
+        where = "/".join(f"{f.name}:{f.lineno}" for f in frames[-2:])
+        return False, 0.0, f"{type(error).__name__} in {where}: {str(error)[:150]}"
+    problems = [problem for got in found for problem in got.problems]
+    return not problems, min((got.ratio for got in found), default=math.inf), "; ".join(problems)
+
+
+def main(cases: int, seed: int = 0, family: str | None = None, show: int = 30) -> None:
+    """Check the cases of so many seeds; exit with 1 if anything does not hold."""
+    torch.set_num_threads(1)
+    count, ratio, use, bad = Counter(), defaultdict(lambda: math.inf), defaultdict(float), []
+    for at in track(range(seed, seed + cases), "Hunting"):
+        made, found = case(at, family), []
+        holds, _, message = check(made, found)
+        for got in found:
+            route = "several in one batch" if " + " in got.route else got.route
+            count[route], ratio[route] = count[route] + 1, min(ratio[route], got.ratio)
+            use[route] = max(use[route], got.use)
+        if not holds:
+            bad.append(at)
+            if len(bad) <= show:
+                about = f"{made.op} of {made.name}{', forced' * made.forced}{', wrong state' * bool(made.wrong)}"
+                print(f"{at}: {about}: {message}")
+    print(f"{cases} cases, {sum(count.values())} results, {len(bad)} cases with violations: {bad}")
+    for route in sorted(count):
+        print(f"{route:>20}: {count[route]:7}, bound / error >= {ratio[route]:8.3g}, tolerance use <= {use[route]:.3g}")
+    raise typer.Exit(bool(bad))
+
+
+if __name__ == "__main__":
+    typer.run(main)

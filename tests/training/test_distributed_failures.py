@@ -1,0 +1,93 @@
+"""One process dies in the middle of a proximal step: the others end with a clear error, soon, with their weights."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import compaware_kernels as ck
+from compaware_kernels.distributed.dtensor import local
+from tests.helpers.processes import run
+from tests.training.test_distributed import PENALTIES, fsdp_model, full, network
+
+MODELS = {
+    "DDP": (lambda: DistributedDataParallel(network()), "owner"),
+    "fully_shard": (fsdp_model, "auto"),
+    "owners": (fsdp_model, "owner"),
+}
+
+
+def die_at(calls, collective, how):
+    """Have this process die at so many calls of a collective from now on."""
+    whole, left = getattr(dist, collective), [calls]
+
+    def dying(*args, **more):
+        left[0] -= 1
+        if left[0] == 0:
+            how()
+        return whole(*args, **more)
+
+    setattr(dist, collective, dying)
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave():
+    os._exit(3)
+
+
+def survivor(rank, kind, collective, calls, how):
+    build, division = MODELS[kind]
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    prox = ck.ProximalStep(model, optimizer, **PENALTIES, division=division)
+    before = [local(p.detach()).clone() for p in model.parameters()]
+    if rank == 1:
+        die_at(calls, collective, how)
+    start = time.monotonic()
+    with pytest.raises(
+        RuntimeError, match=r"^proximal step: failed here, or lost another process; no weight was changed"
+    ):
+        prox.step()
+    assert all(torch.equal(local(p.detach()), old) for p, old in zip(model.parameters(), before, strict=True))
+    assert prox.applied == 0 and not prox.warm.bases
+    return time.monotonic() - start
+
+
+@pytest.mark.parametrize("how", [kill, leave])
+@pytest.mark.parametrize(
+    ("kind", "collective", "calls"),
+    [
+        ("DDP", "all_reduce", 1),
+        ("DDP", "broadcast", 1),
+        ("DDP", "broadcast", 2),
+        ("fully_shard", "all_reduce", 9),
+        ("owners", "all_to_all_single", 1),
+        ("owners", "all_to_all_single", 2),
+    ],
+)
+def test_a_process_that_dies_ends_the_others_soon(kind, collective, calls, how):
+    first, dead, third = run(survivor, 3, kind, collective, calls, how)
+    assert dead is None and max(first, third) < 30
+
+
+def one_raises(rank):
+    """An error that is no loss of a process: all hear of it."""
+    model = DistributedDataParallel(network())
+    prox = ck.ProximalStep(model, torch.optim.SGD(model.parameters(), lr=0.1), **PENALTIES, division="owner")
+    before = [full(p).clone() for p in model.parameters()]
+    if rank == 1:
+        ck.penalties.prox.svt_ = lambda *args, **more: 1 / 0
+    with pytest.raises(ZeroDivisionError, match="division by zero"):
+        prox.step()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_an_error_of_one_process_is_raised_by_all():
+    run(one_raises, 3)

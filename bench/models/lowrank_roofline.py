@@ -55,8 +55,8 @@ Assumed: {tensor:.0%} of the tensor peak, {dram:.0%} of the DRAM's, {L2:.0%} of 
 the L2 stay in it, weights come from DRAM; every tap reads its pixels from L2 again; a step of a program's loop takes at
 least {step:g} us. Dense and two convolutions: tiles of 128 x 128 or the channels there are, and the sum cut until every
 multiprocessor has work. Fused: the tiles of `compaware_kernels/ops/triton_lowrank.py`, and as many
-multiprocessors as they occupy. Rank: the share of min(O, C k k); above {max_rank} the fused column is two convolutions. The
-stem and the classifier stay dense.
+multiprocessors as they occupy. Rank: the share of min(O, C k k); above {max_rank} the fused column is two convolutions.
+The stem and the classifier stay dense.
 """
 
 

@@ -38,8 +38,8 @@ One block a matrix, 256 threads, at {share:.0%} of its multiprocessor's fp64 FMA
 flops, and {column} clocks a column) and inverses (k^3, {division} a row). Jacobi: {sweeps} sweeps, the most that
 ck_ritz takes (to the end it would be 6 or 7, counted in numpy on spectra of `bench/common/workloads.py`), the
 instructions of a step counted in the machine code for sm_90, {turn} clocks a step at least. {normal} instructions a
-random number; judge: {row} clocks a row of 32 probes, {summand} an element of a thread's sum of squares. These clocks are guesses,
-within a factor of two perhaps.
+random number; judge: {row} clocks a row of 32 probes, {summand} an element of a thread's sum of squares. These clocks
+are guesses, within a factor of two perhaps.
 """
 COLUMNS = ("", "GFLOP", "MB", "stages", "tiles", "us", "bound by")
 

@@ -4,6 +4,7 @@ weights --prox--> shrunk weights --ranks--> ranks --factorize--> two small weigh
 """
 
 from . import folds, ranks
+from ._utils.version import __version__
 from .compression.checkpoint import CheckpointError, load, save
 from .compression.compress import CompressReport, LayerReport, compress
 from .compression.convert import to_dense, to_plain
@@ -34,8 +35,6 @@ from .proximal.functional import (
 from .proximal.warm_state import WarmState
 from .training.proximal_step import ProximalStep
 from .training.report import ProximalReport
-
-__version__ = "0.1.0"
 
 backends.register()
 quarantine.replace_shrink()

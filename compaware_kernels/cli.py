@@ -18,12 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from . import compress as compress_model
-from . import info as gather_info
 from . import ranks
 from ._utils.atomic_write import write_text
 from ._utils.tables import text_table
 from .compression import checkpoint
+from .compression.compress import compress as compress_model
+from .environment import info as gather_info
 from .ops import quarantine
 from .study import Stopped
 
@@ -60,8 +60,8 @@ def demo(
 
     Ends with a table, an HTML report with the accuracy-against-size curves, and the compressed network.
     """
-    from .demo import data as images
     from .demo import experiment, report
+    from .study import images
 
     torch.set_num_threads(threads)
     dataset = images.idx_folder(data) if data else images.digits()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ._utils.version import __version__
 from .ops import backends, cuda_launcher, library
 
 KERNEL, TRITON, REFERENCE = "C++ kernel", "Triton kernel", "reference (plain PyTorch)"
@@ -15,8 +16,6 @@ KERNEL, TRITON, REFERENCE = "C++ kernel", "Triton kernel", "reference (plain PyT
 
 def info() -> dict:
     """Versions, devices, how the library was built, and the body each op has for each device."""
-    from . import __version__  # here, not above: the package imports this module first
-
     return {
         "version": __version__,
         "torch": torch.__version__,

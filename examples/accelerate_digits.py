@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, TensorDataset
 
 import compaware_kernels as ck
-from compaware_kernels.demo.data import digits
 from compaware_kernels.demo.networks import small_convnet
+from compaware_kernels.study.images import digits
 
 
 def main(epochs: int = 20, off: bool = False, seed: int = 0, out: Path = Path("out/examples")) -> None:

@@ -15,8 +15,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import compaware_kernels as ck
-from compaware_kernels.demo.data import digits
 from compaware_kernels.demo.networks import small_convnet
+from compaware_kernels.study.images import digits
 
 
 def wrapped(model: torch.nn.Module, how: str, device: torch.device) -> torch.nn.Module:

@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import nn
 
 import compaware_kernels as ck
-from compaware_kernels.demo.data import digits
+from compaware_kernels.study.images import digits
 
 
 def network() -> nn.Module:

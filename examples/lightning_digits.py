@@ -10,9 +10,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 import compaware_kernels as ck
-from compaware_kernels.demo.data import digits
 from compaware_kernels.demo.networks import small_convnet
 from compaware_kernels.integrations.lightning import CompressionAware
+from compaware_kernels.study.images import digits
 
 
 class Digits(L.LightningModule):

@@ -8,8 +8,8 @@ import typer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import compaware_kernels as ck
-from compaware_kernels.demo.data import digits
 from compaware_kernels.demo.networks import small_convnet
+from compaware_kernels.study.images import digits
 
 
 def save_atomically(state: dict, path: Path) -> None:

@@ -7,8 +7,8 @@ import typer
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 
 import compaware_kernels as ck
-from compaware_kernels.demo.data import digits
 from compaware_kernels.integrations.transformers import CompressionAware
+from compaware_kernels.study.images import digits
 
 
 def vit() -> ViTForImageClassification:

@@ -16,8 +16,8 @@ from .. import ranks
 from ..compression.compress import CompressReport, compress
 from ..nn.discovery import foldable_layers
 from ..nn.factorization import singular_values
+from ..study.images import Images
 from ..training.proximal_step import ProximalStep
-from .data import Images
 from .networks import small_convnet
 
 ARMS = ("plain", "compression-aware")

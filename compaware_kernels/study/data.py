@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..demo.data import Images, digits, idx_folder
 from .config import Config
+from .images import Images, digits, idx_folder
 from .networks import transforms
 
 Batches = Iterable[tuple[Tensor, Tensor]]

@@ -1,8 +1,8 @@
 """A study of every arm that takes seconds."""
 
-from compaware_kernels.demo.data import Images, digits
 from compaware_kernels.study.config import Config, Key
 from compaware_kernels.study.data import InMemory
+from compaware_kernels.study.images import Images, digits
 
 STRENGTHS = {
     "plain": {}, "nuclear": {"nuclear": 20}, "nuclear-steps": {"nuclear": 20}, "reload": {"nuclear": 20, "group": 1},

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from compaware_kernels.demo.data import digits
+from compaware_kernels.study.images import digits
 
 STRENGTHS = {"nuclear": 4.0, "group": 0.2, "warmup": 2}
 EPOCHS = 3

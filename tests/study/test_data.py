@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_model
 
-from compaware_kernels.demo.data import Images
 from compaware_kernels.nn.discovery import foldable_layers
 from compaware_kernels.study import fit, latency
 from compaware_kernels.study.arms import ARMS
 from compaware_kernels.study.config import Config
 from compaware_kernels.study.data import Folder, InMemory, load
+from compaware_kernels.study.images import Images
 from compaware_kernels.study.networks import build, last_layers
 from compaware_kernels.study.points import LOW_RANK, Point
 from compaware_kernels.study.runs import Record, Study

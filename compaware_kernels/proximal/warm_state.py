@@ -29,8 +29,14 @@ class WarmState:
     def __init__(self, seed: int = 0):
         self.seed, self.calls = seed, 0
         self.bases: dict[str, Tensor] = {}  # matrix -> [min(m, n), k]; no column: full rank at the last call
-        self.engines: dict[torch.device, Any] = {}  # what a GPU keeps: remade where it is missing
-        self.guards: dict[torch.device, Any] = {}  # and what is still to arrive from it
+
+    def remember(self, bases: Mapping[str, Tensor]) -> None:
+        """Take the bases of these matrices in the place of those of the last call."""
+        self.bases |= bases
+
+    def advance(self) -> None:
+        """Count a call: the next one draws other probes."""
+        self.calls += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers only: loads with ``torch.load(weights_only=True)``."""

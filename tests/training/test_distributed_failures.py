@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import compaware_kernels as ck
 from compaware_kernels.distributed.dtensor import local
+from compaware_kernels.proximal import solver
 from tests.helpers.processes import run
 from tests.training.test_distributed import PENALTIES, fsdp_model, full, network
 
@@ -83,7 +84,7 @@ def one_raises(rank):
     prox = ck.ProximalStep(model, torch.optim.SGD(model.parameters(), lr=0.1), **PENALTIES, division="owner")
     before = [full(p).clone() for p in model.parameters()]
     if rank == 1:
-        ck.penalties.prox.svt_ = lambda *args, **more: 1 / 0
+        solver.shrink_ = lambda *args, **more: 1 / 0
     with pytest.raises(ZeroDivisionError, match="division by zero"):
         prox.step()
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))

@@ -12,7 +12,7 @@ import torch
 from torch.utils import cpp_extension
 
 SOURCE = "tests/emulator/shrink_ops.cpp"
-READ = (SOURCE, "csrc/shrink_ops.h", "csrc/cuda/shrink_launch.h", "csrc/cuda/shrink.h", "csrc/core/shrink.h")
+READ = (SOURCE, "csrc/core/shrink_ops.h", "csrc/cuda/shrink_launch.h", "csrc/cuda/shrink.h", "csrc/core/shrink.h")
 
 
 def library() -> Path:

@@ -199,7 +199,7 @@ def truncate_(
     ``W <- sum_{i <= rank} sigma_i u_i v_i^T``
 
     Args:
-        rank: >= 0: a number, or one per layer.
+        rank: a number >= 0, or one per layer.
 
     The rest as :func:`svt_`; ``tol`` is relative to sigma_rank.  The projection is unique only where
     ``sigma_rank > sigma_{rank+1}``: where the two cannot be told apart, ``error_bound`` is inf.
@@ -228,7 +228,7 @@ def spectral_ball_(
     ``W <- U min(S, radius) V^T = W - svt(W, radius)``  (Moreau)
 
     Args:
-        radius: >= 0: a number, or one per layer.
+        radius: a number >= 0, or one per layer.
 
     The rest as :func:`svt_`; ``tol`` is relative to the radius.
 

@@ -13,7 +13,7 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
-CURVES = "study/fashion/curves.svg"
+CURVES = "studies/fashion/curves.svg"
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 ROLE = re.compile(r":(?:func|class|mod|meth|attr):`([\w.]+)`")
 EQUATION = re.compile(r"^( {4,})``(.+)``$", re.MULTILINE)  # a paragraph of its own

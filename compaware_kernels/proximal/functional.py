@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -34,6 +35,14 @@ from .cuda import backend as gpu
 from .spectral_functions import SoftThreshold, Truncate, WeightedThreshold
 from .svt_info import SvtInfo
 from .warm_state import WarmState
+
+
+@overload
+def svt(W: Tensor, tau: float | Tensor, *, return_info: Literal[False] = False) -> Tensor: ...
+
+
+@overload
+def svt(W: Tensor, tau: float | Tensor, *, return_info: Literal[True]) -> tuple[Tensor, SvtInfo]: ...
 
 
 def svt(W: Tensor, tau: float | Tensor, *, return_info: bool = False) -> Tensor | tuple[Tensor, SvtInfo]:

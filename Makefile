@@ -56,6 +56,7 @@ hunt: .venv/built
 lint: .venv/pins
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The documentation, as a folder of web pages; broken links and anchors are errors. Needs no network.
 docs: .venv/built .venv/docs

@@ -10,7 +10,9 @@ from compaware_kernels.integrations import lightning, transformers
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, base: nn.Module) -> ck.ProximalReport:
-    prox = ck.ProximalStep(model, optimizer, nuclear=2.0, group={"head": 0.1, "*": 0}, every=10, skip=["stem"], warmup=3)
+    prox = ck.ProximalStep(
+        model, optimizer, nuclear=2.0, group={"head": 0.1, "*": 0}, every=10, skip=["stem"], warmup=3
+    )
     prox.step()
     assert_type(prox.thresholds(), dict[str, dict[str, float]])
     assert_type(prox.warm, ck.WarmState)
@@ -26,7 +28,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, base: nn.Module) -
 
 
 def trainers(model: nn.Module) -> None:
-    callback = lightning.CompressionAware(nuclear=2.0, every="epoch", save_to="small.safetensors", compress={"goal": "size"})
+    callback = lightning.CompressionAware(
+        nuclear=2.0, every="epoch", save_to="small.safetensors", compress={"goal": "size"}
+    )
     assert_type(callback.proxes, list[ck.ProximalStep])
     assert_type(callback.compress_report, ck.CompressReport | None)
     assert_type(transformers.CompressionAware(nuclear=2.0, every=10).proxes, list[ck.ProximalStep])

@@ -42,7 +42,8 @@ def on_page_content(content, **_):
 
 
 class SphinxDocstrings(griffe.Extension):
-    """Roles become links to the reference, or code where the name is internal; equations become code blocks."""
+    """Roles become links to the reference, or code where the name is internal; equations become code blocks; a class
+    without a docstring has its base's."""
 
     def on_package(self, *, pkg, **_):
         public = set(map(str, pkg.exports))
@@ -52,6 +53,9 @@ class SphinxDocstrings(griffe.Extension):
             return f"[`{name}`][compaware_kernels.{name}]" if name.partition(".")[0] in public else f"`{name}`"
 
         def rewrite(owner: griffe.Object) -> None:
+            if owner.is_class and not owner.docstring:
+                inherited = next((base.docstring for base in owner.mro() if base.docstring), None)
+                owner.docstring = inherited and griffe.Docstring(inherited.value, parent=owner)
             if owner.docstring:
                 text = ROLE.sub(link, owner.docstring.value).replace("::\n", ":\n")
                 owner.docstring.value = TWO_ENTRIES.sub(r"\1\2.\n\1", EQUATION.sub(r"\1\2", text))

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -36,6 +37,14 @@ from .shrinkage import shrink_elements_, shrink_elements_and_rows_, shrink_neuro
 from .spectral_functions import SoftThreshold, Truncate, WeightedThreshold
 from .svt_info import SvtInfo
 from .warm_state import WarmState
+
+
+@overload
+def svt(W: Tensor, tau: float | Tensor, *, return_info: Literal[False] = False) -> Tensor: ...
+
+
+@overload
+def svt(W: Tensor, tau: float | Tensor, *, return_info: Literal[True]) -> tuple[Tensor, SvtInfo]: ...
 
 
 def svt(W: Tensor, tau: float | Tensor, *, return_info: bool = False) -> Tensor | tuple[Tensor, SvtInfo]:
@@ -202,7 +211,7 @@ def truncate_(
     ``W <- sum_{i <= rank} sigma_i u_i v_i^T``
 
     Args:
-        rank: >= 0: a number, or one per layer.
+        rank: a number >= 0, or one per layer.
 
     The rest as :func:`svt_`; ``tol`` is relative to sigma_rank.  The projection is unique only where
     ``sigma_rank > sigma_{rank+1}``: where the two cannot be told apart, ``error_bound`` is inf.
@@ -231,7 +240,7 @@ def spectral_ball_(
     ``W <- U min(S, radius) V^T = W - svt(W, radius)``  (Moreau)
 
     Args:
-        radius: >= 0: a number, or one per layer.
+        radius: a number >= 0, or one per layer.
 
     The rest as :func:`svt_`; ``tol`` is relative to the radius.
 

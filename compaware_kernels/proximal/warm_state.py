@@ -55,7 +55,7 @@ class WarmState:
                 raise ValueError(f"WarmState: wanted a finite matrix for {name!r}; got {V!r:.80}")
         self.seed, self.calls, self.bases = state["seed"], state["calls"], dict(state["bases"])
 
-    def to(self, *args, **kwargs) -> WarmState:
+    def to(self, *args: Any, **kwargs: Any) -> WarmState:
         """Move the bases, as ``torch.Tensor.to`` does; returns itself."""
         self.bases = {name: V.to(*args, **kwargs) for name, V in self.bases.items()}
         return self

@@ -1,6 +1,6 @@
 """The whole proximal step as a GPU would run it: Triton kernels under the interpreter, CUDA kernels under the emulator.
 
-test_gpu_step.py runs this in a process of its own. Workspace is poisoned with NaN; the truth is fp64.
+Run with TRITON_INTERPRET=1, alone. Workspace is poisoned with NaN; the truth is fp64.
 """
 
 import pytest
@@ -14,6 +14,8 @@ from compaware_kernels.proximal.cuda import backend, plan
 from tests.emulation import emulator, triton_sim
 from tests.helpers import oracle
 from tests.helpers.cases import low_rank, with_spectrum
+
+pytestmark = pytest.mark.emulation
 
 TOL, TAU = 1e-3, 1.0
 LAUNCHES = ["ck_begin", "ck_small", "program", "ck_orth", "program", "ck_orth", "program", "ck_ritz", "program",

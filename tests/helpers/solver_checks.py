@@ -1,4 +1,4 @@
-"""What the engine must do on a GPU: test_gpu_engine.py runs it there, engine_emulated.py, as far as it goes, here."""
+"""What the engine must do on a GPU: test_gpu_step.py runs it there, solver_emulated.py, as far as it goes, here."""
 
 import copy
 from contextlib import nullcontext

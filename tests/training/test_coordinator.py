@@ -1,5 +1,7 @@
 """What the processes tell each other besides the weights: what is remembered, in any dtype, and fingerprints."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -67,8 +69,8 @@ def two_axes_of_replicas(rank):
         for record in records if rank == 3 else ():
             record.weight.to_local()[0, 0] += 1e-3
 
-    solver.shrink_ = shrink_
-    prox.step()
+    with mock.patch.object(solver, "shrink_", shrink_):
+        prox.step()
     assert_same_bits([layer.weight.detach().to_local() for layer in model])
 
 

@@ -1,4 +1,4 @@
-"""The proximal step of a whole network on a GPU; needs one. Without, engine_emulated.py runs what it can of this."""
+"""The proximal step of a whole network on a GPU; needs one. Without, solver_emulated.py runs what it can of this."""
 
 import os
 import shutil

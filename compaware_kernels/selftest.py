@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ._utils.dtypes import compute_dtype
 from .ops import backends, cuda_launcher, quarantine, shrinkage
+from .proximal.spectral_functions import SoftThreshold
 
 TIMEOUT = 1200  # seconds that a family may take; Triton compiles for minutes, the first time
 TAU, TOL = 1.0, 1e-3
@@ -244,7 +245,7 @@ def _step(shapes, calls: int, method: str, dtype: torch.dtype, device: torch.dev
     def call():
         for W, X in zip(weights, before, strict=True):
             W.copy_(X)
-        infos = shrink_all(weights, [TAU] * len(weights), None, TOL, state)
+        infos = shrink_all(weights, [SoftThreshold(TAU)] * len(weights), None, TOL, state)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # ranks arrive, by which the next call chooses
         return infos
@@ -285,7 +286,7 @@ def _nothing_changes(dtype: torch.dtype, device: torch.device) -> Case:
         assert infos[0].method.startswith("refused"), f"wanted refused, got {infos[0].method}"
         return 0.0
 
-    return Case(lambda: shrink_all(weights, [TAU] * 2, None, TOL, WarmState()), judge)
+    return Case(lambda: shrink_all(weights, [SoftThreshold(TAU)] * 2, None, TOL, WarmState()), judge)
 
 
 # --- low rank ---------------------------------------------------------------------------------------------------------

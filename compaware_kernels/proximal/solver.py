@@ -33,7 +33,7 @@ from . import gram as dense
 from . import jacobi
 from .cuda import backend as gpu
 from .error_bounds import in_range, norms, storage, unit_roundoff
-from .spectral_functions import SoftThreshold, Spectral
+from .spectral_functions import Spectral
 from .subspace_iteration import FIRST, Subspace, columns_for
 from .svt_info import SvtInfo
 from .warm_state import WarmState
@@ -50,7 +50,7 @@ class Task:
     function: Spectral
     center: Tensor | None
     key: str  # in the state
-    tol: float
+    tol: float  # of the matrix: its function moves by up to ``slope`` times as much
     basis: Tensor | None = None  # from the state
     seed: int = 0
     shards: Shards | None = None  # W has the rows of the longer side that lie here,
@@ -103,8 +103,7 @@ def compute(task: Task) -> None:
     X = task.matrix()
     if _by_subspace(task, X):
         return
-    soft = isinstance(task.function, SoftThreshold) and task.function.tau > 0
-    found = dense.by_gram(X, task.function, task.tol, task.norm, task.generator) if soft else None
+    found = dense.by_gram(X, task.function, task.tol, task.norm, task.generator)
     found = found or dense.by_svd(X, task.function, task.norm)
     new = task.function(found.s)
     rank = int((new > 0).sum())
@@ -270,7 +269,7 @@ def shrink_all(
     """Apply to every weight, in place, the function of its singular values.  Nothing is written before all is known."""
     plain = centers is None and not ball and not any(shards or ())
     if gpu.takes(weights, functions, plain):
-        return gpu.shrink_all(weights, [function.tau for function in functions], names, tol, state)
+        return gpu.shrink_all(weights, functions, names, tol, state)
     if gpu.on_gpu(weights):  # not checked yet, as that would wait for it
         for i, W in enumerate(weights):
             check_finite(W, names[i] if names else f"weights[{i}]")
@@ -308,6 +307,7 @@ def _tasks(W, function, key, center, tol, state: WarmState | None) -> list[Task]
         return []
     matrices = W.reshape(-1, m, n)
     centers = [None] * len(matrices) if center is None else center.reshape(-1, m, n)
+    tol = function.tolerance(tol)
     tasks = [Task(M, function, C, f"{key}.{j}", tol) for j, (M, C) in enumerate(zip(matrices, centers, strict=True))]
     for task in tasks:
         _remember(task, state)
@@ -318,7 +318,7 @@ def _divided(W, function, key, center, tol, state: WarmState | None, shards: Sha
     """The task of a matrix of which only W ``[1, m_i, n_j]`` lies here."""
     X, shapes = shards.turn(W[0])
     center = None if center is None else shards.turn(center[0])[0]
-    task = Task(X, function, center, f"{key}.0", tol, shards=shards, turned=shapes)
+    task = Task(X, function, center, f"{key}.0", function.tolerance(tol), shards=shards, turned=shapes)
     _remember(task, state)
     return task
 

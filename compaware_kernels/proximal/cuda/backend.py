@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...ops import backends, cuda_launcher, quarantine
-from ..spectral_functions import SoftThreshold, Spectral
+from ..spectral_functions import Spectral
 from ..svt_info import SvtInfo
 from ..warm_state import WarmState
 from . import device_structs
@@ -38,7 +38,7 @@ def on_gpu(weights: Sequence[Tensor]) -> bool:
 
 def takes(weights: Sequence[Tensor], functions: Sequence[Spectral], plain: bool) -> bool:
     """Whether this route does all of them; ``plain``: no center, no ball, nothing sharded."""
-    if not weights or not plain or any(not isinstance(function, SoftThreshold) for function in functions):
+    if not weights or not plain or any(function.ramp is None for function in functions):
         return False
     if len({W.device for W in weights}) > 1 or len({W.dtype for W in weights}) > 1 or weights[0].dtype not in DTYPES:
         return False
@@ -132,12 +132,12 @@ class Engine:
         present = {key: x.k for key, x in zip(self.keys, self.plan.matrices, strict=True)}
         return widths if present | widths != present else {}
 
-    def run(self, taus: Sequence[float], state: WarmState, tol: float) -> None:
+    def run(self, ramps: Sequence[tuple[float, float]], state: WarmState, tol: float) -> None:
         """Queue one call."""
         from . import step
 
         plan, on_gpu = self.plan, self.plan.device.type == "cuda"
-        values = [tau for tau, count in zip(taus, self.counts, strict=True) for _ in range(count)]
+        values = [tau for (tau, _), count in zip(ramps, self.counts, strict=True) for _ in range(count)]
         inputs = torch.tensor([*values, state.seed, state.calls], dtype=torch.float64, pin_memory=on_gpu)
         plan.inputs.copy_(inputs, non_blocking=True)
         guard = state.guards.get(plan.device)
@@ -165,7 +165,11 @@ class Engine:
 
 
 def shrink_all(
-    weights: Sequence[Tensor], taus: Sequence[float], names: Sequence[str] | None, tol: float, state: WarmState | None
+    weights: Sequence[Tensor],
+    functions: Sequence[Spectral],
+    names: Sequence[str] | None,
+    tol: float,
+    state: WarmState | None,
 ) -> list[SvtInfo]:
     """:func:`compaware_kernels.proximal.solver.shrink_all` for what :func:`takes` has taken."""
     state = WarmState() if state is None else state
@@ -176,7 +180,7 @@ def shrink_all(
     widths = engine.wanted() if engine and not capturing else {}
     if engine is None or widths or not engine.serves(weights, state):
         engine = state.engines[device] = Engine(weights, keys, state, widths)
-    engine.run(taus, state, tol)
+    engine.run([function.ramp for function in functions], state, tol)
     state.calls += 1
     state.bases |= engine.bases
     return engine.reports(weights, names)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ._utils.dtypes import compute_dtype
 from .ops import backends, cuda_launcher, quarantine, shrinkage
+from .proximal.spectral_functions import SoftThreshold
 
 TIMEOUT = 1200  # seconds that a family may take; Triton compiles for minutes, the first time
 TAU, TOL = 1.0, 1e-3
@@ -263,7 +264,6 @@ def _svt_(weights: list[Tensor], state) -> list:
     """``ck.svt_`` by the GPU step, whatever the self-test has found of it before."""
     from .proximal.cuda.backend import shrink_
     from .proximal.record import Record, unfold_all
-    from .proximal.spectral_functions import SoftThreshold
 
     records = [Record(W, index=i, fold=None) for i, W in enumerate(weights)]
     unfold_all(records)

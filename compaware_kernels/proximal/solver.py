@@ -34,7 +34,7 @@ from . import jacobi
 from .cuda import backend as gpu
 from .error_bounds import in_range, norms, storage, unit_roundoff
 from .record import Record, unfold_all
-from .spectral_functions import SoftThreshold, Spectral
+from .spectral_functions import Spectral
 from .subspace_iteration import FIRST, Subspace, columns_for
 from .svt_info import SvtInfo
 from .warm_state import WarmState
@@ -51,7 +51,7 @@ class Task:
     function: Spectral
     center: Tensor | None
     key: str  # in the state
-    tol: float
+    tol: float  # of the matrix: its function moves by up to ``slope`` times as much
     basis: Tensor | None = None  # from the state
     seed: int = 0
     shards: Shards | None = None  # then W is this rank's row shard of the tall matrix,
@@ -104,8 +104,7 @@ def compute(task: Task) -> None:
     X = task.matrix()
     if _by_subspace(task, X):
         return
-    soft = isinstance(task.function, SoftThreshold) and task.function.tau > 0
-    found = dense.by_gram(X, task.function, task.tol, task.norm, task.generator) if soft else None
+    found = dense.by_gram(X, task.function, task.tol, task.norm, task.generator)
     found = found or dense.by_svd(X, task.function, task.norm)
     new = task.function(found.s)
     rank = int((new > 0).sum())
@@ -305,7 +304,7 @@ def _shrink_by_routes(records, functions, tol: float, state: WarmState | None, b
 
 def _tasks(record: Record, function: Spectral, tol: float, state: WarmState | None) -> list[Task]:
     """A task for every matrix of a weight."""
-    W, center, key = record.target, record.target_center, record.key
+    W, center, key, tol = record.target, record.target_center, record.key, function.tolerance(tol)
     m, n = W.shape[-2:]
     if record.shards is not None:
         X, local_shapes = record.shards.turn(W[0])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...ops import backends, cuda_launcher, quarantine
 from ..record import Record
-from ..spectral_functions import SoftThreshold, Spectral
+from ..spectral_functions import Spectral
 from ..svt_info import SvtInfo
 from ..warm_state import WarmState
 from . import device_structs
@@ -42,7 +42,7 @@ def on_gpu(weights: Sequence[Tensor]) -> bool:
 
 def takes(weights: Sequence[Tensor], functions: Sequence[Spectral], plain: bool) -> bool:
     """Whether this route does all of them; ``plain``: no center, no ball, nothing sharded."""
-    if not weights or not plain or any(not isinstance(function, SoftThreshold) for function in functions):
+    if not weights or not plain or any(function.ramp is None for function in functions):
         return False
     if len({W.device for W in weights}) > 1 or len({W.dtype for W in weights}) > 1 or weights[0].dtype not in DTYPES:
         return False
@@ -136,12 +136,12 @@ class Engine:
         present = {key: x.k for key, x in zip(self.keys, self.plan.matrices, strict=True)}
         return widths if present | widths != present else {}
 
-    def run(self, taus: Sequence[float], state: WarmState, tol: float, guard: Guard) -> None:
+    def run(self, ramps: Sequence[tuple[float, float]], state: WarmState, tol: float, guard: Guard) -> None:
         """Queue one call."""
         from . import step
 
         plan, on_gpu = self.plan, self.plan.device.type == "cuda"
-        values = [tau for tau, count in zip(taus, self.counts, strict=True) for _ in range(count)]
+        values = [tau for (tau, _), count in zip(ramps, self.counts, strict=True) for _ in range(count)]
         inputs = torch.tensor([*values, state.seed, state.calls], dtype=torch.float64, pin_memory=on_gpu)
         plan.inputs.copy_(inputs, non_blocking=True)
         if guard.all_finite is not None:
@@ -216,7 +216,7 @@ def shrink_(
     widths = engine.wanted() if engine and not capturing else {}
     if engine is None or widths or not engine.serves(weights, state):
         engine = kept.engine = Engine(weights, [record.key for record in records], state, widths)
-    engine.run([function.tau for function in functions], state, tol, kept.guard)
+    engine.run([function.ramp for function in functions], state, tol, kept.guard)
     state.remember(engine.bases)
     return engine.reports(weights, [record.name for record in records])
 

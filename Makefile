@@ -9,7 +9,7 @@ PYTEST = $(BIN)/pytest -n $(JOBS) --dist loadfile --durations=20
 # What glibc must be told before a process starts: to keep what was freed, or each call pays for its pages again.
 KEEP := glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.malloc.top_pad=268435456
 
-.PHONY: demo test test-all test-rest bench gpu-bench bench-inference bench-communication study lora-study pretrained-study hunt lint gpu-check check-cuda-torch clean
+.PHONY: demo test test-all test-rest bench gpu-bench bench-inference bench-communication study lora-study pretrained-study hunt lint docs gpu-check check-cuda-torch clean
 .DEFAULT_GOAL := test
 
 demo: .venv/built
@@ -67,6 +67,12 @@ hunt: .venv/built
 lint: .venv/pins
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The documentation, as a folder of web pages; broken links and anchors are errors. Needs no network.
+docs: .venv/built .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo out/docs/index.html
 
 # What can be known of the GPU's kernels on any machine, 15 minutes; then what takes a GPU, skipped where there is none.
 # That a marker selects nothing is an error of pytest's.
@@ -94,6 +100,10 @@ clean:
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install -q -r requirements-dev.txt
 	$(BIN)/pip install -q --no-deps --target .venv/timm -r requirements-timm.txt
+	touch $@
+
+.venv/docs: .venv/pins requirements-docs.txt
+	$(BIN)/pip install -q -r requirements-docs.txt
 	touch $@
 
 # Editable, without build isolation: the library is compiled in place, against the torch of .venv.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from ..ops.lowrank import ACTIVATIONS, lowrank_pack
 from .functional import why_two_step
 from .module_surgery import is_plain
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11
 
 MODULES = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "gelu": nn.GELU}  # of the fused activations
 
@@ -78,7 +82,7 @@ class LowRank(nn.Module, ABC):
     def bias(self) -> nn.Parameter | None:
         return self.second.bias
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         return self if mode else self._pack()
 

@@ -11,7 +11,6 @@ import hashlib
 import logging
 import os
 import struct
-import tempfile
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import cache
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._utils.atomic_write import atomic_write
 from . import library as _library
 
 Numbers = Sequence[int | float]
@@ -245,9 +245,8 @@ def compiled(sm: int) -> Path:
         logging.getLogger("compaware_kernels").info("compiling the CUDA kernels for sm_%d, once, to %s", sm, file)
         code = _compile((*OPTIONS, f"-arch=sm_{sm}", f"-I{csrc / 'cuda'}"))
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as part:
-            part.write(code)
-        os.replace(part.name, file)  # other processes see all of it or nothing
+        with atomic_write(file) as new:
+            new.write_bytes(code)
     return file
 
 

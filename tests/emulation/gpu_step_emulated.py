@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import compaware_kernels as ck
 from compaware_kernels.ops import cuda_launcher
-from compaware_kernels.proximal.cuda import plan
+from compaware_kernels.proximal.cuda import backend, plan
 from tests.emulation import emulator, triton_sim
 from tests.helpers import oracle
 from tests.helpers.cases import low_rank, with_spectrum
@@ -175,13 +175,13 @@ def test_no_word_with_the_host():
     state, weights = ck.WarmState(), network()
     for call in range(3):
         step(weights, network(call), state)
-    (engine,) = state.engines.values()
+    (engine,) = backend.engines(state).values()
     on_gpu = [*weights, *(x for p in engine.plan.programs for x in p.tensors), engine.plan.out, engine.plan.inputs]
     with NoSync(on_gpu):
         ck.svt_(weights, TAU, state=state)
         with pytest.raises(RuntimeError, match="waits"):
             weights[0].cpu()
-    assert list(state.engines.values()) == [engine]
+    assert list(backend.engines(state).values()) == [engine]
 
 
 def test_torch_does_as_much_for_more_layers(monkeypatch):

@@ -16,7 +16,7 @@ from torch.utils import cpp_extension
 from tests.emulation import emulator
 
 SOURCE = "tests/emulation/cxx/shrink_ops.cpp"
-READ = (SOURCE, "csrc/shrink_ops.h", "csrc/cuda/shrink_launch.h", "csrc/cuda/shrink.h", "csrc/core/shrink.h")
+READ = (SOURCE, "csrc/core/shrink_ops.h", "csrc/cuda/shrink_launch.h", "csrc/cuda/shrink.h", "csrc/core/shrink.h")
 
 
 def library() -> Path:

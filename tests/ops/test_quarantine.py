@@ -16,6 +16,7 @@ import compaware_kernels as ck
 from compaware_kernels import cli, selftest
 from compaware_kernels.ops import backends, cuda_launcher, quarantine
 from compaware_kernels.proximal.cuda import backend
+from compaware_kernels.proximal.spectral_functions import SoftThreshold
 
 EMULATED = Path(__file__).parents[1] / "emulation/selftest_emulated.py"
 CPU = torch.device("cpu")
@@ -83,7 +84,7 @@ def failing(family):
 
 def test_the_step_is_refused(caplog):
     pytest.importorskip("triton")
-    weights, functions = [torch.randn(4, 5)], [backend.SoftThreshold(1.0)]
+    weights, functions = [torch.randn(4, 5)], [SoftThreshold(1.0)]
     token = cuda_launcher.instead.set(lambda *launch: pytest.fail("launched"))
     try:
         assert backend.takes(weights, functions, True)

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import compaware_kernels as ck
 from compaware_kernels.distributed.dtensor import local
-from compaware_kernels.training import penalties
+from compaware_kernels.proximal import solver
 from tests.helpers.processes import run
 from tests.training.test_distributed import PENALTIES, fsdp_model, full, network
 
@@ -84,9 +84,9 @@ def one_raises(rank):
     model = DistributedDataParallel(network())
     prox = ck.ProximalStep(model, torch.optim.SGD(model.parameters(), lr=0.1), **PENALTIES, division="owner")
     before = [full(p).clone() for p in model.parameters()]
-    svt_ = mock.Mock(side_effect=ZeroDivisionError("division by zero")) if rank == 1 else ck.svt_
+    shrink_ = mock.Mock(side_effect=ZeroDivisionError("division by zero")) if rank == 1 else solver.shrink_
     with (
-        mock.patch.object(penalties.functional, "svt_", svt_),
+        mock.patch.object(solver, "shrink_", shrink_),
         pytest.raises(ZeroDivisionError, match="division by zero"),
     ):
         prox.step()

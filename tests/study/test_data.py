@@ -76,6 +76,7 @@ def test_photographs(photos):
     assert Folder(photos, replace(PHOTOS, network="dec")).shape == (3, 32, 32)
 
 
+@pytest.mark.slow
 def test_a_study_of_photographs(photos, tmp_path, monkeypatch):
     """The whole of it; and a stopped training goes on as if it had not been stopped, to the last bit."""
     monkeypatch.setattr(fit, "SAVE_EVERY", 0)

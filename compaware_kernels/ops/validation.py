@@ -34,6 +34,14 @@ def check_finite(W: Tensor, name: str) -> None:
         raise ValueError(f"{name}: contains {'NaN' if W.isnan().any() else 'Inf'}; nothing was changed")
 
 
+def check_weights(weights: Sequence[tuple[Tensor, str, bool]]) -> None:
+    """Check kinds, and values of those that say so: (weight, its name, whether its values are to be checked)."""
+    for W, name, _ in weights:
+        check_kind(W, name, axes=1)
+    look = [(W, name) for W, name, values in weights if values]
+    check_all_finite([W for W, _ in look], [name for _, name in look])
+
+
 def check_all_finite(weights: Sequence[Tensor], names: Sequence[str]) -> None:
     """:func:`check_finite` of every weight, in one pass where that says that all are."""
     if not _clearly_finite(weights):

@@ -42,18 +42,25 @@ class Coordinator:
         Raises:
             TypeError, ValueError: as :func:`.layer_record.check`; a warm state of another step on some rank.
         """
+        if records and dist.is_available() and dist.is_initialized():
+            self._shrink_together(records, warm)
+        else:
+            check(records)
+            shrink(records, self.order, warm)
+        warm.advance()
+
+    def _shrink_together(self, records: Sequence[LayerRecord], warm: WarmState) -> None:
+        """:meth:`shrink` where there may be other ranks."""
         replicated: dict[tuple, list[LayerRecord]] = {}
         for record in records:
             replicated.setdefault(self._replicas_of(record.weight), []).append(record)
         groups = [*(group for key in replicated for group in key), *groups_of([record.weight for record in records])]
-        groups = list(dict.fromkeys(groups))
-        device = records[0].results[0].device if records else None
+        groups, device = list(dict.fromkeys(groups)), records[0].results[0].device
         agreed(lambda: check(records), groups, device)
         if groups:
             _same_steps(warm, groups, device)
         for replicas, members in replicated.items():
             self._shrink(members, replicas, warm)
-        warm.advance()
 
     def collect(self, warm: WarmState) -> None:
         """Broadcast the bases that only the owners of sharded layers have."""

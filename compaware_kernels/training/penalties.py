@@ -7,7 +7,7 @@ To add one: a class (or, for a penalty on singular values, an instance of :class
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +87,11 @@ Penalty = SpectralPenalty | GroupLasso | L1
 PENALTIES: dict[str, Penalty] = {
     penalty.name: penalty for penalty in (SpectralPenalty("nuclear", SoftThreshold), GroupLasso(), L1())
 }
+
+
+def thresholds(strengths: Mapping[str, float], step: float, parameters: int) -> dict[str, float]:
+    """Strength x step x the penalty's scale, by penalty; parameters: of one neuron."""
+    return {name: value * step * PENALTIES[name].scale(parameters) for name, value in strengths.items()}
 
 
 def shrink(records: Sequence[LayerRecord], order: Sequence[str], warm: WarmState) -> None:

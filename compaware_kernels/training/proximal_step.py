@@ -18,7 +18,7 @@ from ..nn.unwrap import data_parallel_group, reshard, unwrapped, unwrapped_optim
 from ..proximal.warm_state import WarmState, from_text, to_text
 from .coordinator import Coordinator
 from .layer_record import LayerRecord, center_of, write_back
-from .penalties import PENALTIES
+from .penalties import PENALTIES, thresholds
 from .replicas import MODES
 from .report import ProximalReport, spectrum
 
@@ -200,8 +200,7 @@ class ProximalStep:
         """Strength x learning rate x ramp x the penalty's scale, for a layer of these rows and this trained bias."""
         parameters = rows.shape[1:].numel() + (bias is not None)
         step = min(1.0, (self.applied + 1) / (self.warmup + 1)) * (lr if self.scale_by_lr else 1.0)
-        strengths = self.strengths[name].items()
-        return {penalty: value * step * PENALTIES[penalty].scale(parameters) for penalty, value in strengths}
+        return thresholds(self.strengths[name], step, parameters)
 
     def _trained(self) -> list[tuple[Layer, Tensor | None, float]]:
         """What the optimizer holds and trains now: layers, their biases if these, too, and learning rates."""

@@ -1,14 +1,15 @@
 """Weights -> shrunk weights: the proximal operators.
 
-``svt``, ``group_shrink``, ``soft_threshold`` and ``sparse_group_shrink`` are functions of (batches of) matrices:
-differentiable, batched, traceable by ``torch.compile``.  The forms that end in ``_`` take a network's layers as a
-ragged list and change them in place in one call: all of them, or none if anything is wrong.
+``svt``, ``firm_svt``, ``group_shrink``, ``soft_threshold`` and ``sparse_group_shrink`` are functions of (batches of)
+matrices: differentiable, batched, traceable by ``torch.compile``.  The forms that end in ``_`` take a network's layers
+as a ragged list and change them in place in one call: all of them, or none if anything is wrong.
 
 Every function raises, before anything is changed:
 
 * ``TypeError``: not a tensor, or not fp64, fp32, bf16 or fp16;
-* ``ValueError``: fewer axes than a matrix has, a threshold that is negative, not finite or of the wrong shape,
-  NaN or Inf in a weight (named by its layer).  Values are not checked while ``torch.compile`` traces.
+* ``ValueError``: fewer axes than a matrix has, a threshold that is negative, not finite or of the wrong shape, a
+  ``gamma`` that is not finite or not above 1, NaN or Inf in a weight (named by its layer).  Values are not checked
+  while ``torch.compile`` traces.
 
 The forms with ``tol``, ``state`` and ``center`` raise ``ValueError`` for a tolerance that is no positive number, for a
 center that is not like its weight, and for a state or a center under ``torch.compile``, and ``TypeError`` for a state
@@ -28,10 +29,17 @@ from .. import folds
 from .._utils.dtypes import compute_dtype
 from ..distributed.dtensor import agreed, column_groups, device_of, groups_of, local, placed, shards_of, shrink_rows_
 from ..ops.svt import differentiable_svt
-from ..ops.validation import check_center, checked, checked_list, checked_tau
+from ..ops.validation import (
+    check_above_one,
+    check_center,
+    checked,
+    checked_list,
+    checked_tau,
+    one_per_weight,
+)
 from . import error_bounds, solver
 from .cuda import backend as gpu
-from .spectral_functions import SoftThreshold, Truncate, WeightedThreshold
+from .spectral_functions import FirmThreshold, SoftThreshold, Truncate, WeightedThreshold
 from .svt_info import SvtInfo
 from .warm_state import WarmState
 
@@ -57,6 +65,44 @@ def svt(W: Tensor, tau: float | Tensor, *, return_info: bool = False) -> Tensor 
     W, tau = checked(W, tau)
     P, s = differentiable_svt(W, tau)
     return (P, _svt_info(s.detach(), W, tau.detach())) if return_info else P
+
+
+def firm_svt(
+    W: Tensor, tau: float | Tensor, gamma: float | Tensor, *, return_info: bool = False
+) -> Tensor | tuple[Tensor, SvtInfo]:
+    """Firm singular value thresholding: the large singular values stay, as no :func:`svt` leaves them.
+
+    ``F(W) = U f(S) V^T``, ``f(s) = max(min(gamma / (gamma - 1) (s - tau), s), 0)``,  ``W = U S V^T``:  0 up to tau, s
+    above gamma tau.  It is the proximal operator of the minimax concave penalty (MCP) of the singular values, and, by
+    which it is computed, ``(gamma svt(W, tau) - svt(W, gamma tau)) / (gamma - 1)``: two decompositions.
+
+    Args:
+        W: ``[..., m, n]``, fp64, fp32, bf16 or fp16 (half types are computed in fp32).
+        tau: threshold >= 0, in the units of W: a number, or a tensor of shape ``W.shape[:-2]``.
+        gamma: > 1, as tau; the larger, the nearer to :func:`svt`, and the nearer to 1, the nearer to a hard threshold.
+        return_info: also return a :class:`SvtInfo`.
+
+    Returns:
+        ``P`` ``[..., m, n]`` in the dtype of W, and the info if asked for.
+
+    Twice differentiable in W, tau and gamma, as :func:`svt`, except where a singular value is tau or gamma tau.
+
+    Source: Gao & Bruce, WaveShrink with firm shrinkage, Statistica Sinica 7, 1997; Zhang, Nearly unbiased variable
+    selection under minimax concave penalty, Ann. Stat. 38(2), 2010.
+    """
+    W, tau = checked(W, tau)
+    function = FirmThreshold(tau, checked_tau(gamma, W, "gamma", check_above_one))
+    P, s = _sum_of_svt(W, function.pieces)
+    return (P, _svt_info(s.detach(), W, tau.detach(), function.slope.detach())) if return_info else P
+
+
+def _sum_of_svt(W: Tensor, pieces: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """``sum_i weight_i svt(W, tau_i)``, and its singular values, in the compute dtype up to the sum."""
+    X, batch = W.to(compute_dtype(W.dtype)), W.shape[:-2]
+    weights, taus = (torch.stack([x.expand(batch) for x in each]) for each in zip(*pieces, strict=True))
+    taus = taus.clamp_max(torch.finfo(taus.dtype).max)
+    P, s = differentiable_svt(X.expand(len(taus), *X.shape), taus)
+    return (weights[..., None, None] * P).sum(0).to(W.dtype), (weights[..., None] * s).sum(0)
 
 
 def group_shrink(W: Tensor, tau: float | Tensor) -> Tensor:
@@ -142,8 +188,41 @@ def svt_(
     """
     tau = _checked(weights, tau, names, finite=not gpu.on_gpu(weights))
     if torch.compiler.is_compiling():
-        return _svt_traced(weights, tau, state, tol, center, fold, groups, names)
+        return _traced("svt_", weights, [tau], state, tol, center, fold, groups, names)
     functions = [SoftThreshold(t) for t in tau.tolist()]
+    return _shrink(weights, functions, state, tol, fold, groups, names, center)
+
+
+@torch.no_grad()
+def firm_svt_(
+    weights: Sequence[Tensor],
+    tau: float | Sequence[float] | Tensor,
+    gamma: float | Sequence[float] | Tensor,
+    *,
+    state: WarmState | None = None,
+    tol: float = 1e-3,
+    center: Sequence[Tensor] | None = None,
+    fold: str | None = "paper",
+    groups: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+) -> list[SvtInfo]:
+    """Firm singular value thresholding of every layer, in place, in one call: :func:`firm_svt`.
+
+    ``W <- C + F(W - C)``, ``F(X) = U max(min(gamma / (gamma - 1) (S - tau), S), 0) V^T``, ``X = U S V^T``
+
+    Args:
+        gamma: > 1: a number, or one per layer.
+
+    The rest, the report and errors as :func:`svt_`; all or nothing.  F may move ``gamma / (gamma - 1)`` times as far as
+    W: by as much the tolerance of what is computed of W is smaller, and the error bound larger.
+
+    Sources: as :func:`firm_svt`.
+    """
+    tau = _checked(weights, tau, names, finite=not gpu.on_gpu(weights))
+    gamma = _agreed(lambda: one_per_weight(gamma, len(weights), "gamma", check_above_one), weights)
+    if torch.compiler.is_compiling():
+        return _traced("firm_svt_", weights, [tau, gamma], state, tol, center, fold, groups, names)
+    functions = [FirmThreshold(*each) for each in zip(tau.tolist(), gamma.tolist(), strict=True)]
     return _shrink(weights, functions, state, tol, fold, groups, names, center)
 
 
@@ -301,12 +380,12 @@ def _targets(mats: Sequence[Tensor]) -> list[Tensor]:
     return targets
 
 
-def _svt_traced(weights, tau, state, tol, center, fold, groups, names) -> list[SvtInfo]:
+def _traced(op: str, weights, parameters, state, tol, center, fold, groups, names) -> list[SvtInfo]:
     """As one op, which a compiler can put in its graph; without what only a program can do."""
     if state is not None or center is not None:
-        raise ValueError("svt_: state and center are not available inside torch.compile")
+        raise ValueError(f"{op}: state and center are not available inside torch.compile")
     mats = _matrices(weights, fold, groups)
-    spectra, bounds = torch.ops.compaware.svt_(mats, tau, tol)
+    spectra, bounds = getattr(torch.ops.compaware, op)(mats, *parameters, tol)
     for W, M in zip(weights, mats, strict=True):
         if fold is not None:
             W.copy_(folds.from_matrix(M, W.shape, fold))
@@ -421,12 +500,14 @@ def _apply_rows(op, weights: Sequence[Tensor], *taus: Tensor) -> None:
             W.copy_(M.reshape(W.shape))
 
 
-def _svt_info(s: Tensor, W: Tensor, tau: Tensor, name: str | None = None) -> SvtInfo:
+def _svt_info(s: Tensor, W: Tensor, tau: Tensor, slope: float | Tensor = 1.0) -> SvtInfo:
+    """slope: of two SVTs, slope of one and 1 - slope of the other have been added up."""
     m, n = W.shape[-2:]
     k, s64 = min(m, n), s.double()
     norm_P = s64.square().sum(-1).sqrt()
-    norm_W = norm_P + tau.double() * k**0.5  # every discarded singular value is at most tau
-    bound = error_bounds.svd_loss(compute_dtype(W.dtype), m, n) * norm_W + torch.finfo(W.dtype).eps * norm_P
+    norm_W = norm_P + tau.double() * k**0.5  # no singular value is lowered by more than tau
+    loss = (2 * slope - 1) * error_bounds.svd_loss(compute_dtype(W.dtype), m, n)
+    bound = loss * norm_W + torch.finfo(W.dtype).eps * norm_P
     if W.dtype != torch.float64:  # subnormals round absolutely
         bound = bound + (m * n) ** 0.5 * torch.finfo(W.dtype).smallest_normal * torch.finfo(W.dtype).eps
-    return SvtInfo(rank=(s > 0).sum(-1), s=s, error_bound=bound, name=name)
+    return SvtInfo(rank=(s > 0).sum(-1), s=s, error_bound=bound)

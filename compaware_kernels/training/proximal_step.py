@@ -53,7 +53,7 @@ class ProximalStep:
         nuclear, group, l1, firm: strengths >= 0 of the penalties: one number, or numbers by layer name pattern
             (``{"features.*": 0.1, "head": 0.0}``, first match wins, no match is 0).
         gamma: of the firm penalty, > 1: singular values above gamma times the threshold are not shrunk at all (the
-            minimax concave penalty, see :func:`compaware_kernels.firm_svt`), which removes the bias of the nuclear norm.
+            minimax concave penalty, see :func:`compaware_kernels.firm_svt`): without the nuclear norm's bias.
         every: ``"epoch"``: you call :meth:`step` at the end of each epoch, as in the paper. An int k: a proximal step
             runs by itself after every k optimizer steps. The strength is per proximal step: more steps shrink more.
         scale_by_lr: multiply by the current learning rate (the proximal gradient method) or not.
@@ -76,8 +76,8 @@ class ProximalStep:
         warm: what the nuclear prox remembers of each layer, see :class:`WarmState`.
 
     Raises:
-        ValueError: negative or infinite strength, unknown fold or order, gamma <= 1, every < 1, a pattern that matches no layer,
-            a model none of whose foldable layers is trained by the optimizer, a center of another architecture or
+        ValueError: negative or infinite strength, unknown fold or order, gamma <= 1, every < 1, a pattern that matches no
+            layer, a model none of whose foldable layers is trained by the optimizer, a center of another architecture or
             together with ``group`` or ``l1``.
 
     Source: Alvarez & Salzmann, NIPS 2017 (arXiv 1711.02638), section 3; NIPS 2016 for the group term.

@@ -76,9 +76,9 @@ class ProximalStep:
         warm: what the nuclear prox remembers of each layer, see :class:`WarmState`.
 
     Raises:
-        ValueError: negative or infinite strength, unknown fold or order, gamma <= 1, every < 1, a pattern that matches no
-            layer, a model none of whose foldable layers is trained by the optimizer, a center of another architecture or
-            together with ``group`` or ``l1``.
+        ValueError: negative or infinite strength, unknown fold or order, gamma <= 1, every < 1, a pattern that matches
+            no layer, a model none of whose foldable layers is trained by the optimizer, a center of another
+            architecture or together with ``group`` or ``l1``.
 
     Source: Alvarez & Salzmann, NIPS 2017 (arXiv 1711.02638), section 3; NIPS 2016 for the group term.
     """
@@ -132,9 +132,8 @@ class ProximalStep:
         self.centers = None if center is None else _centers(unwrapped(center), self.layers, self.strengths)
         self.steps = self.applied = 0
         self.warm = WarmState()
-        self._coordinator = Coordinator(
-            process_group or data_parallel_group(model), division, Settings(self.order, gamma)
-        )
+        ranks, settings = process_group or data_parallel_group(model), Settings(self.order, gamma)
+        self._coordinator = Coordinator(ranks, division, settings)
         self._coordinator.warn_if_alone(self.layers)
         self._hook = self.optimizer.register_step_post_hook(self._after_optimizer_step)
 

@@ -109,5 +109,4 @@ def _gains(groups: Sequence[Group], s: Tensor, moved: Tensor, counts: Sequence[i
 
 def write(groups: Sequence[Group]) -> None:
     """Put the results in their places."""
-    if groups:
-        torch._foreach_copy_([entry.W for entry in groups], [entry.P for entry in groups])
+    torch._foreach_copy_([entry.W for entry in groups], [entry.P for entry in groups])

@@ -289,9 +289,11 @@ def _shrink_by_routes(records, functions, tol: float, state: WarmState | None, b
             work.append(_tasks(record, function, tol, state))
     groups = [entry for entry in work if isinstance(entry, jacobi.Group)]
     tasks = [task for entry in work if isinstance(entry, list) for task in entry]
-    jacobi.compute(groups, tol, ball)
+    if groups:
+        jacobi.compute(groups, tol, ball)
     in_parallel(compute, tasks)
-    jacobi.write(groups)
+    if groups:
+        jacobi.write(groups)
     in_parallel(lambda task: write(task, ball), tasks)
     for record, entry in zip(records, work, strict=True):
         if record.shards is not None:

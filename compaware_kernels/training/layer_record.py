@@ -10,7 +10,7 @@ from torch import Tensor
 from ..distributed.dtensor import as_before, by_rows, is_dtensor, local, placed
 from ..nn import parametrization
 from ..nn.discovery import Layer
-from ..ops.validation import check_all_finite, check_kind, check_weight
+from ..ops.validation import check_weight, check_weights
 from ..proximal.cuda import backend as gpu
 from ..proximal.record import Record
 
@@ -79,14 +79,10 @@ def check(records: Sequence[LayerRecord]) -> None:
 
     Values on a GPU are left to the device step, which finds them without synchronization.
     """
-    parts = [(part, record) for record in records for part in record.results]
-    for part, record in parts:
-        check_kind(part, record.label, axes=1)
-    on_host = [(part, record.label) for part, record in parts if not record.in_place]
-    check_all_finite([part for part, _ in on_host], [label for _, label in on_host])
+    check_weights([(part, r.layer.name, not r.in_place) for r in records for part in r.results])
     for record in records:
         if record.center is not None:
-            check_weight(local(record.center), f"center of {record.label}")
+            check_weight(local(record.center), f"center of {record.layer.name}")
 
 
 def write_back(records: Sequence[LayerRecord]) -> None:

@@ -1,25 +1,27 @@
-"""One matrix and a rank -> two small matrices."""
+"""Rank-r factorization of a matrix [m, n] by truncated SVD: U [m, r], V [r, n]."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+__all__ = ["check_rank", "factors", "singular_values"]
+
 
 def singular_values(M: Tensor) -> Tensor:
-    """Singular values of ``M`` ``[..., m, n]``, descending, computed in fp64 and returned so: ``[..., min(m, n)]``."""
+    """Singular values of ``M`` ``[..., m, n]``, descending, fp64 ``[..., min(m, n)]``; detached."""
     return torch.linalg.svdvals(M.detach().double())
 
 
 def factors(M: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best rank-r approximation of M as a product, the singular values shared evenly between the factors.
+    """Factors of the best rank-r approximation of M (truncated SVD), the singular values split evenly between them.
 
-    ``M ~ U V,  U = U_r S_r^(1/2),  V = S_r^(1/2) V_r^T``  (Eckart & Young, 1936)
+    ``M ~ U V,  U = U_r S_r^(1/2),  V = S_r^(1/2) V_r^T``
 
-    Equal norms on both sides keep the gradients of the two factors on one scale when they are fine-tuned.
+    The factors have equal norms, so that their gradients have one scale in fine-tuning.
 
     Args:
-        M: ``[G, m, n]``; computed in fp64.
+        M: ``[G, m, n]``, any floating dtype; computed in fp64.
         rank: 1 to min(m, n).
 
     Returns:
@@ -27,6 +29,8 @@ def factors(M: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError: rank out of range.
+
+    Source: Eckart & Young, 1936.
     """
     check_rank(rank, *M.shape[-2:])
     U, s, Vh = torch.linalg.svd(M.detach().double(), full_matrices=False)
@@ -38,4 +42,4 @@ def factors(M: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def check_rank(rank: int, m: int, n: int) -> None:
     """Raise ValueError unless ``rank`` is a whole number from 1 to min(m, n)."""
     if not (isinstance(rank, int) and 1 <= rank <= min(m, n)):
-        raise ValueError(f"rank must be a whole number from 1 to {min(m, n)} for a {m} x {n} matrix; got {rank!r}")
+        raise ValueError(f"rank: wanted a whole number from 1 to {min(m, n)} for a {m} x {n} matrix; got {rank!r}")

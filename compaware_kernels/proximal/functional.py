@@ -26,8 +26,8 @@ from torch import Tensor
 
 from .. import folds
 from .._utils.dtypes import compute_dtype
-from ..distributed.collectives import agreed
-from ..distributed.dtensor import device_of, groups_of, local
+from ..distributed.collectives import synchronize_errors
+from ..distributed.dtensor import communication_device, local, process_groups
 from ..ops.svt import differentiable_svt
 from ..ops.validation import check_center, checked, checked_list, checked_tau
 from . import error_bounds, solver
@@ -257,7 +257,7 @@ def _checked(weights, tau, names, what: str = "tau", axes: int = 2, finite: bool
 
 
 def _agreed(check, weights: Sequence[Tensor]):
-    return agreed(check, groups_of(weights, replicas=False), device_of(weights))
+    return synchronize_errors(check, process_groups(weights, replicas=False), communication_device(weights))
 
 
 def _here(weights: Sequence[Tensor]) -> Sequence[Tensor]:

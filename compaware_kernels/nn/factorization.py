@@ -1,11 +1,32 @@
-"""Rank-r factorization of a matrix [m, n] by truncated SVD: U [m, r], V [r, n]."""
+"""Singular values and truncated SVD of matrices [G, m, n] in fp64; rank-r factors U [G, m, r], V [G, r, n]."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_rank", "factors", "singular_values"]
+__all__ = ["SVD", "check_rank", "factors", "singular_values"]
+
+
+class SVD(NamedTuple):
+    """Thin singular value decomposition ``M = U diag(s) Vh`` of ``M`` ``[G, m, n]``, k = min(m, n), in fp64."""
+
+    U: Tensor  # [G, m, k]
+    s: Tensor  # [G, k], descending
+    Vh: Tensor  # [G, k, n]
+
+    @classmethod
+    def of(cls, M: Tensor) -> SVD:
+        """SVD of ``M`` ``[G, m, n]``, any floating dtype, computed in fp64; detached."""
+        return cls(*torch.linalg.svd(M.detach().double(), full_matrices=False))
+
+    def factors(self, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Rank-r factors ``[G, m, r]``, ``[G, r, n]`` in ``dtype``, as of :func:`factors`."""
+        root = self.s[..., :rank].sqrt()
+        U, V = self.U[..., :rank] * root[..., None, :], root[..., :, None] * self.Vh[..., :rank, :]
+        return U.to(dtype), V.to(dtype)
 
 
 def singular_values(M: Tensor) -> Tensor:
@@ -33,10 +54,7 @@ def factors(M: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Source: Eckart & Young, 1936.
     """
     check_rank(rank, *M.shape[-2:])
-    U, s, Vh = torch.linalg.svd(M.detach().double(), full_matrices=False)
-    root = s[..., :rank].sqrt()
-    U, V = U[..., :rank] * root[..., None, :], root[..., :, None] * Vh[..., :rank, :]
-    return U.to(M.dtype), V.to(M.dtype)
+    return SVD.of(M).factors(rank, M.dtype)
 
 
 def check_rank(rank: int, m: int, n: int) -> None:

@@ -17,7 +17,7 @@ from ..ops.validation import check_all_finite
 from ..proximal import shrinkage, solver
 from ..proximal.cuda import backend as gpu
 from ..proximal.cuda.finite_guard import Guard
-from ..proximal.spectral_functions import SoftThreshold, Spectral
+from ..proximal.spectral_functions import FirmThreshold, SoftThreshold, Spectral
 from ..proximal.warm_state import WarmState
 from .layer_record import LayerRecord
 
@@ -103,6 +103,7 @@ PENALTIES: dict[str, Penalty] = {
     penalty.name: penalty
     for penalty in (
         SpectralPenalty("nuclear", lambda tau, _: SoftThreshold(tau)),
+        SpectralPenalty("firm", lambda tau, settings: FirmThreshold(tau, settings.gamma)),
         GroupLasso(),
         L1(),
     )

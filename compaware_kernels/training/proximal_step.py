@@ -53,13 +53,15 @@ class ProximalStep:
         optimizer: any torch optimizer over the model's parameters. Parameters that it does not hold and parameters with
             ``requires_grad=False`` are not changed; both are looked up at every step. Steps that a GradScaler skips do
             not count.
-        nuclear, group, l1: strengths >= 0 of the three penalties: one number, or numbers by layer name pattern
+        nuclear, group, l1, firm: strengths >= 0 of the penalties: one number, or numbers by layer name pattern
             (``{"features.*": 0.1, "head": 0.0}``, first match wins, no match is 0).
+        gamma: of the firm penalty (minimax concave, see :func:`compaware_kernels.firm_svt`), > 1: singular values above
+            gamma times the threshold are not shrunk, so that it has no bias there, as the nuclear norm has.
         every: ``"epoch"``: you call :meth:`step` at the end of each epoch, as in the paper. An int k: a hook takes a
             proximal step after every k optimizer steps. The strength is per proximal step: more steps shrink more.
         scale_by_lr: whether thresholds are multiplied by the current learning rate (the proximal gradient method).
-        order: of the penalties, all that have a strength (default: nuclear, group, l1). L1 after nuclear can raise the
-            rank again; scaling rows cannot.
+        order: of the penalties, all that have a strength (default: nuclear, firm, group, l1). L1 after nuclear can
+            raise the rank again; scaling rows cannot.
         fold: how convolutions become matrices for the nuclear norm, see :mod:`compaware_kernels.folds`.
         skip: name patterns (``fnmatch``) of layers not to shrink.
         warmup: the thresholds of the first ``warmup`` proximal steps grow linearly to their full size.
@@ -78,8 +80,8 @@ class ProximalStep:
         warm: warm start of the singular value thresholding of each layer, see :class:`WarmState`.
 
     Raises:
-        ValueError: negative or infinite strength, unknown fold, order or division, every < 1, warmup < 0, a pattern
-            that matches no layer, an optimizer that trains no foldable layer of the model, a center of another
+        ValueError: negative or infinite strength, unknown fold, order or division, gamma <= 1, every < 1, warmup < 0, a
+            pattern that matches no layer, an optimizer that trains no foldable layer of the model, a center of another
             architecture or together with ``group`` or ``l1``.
 
     Source: Alvarez & Salzmann, NIPS 2017 (arXiv 1711.02638), section 3; NIPS 2016 for the group term.
@@ -93,6 +95,8 @@ class ProximalStep:
         nuclear: Strength = 0.0,
         group: Strength = 0.0,
         l1: Strength = 0.0,
+        firm: Strength = 0.0,
+        gamma: float = 3.0,
         every: int | str = "epoch",
         scale_by_lr: bool = True,
         order: Sequence[str] | None = None,
@@ -105,6 +109,8 @@ class ProximalStep:
     ):
         if not (every == "epoch" or (isinstance(every, int) and every >= 1)):
             raise ValueError(f"every: wanted 'epoch' or a number of optimizer steps >= 1; got {every!r}")
+        if not (isinstance(gamma, float | int) and 1 < gamma < math.inf):
+            raise ValueError(f"gamma: wanted a finite number > 1; got {gamma!r}")
         if not (isinstance(warmup, int) and warmup >= 0):
             raise ValueError(f"warmup: wanted a number of proximal steps >= 0; got {warmup!r}")
         if division not in MODES:
@@ -116,7 +122,7 @@ class ProximalStep:
         self._reshard()
         self.layers, self.skipped = foldable_layers(self.model, skip, training=True)
         names = [layer.name for layer in self.layers]
-        strengths = {"nuclear": nuclear, "group": group, "l1": l1}
+        strengths = {"nuclear": nuclear, "firm": firm, "group": group, "l1": l1}
         _check_order(self.order, strengths)
         self.strengths = {
             name: {penalty: _strength(spec, name, penalty) for penalty, spec in strengths.items()} for name in names
@@ -130,7 +136,8 @@ class ProximalStep:
         self.centers = None if center is None else _centers(unwrapped(center), self.layers, self.strengths)
         self.steps = self.applied = 0
         self.warm = WarmState()
-        self._coordinator = Coordinator(process_group or data_parallel_group(model), division, Settings(self.order))
+        ranks, settings = process_group or data_parallel_group(model), Settings(self.order, gamma)
+        self._coordinator = Coordinator(ranks, division, settings)
         self._coordinator.warn_if_not_distributed(self.layers)
         self._hook = self.optimizer.register_step_post_hook(self._after_optimizer_step)
 

@@ -58,8 +58,10 @@ def by_gram(X: Rows, function: Spectral, tol: float, norm: float, generator: tor
         G = X.gram(dtype)
         if GRAM_LOSS * u * X.agree_on(top_eigenvalue(G)) > tol * tau**2:
             continue
-        w, V = torch.linalg.eigh(G)
-        w = X.agree(w)
+        found = _eigh(G, X)
+        if found is None:
+            continue
+        w, V = X.agree(found[0]), found[1]
         if GRAM_LOSS * u * float(w[-1]) > tol * tau**2:  # the estimate was one
             continue
         s, V = w.double().clamp_min(0).sqrt().flip(0), V.flip(1)
@@ -71,6 +73,19 @@ def by_gram(X: Rows, function: Spectral, tol: float, norm: float, generator: tor
             error = (X.m + EIGH_LOSS) * u * norm**2 / tau
         return Dense(*K, s, V, function.slope * error, f"gram, fp{torch.finfo(dtype).bits}")
     return None
+
+
+def _eigh(G: Tensor, X: Rows) -> tuple[Tensor, Tensor] | None:
+    """Eigenvalues, ascending, and eigenvectors of G; None where LAPACK does not converge, on any rank.
+
+    The divide and conquer of fp32 may fail where most eigenvalues are zero, as those of a layer of dead neurons.
+    """
+    try:
+        found = torch.linalg.eigh(G)
+    except torch.linalg.LinAlgError:
+        found = None
+    failed = X.sum(torch.tensor(float(found is None), device=G.device)) if X.groups else found is None
+    return None if failed else (found[0], found[1])
 
 
 def by_svd(X: Rows, function: Spectral, norm: float) -> Dense:

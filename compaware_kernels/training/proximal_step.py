@@ -18,7 +18,7 @@ from ..nn.unwrap import data_parallel_group, reshard, unwrapped, unwrapped_optim
 from ..proximal.warm_state import WarmState, from_text, to_text
 from .coordinator import Coordinator
 from .layer_record import LayerRecord, center_of, write_back
-from .penalties import PENALTIES, thresholds
+from .penalties import PENALTIES, Settings, thresholds
 from .replicas import MODES
 from .report import ProximalReport, spectrum
 
@@ -126,7 +126,7 @@ class ProximalStep:
         self.centers = None if center is None else _centers(unwrapped(center), self.layers, self.strengths)
         self.steps = self.applied = 0
         self.warm = WarmState()
-        self._coordinator = Coordinator(process_group or data_parallel_group(model), division, self.order)
+        self._coordinator = Coordinator(process_group or data_parallel_group(model), division, Settings(self.order))
         self._coordinator.warn_if_alone(self.layers)
         self._hook = self.optimizer.register_step_post_hook(self._after_optimizer_step)
 

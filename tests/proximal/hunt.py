@@ -244,7 +244,7 @@ def _compare(case: Case, W, R, C, s, bound: float, parameter) -> Measured:
     shrunk = (_truncated if case.op == "truncate_" else oracle.svt)(W - C, t)
     exact = W - shrunk if case.op == "spectral_ball_" else C + shrunk
     norm, error = np.linalg.norm(W - C), np.linalg.norm(R - exact)
-    noise = 50 * np.finfo(float).eps * (norm + np.linalg.norm(C))  # rounding error of the truth
+    noise = 50 * np.finfo(float).eps * (norm + np.linalg.norm(C))  # of the truth
     got.ratio = bound / error if error > noise else math.inf
     wrong = np.linalg.norm(s - np.linalg.svd(shrunk, compute_uv=False))
     about = f"||X|| = {norm:.2e}, parameter {np.ravel(t)[0]:.3e}, tol {case.kwargs['tol']}, scale 2^{-e}"
@@ -274,7 +274,7 @@ def check(case: Case, found: list[Measured] | None = None) -> tuple[bool, float,
 
 
 def main(cases: int, seed: int = 0, family: str | None = None, show: int = 30) -> None:
-    """Check this many seeds; exit with 1 if any check fails."""
+    """Check the cases of so many seeds; exit with 1 if anything does not hold."""
     torch.set_num_threads(1)
     count, ratio, use, bad = Counter(), defaultdict(lambda: math.inf), defaultdict(float), []
     for at in track(range(seed, seed + cases), "Hunting"):

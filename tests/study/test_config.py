@@ -1,4 +1,4 @@
-"""What a study's settings may be."""
+"""Study settings: what is accepted, and how the rest is refused."""
 
 import re
 

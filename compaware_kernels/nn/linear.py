@@ -23,7 +23,7 @@ class LowRankLinear(LowRank):
     """
 
     dense = nn.Linear
-    fold = "paper"
+    op, fold = "lowrank_linear", "paper"
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = True, device=None, dtype=None):
         super().__init__()

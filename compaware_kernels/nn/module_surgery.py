@@ -84,7 +84,7 @@ def why_fixed(module: nn.Module) -> str:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether the module does what its class says: no forward hooks, no forward of its own."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def is_shared(model: nn.Module, module: nn.Module) -> bool:

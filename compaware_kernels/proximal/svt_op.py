@@ -7,7 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..ops import backends
 from .functional import svt_ as functional_svt_
+
+for _backends in backends.TABLE["svt_"].values():
+    _backends.append(backends.Backend("solver", ops=("small_svd", "wide_product")))
 
 
 @torch.library.custom_op("compaware::svt_", mutates_args={"weights"})

@@ -3,19 +3,30 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py $(shell find csrc -type f)
-LADDER := tests/emulation tests/proximal/cuda tests/proximal/test_solver_checks.py tests/ops/test_quarantine.py \
-	$(wildcard tests/ops/test_cuda_*.py tests/ops/test_triton_*.py) tests/ops/test_shrink_kernels.py
+# JOBS=n tests at a time. A file stays with one process, which makes its fixtures once.
+JOBS ?= 2
+PYTEST = $(BIN)/pytest -n $(JOBS) --dist loadfile --durations=20
 # What glibc must be told before a process starts: to keep what was freed, or each call pays for its pages again.
 KEEP := glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.malloc.top_pad=268435456
 
-.PHONY: demo test bench gpu-bench bench-inference bench-communication study lora-study pretrained-study hunt lint gpu-check check-cuda-torch clean
+.PHONY: demo test test-all test-rest bench gpu-bench bench-inference bench-communication study lora-study pretrained-study hunt lint docs gpu-check check-cuda-torch clean
 .DEFAULT_GOAL := test
 
 demo: .venv/built
 	$(BIN)/compaware demo
 
+# Every public behavior, in minutes.
 test: .venv/built
-	$(BIN)/pytest
+	$(PYTEST) -m "not slow and not emulation and not gpu"
+
+# And what takes long: emulators, sanitizers, interpreter, compilers for GPUs, studies; on a GPU, where there is one.
+test-all: test test-rest
+
+test-rest: .venv/built
+	@failed=0; \
+	$(PYTEST) -m "slow or emulation or gpu" || failed=1; \
+	TRITON_INTERPRET=1 $(PYTEST) -m emulation || failed=1; \
+	exit $$failed
 
 # The proximal ops; inference has a target of its own.
 bench: .venv/built
@@ -56,14 +67,22 @@ hunt: .venv/built
 lint: .venv/pins
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The documentation, as a folder of web pages; broken links and anchors are errors. Needs no network.
+docs: .venv/built .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo out/docs/index.html
 
 # What can be known of the GPU's kernels on any machine, 15 minutes; then what takes a GPU, skipped where there is none.
+# That a marker selects nothing is an error of pytest's.
 gpu-check: .venv/built
 	@failed=0; \
-	COMPAWARE_LADDER=1 $(BIN)/pytest -m "not gpu" $(LADDER) || failed=1; \
+	$(PYTEST) -m emulation || failed=1; \
+	TRITON_INTERPRET=1 $(PYTEST) -m emulation || failed=1; \
 	$(BIN)/pytest -m gpu -rs || failed=1; \
-	echo; echo "Run on any machine (Triton kernels interpreted; CUDA kernels emulated, also under sanitizers; both compiled"; \
-	echo "for every GPU, without one): $(LADDER)"; \
+	echo; echo "Run on any machine: Triton kernels interpreted; CUDA kernels emulated, also under sanitizers; both compiled"; \
+	echo "for every GPU, without one."; \
 	$(BIN)/python -c "import torch; gpus = map(torch.cuda.get_device_name, range(torch.cuda.device_count())); \
 	print('Run on a GPU:', ', '.join(gpus) or 'nothing, torch sees none')"; \
 	exit $$failed
@@ -81,6 +100,10 @@ clean:
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install -q -r requirements-dev.txt
 	$(BIN)/pip install -q --no-deps --target .venv/timm -r requirements-timm.txt
+	touch $@
+
+.venv/docs: .venv/pins requirements-docs.txt
+	$(BIN)/pip install -q -r requirements-docs.txt
 	touch $@
 
 # Editable, without build isolation: the library is compiled in place, against the torch of .venv.

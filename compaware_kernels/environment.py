@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from ._utils.version import __version__
 from .ops import backends, cuda_launcher, library
 
 
-def info() -> dict:
+def info() -> dict[str, Any]:
     """Versions, devices, how the library was built, and the body each op has for each device."""
     return {
         "version": __version__,

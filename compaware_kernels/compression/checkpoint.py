@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import os
-from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from .._utils.atomic_write import atomic_write
 from ..nn.lowrank import LowRank
 from ..nn.module_surgery import NORMS, replace, resized, sizes
 from ..nn.registry import LOW_RANK, low_rank_type
@@ -27,21 +27,19 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     """Write a compressed model, without wrappers as torch.compile's, to one ``.safetensors`` file, atomically.
 
     The header holds, for every Linear, convolution, batch norm and low-rank layer, its class, sizes, rank and fold:
-    what :func:`load` needs to give a fresh dense model the same structure.
+    what :func:`load` needs to give a fresh dense model the same structure. A symbolic link is followed; a file
+    that is there keeps its mode.
 
     Raises:
         OSError: the folder is missing or cannot be written; nothing is left behind.
     """
-    model, path = bare(model), Path(path)
+    model = bare(model)
     metadata = {"format": FORMAT, "layers": json.dumps(structure_of(model))}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_model(model, temporary, metadata=metadata)
-        os.replace(temporary, path)
+        with atomic_write(path) as new:
+            save_model(model, new, metadata=metadata)
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike, model: nn.Module) -> nn.Module:

@@ -6,17 +6,18 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .._utils.atomic_write import atomic_folder
 from .._utils.dtypes import compute_dtype
 from .._utils.tables import text_table
 from ..folds import CONVS, to_matrix
@@ -58,7 +59,7 @@ class LoraReport:
     params: int
     bytes: int  # of the weights' file
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def __str__(self) -> str:
@@ -315,21 +316,12 @@ def _target(path: str | os.PathLike) -> Path:
 
 
 def _write(folder: Path, config: dict, tensors: dict[str, Tensor]) -> int:
-    """Write the folder and return the size of the weights' file. What was there gives way at the end, by renaming."""
-    new, old = (folder.with_name(f".{folder.name}.{what}.{os.getpid()}") for what in ("new", "old"))
+    """Write the folder, atomically, and return the size of the weights' file."""
+    tensors = {key: T.detach().cpu().clone(memory_format=torch.contiguous_format) for key, T in tensors.items()}
     try:
-        new.mkdir()
-        (new / CONFIG).write_text(json.dumps(config, indent=2))
-        tensors = {key: T.detach().cpu().clone(memory_format=torch.contiguous_format) for key, T in tensors.items()}
-        save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(new, folder)
+        with atomic_folder(folder) as new:
+            (new / CONFIG).write_text(json.dumps(config, indent=2))
+            save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{folder}: cannot be written: {error}") from error
-    finally:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return (folder / WEIGHTS).stat().st_size

@@ -60,14 +60,12 @@ def allocate(
 
     ``by`` says what is least under the budget, with ``e_l(r) = sum_{i > r} sigma_i^2`` what layer l loses at rank r:
 
-    ==============  ==================================================================================================
-    ``relative``    ``sum_l e_l(r_l) / ||W_l||_F^2``
-    ``absolute``    ``sum_l e_l(r_l)``, the C step of Idelbayev & Carreira-Perpinan, CVPR 2020 ("LC")
-    ``equal``       ``max_l e_l(r_l) / ||W_l||_F^2``: all layers lose alike (Liebenwein et al., ALDS, NeurIPS 2021)
-    ``greedy``      ``relative``'s sum, one rank after another from 1 on: each time the one that gains most for its cost
-                    (which is the same, unless a layer may stay dense)
-    ``share``       nothing: every layer keeps the same share of its full rank; to compare with
-    ==============  ==================================================================================================
+    * ``relative``: ``sum_l e_l(r_l) / ||W_l||_F^2``
+    * ``absolute``: ``sum_l e_l(r_l)``, the C step of Idelbayev & Carreira-Perpinan, CVPR 2020 ("LC")
+    * ``equal``: ``max_l e_l(r_l) / ||W_l||_F^2``, all layers lose alike (Liebenwein et al., ALDS, NeurIPS 2021)
+    * ``greedy``: ``relative``'s sum, one rank after another from 1 on: each time the one that gains most for its cost
+      (which is the same, unless a layer may stay dense)
+    * ``share``: nothing, every layer keeps the same share of its full rank; to compare with
 
     The sums are minimised through their Lagrangian ``e_l(r) + lambda cost_l(r)``, layer by layer, which is exact but
     for what is left of the budget; that is spent on whatever ranks gain most for it.

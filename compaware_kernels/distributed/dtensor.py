@@ -7,11 +7,9 @@ before and after: of an m x n matrix over p processes each sends ``m n (p - 1) /
 
 from __future__ import annotations
 
-import builtins
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,9 +17,8 @@ from torch import Tensor
 
 from .._utils.dtypes import compute_dtype
 from ..folds import to_matrix
+from .collectives import columns_from_rows, rows_from_columns
 from .row_sharded import Rows
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,13 +43,13 @@ class Shards:
         X, shapes = M if self.tall else M.mT, []
         for group in self._across:
             shapes.append(X.shape)
-            X = _exchange(X, group)
+            X = rows_from_columns(X, group)
         return X, shapes
 
     def turn_back(self, X: Tensor, M: Tensor, shapes: Sequence[torch.Size]) -> None:
         """Write what was turned into M."""
         for group, shape in zip(reversed(self._across), reversed(shapes), strict=True):
-            X = _exchange_back(X, shape, group)
+            X = columns_from_rows(X, shape, group)
         if shapes:
             M.copy_(X if self.tall else X.mT)
 
@@ -164,72 +161,3 @@ def column_groups(W: Tensor) -> tuple[dist.ProcessGroup, ...]:
     """The groups that the inputs are divided among."""
     shards = shards_of(W, "paper", "W")
     return shards.columns if shards else ()
-
-
-def shrink_rows_(W: Tensor, bias: Tensor | None = None, *, tau: float, groups: Sequence[dist.ProcessGroup]) -> None:
-    """Group lasso, in place, over rows ``[W | bias]``, W ``[m, n_j, ...]``, of which the columns are divided."""
-    squares = torch.linalg.vector_norm(W.flatten(1), dim=1, dtype=torch.float64).square()
-    for group in groups:
-        dist.all_reduce(squares, group=group)
-    lengths = squares if bias is None else squares + bias.double().square()
-    scale = (1 - tau / lengths.sqrt().clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(0)
-    for part in (W, bias):
-        if part is not None:
-            part.copy_(part.double() * scale.reshape(-1, *[1] * (part.ndim - 1)))
-
-
-def agreed(check: Callable[[], T], groups: Sequence[dist.ProcessGroup], device: torch.device | None = None) -> T:
-    """Run ``check`` on every process; what it raises on one, the first of them, all raise."""
-    if not groups:
-        return check()
-    result = error = None
-    try:
-        result = check()
-    except Exception as raised:  # whatever it is, the others must not wait for this process
-        error = raised
-    failed = torch.tensor(int(error is not None), device=device)
-    for group in groups:
-        dist.all_reduce(failed, dist.ReduceOp.MAX, group)
-    words = [] if error is None else [(type(error).__name__, str(error))]
-    for group in groups if failed else ():
-        parts = [None] * group.size()
-        dist.all_gather_object(parts, words, group=group)
-        words = [each for part in parts for each in part]
-    if failed:
-        kind, text = words[0]
-        raise getattr(builtins, kind, RuntimeError)(text) from error
-    return result
-
-
-def _exchange(M: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """``[a, b_j]``, columns divided -> ``[a_j, b]``, rows divided."""
-    a, mine = len(M), group.rank()
-    widths = _gathered(M.shape[1], group, M.device)
-    heights = _parts(a, group.size())
-    sent = [part.contiguous().flatten() for part in M.split(heights)]
-    received = M.new_empty(heights[mine] * sum(widths))
-    counts = [heights[mine] * width for width in widths]
-    dist.all_to_all_single(received, torch.cat(sent), counts, [len(part) for part in sent], group=group)
-    parts = received.split(counts)
-    return torch.cat([part.view(heights[mine], width) for part, width in zip(parts, widths, strict=True)], 1)
-
-
-def _exchange_back(X: Tensor, shape: torch.Size, group: dist.ProcessGroup) -> Tensor:
-    """The inverse: ``[a_j, b]`` -> ``[a, b_j]``, which is ``shape``."""
-    widths, heights = _gathered(shape[1], group, X.device), _parts(shape[0], group.size())
-    sent = [part.contiguous().flatten() for part in X.split(widths, 1)]
-    counts = [height * shape[1] for height in heights]
-    received = X.new_empty(sum(counts))
-    dist.all_to_all_single(received, torch.cat(sent), counts, [len(part) for part in sent], group=group)
-    return received.view(shape)
-
-
-def _gathered(number: int, group: dist.ProcessGroup, device: torch.device) -> list[int]:
-    mine = torch.tensor([number], device=device)
-    parts = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(parts, mine, group=group)
-    return torch.cat(parts).tolist()
-
-
-def _parts(size: int, count: int) -> list[int]:
-    return [size // count + (i < size % count) for i in range(count)]

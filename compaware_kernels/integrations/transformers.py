@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import ParallelMode
 
+from .._utils.atomic_write import atomic_write
 from .common import Compression, sample
 
 STATE_FILE = "compaware_kernels.pt"
@@ -94,13 +94,8 @@ class CompressionAware(Compression, TrainerCallback):
             return
         saved = {"global_step": state.global_step, **self._state()}  # on every rank: it may take all to gather
         if args.should_save:
-            path = _checkpoint(args, state) / STATE_FILE
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
-            try:
-                torch.save(saved, temporary)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with atomic_write(_checkpoint(args, state) / STATE_FILE) as new:
+                torch.save(saved, new)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *,

@@ -46,8 +46,8 @@ class LowRankConv(LowRank):
         bias: bool = True,
         padding_mode: str = "zeros",
         fold: str = "paper",
-        device=None,
-        dtype=None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         whole = self.dense(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..folds import row_axes
@@ -54,8 +55,8 @@ class _LowRankConvTranspose(LowRankConv):
         dilation: int | tuple[int, ...] = 1,
         padding_mode: str = "zeros",
         fold: str = "paper",
-        device=None,
-        dtype=None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super(LowRankConv, self).__init__()
         whole = self.dense(in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias,

@@ -30,11 +30,11 @@ class Layer:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """What an optimizer moves when it moves the weight."""
-        return parametrization.originals(self.chain) if self.is_parametrized else [self.weight]
+        return list(self.chain.parameters(recurse=False)) if self.is_parametrized else [self.weight]
 
     @property
     def is_parametrized(self) -> bool:
-        return parametrization.is_parametrized(self.module)
+        return parametrize.is_parametrized(self.module, "weight")
 
     @property
     def chain(self) -> parametrize.ParametrizationList:
@@ -130,7 +130,7 @@ def _not_foldable(module: nn.Module, training: bool) -> str | None:
         return f"{kind}: not initialised yet; run the model once first"
     if not isinstance(module, (nn.Linear, *CONVS, *TRANSPOSED)):
         return f"{kind}: only Linear and (transposed) convolutions fold to matrices"
-    if parametrization.is_parametrized(module):
+    if parametrize.is_parametrized(module, "weight"):
         return parametrization.why_not(module.parametrizations["weight"])
     if not isinstance(module.weight, nn.Parameter):
         return (

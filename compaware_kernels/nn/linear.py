@@ -25,7 +25,15 @@ class LowRankLinear(LowRank):
     dense = nn.Linear
     op, fold = "lowrank_linear", "paper"
 
-    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = True, device=None, dtype=None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         check_rank(rank, out_features, in_features)
         self.in_features, self.out_features, self.rank = in_features, out_features, rank

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from torch.autograd import forward_ad
 from ..ops import backends
 from ..ops.lowrank import ACTIVATIONS, lowrank_pack
 from .module_surgery import is_plain
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11
 
 MODULES = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "gelu": nn.GELU}  # of the fused activations
 
@@ -89,7 +93,7 @@ class LowRank(nn.Module, ABC):
     def bias(self) -> nn.Parameter | None:
         return self.second.bias
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         return self if mode else self._pack()
 

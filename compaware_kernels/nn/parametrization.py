@@ -1,26 +1,16 @@
-"""Weights that are computed from others (``torch.nn.utils.parametrize``): what is written must come out again."""
+"""Parametrized weights (``torch.nn.utils.parametrize``): written through ``right_inverse``, the round trip verified."""
 
 from __future__ import annotations
 
 import copy
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import Tensor
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
 LOSS = 4  # roundings of its dtype that a weight may lose on its way through
 NEAR = 1e-2  # of what shrinking changes: within its tolerance it may miss a symmetry that is imposed
-
-
-def is_parametrized(module: nn.Module) -> bool:
-    return parametrize.is_parametrized(module, "weight")
-
-
-def originals(chain: ParametrizationList) -> list[nn.Parameter]:
-    """The parameters that the weight is computed from."""
-    return list(chain.parameters(recurse=False))
 
 
 def state(chain: ParametrizationList) -> dict[str, Tensor]:
@@ -35,7 +25,7 @@ def assign(chain: ParametrizationList, weight: Tensor, near: float = NEAR) -> No
     Raises:
         ValueError: the parametrization has no such values, or cannot find them; :func:`state` undoes what it has done.
     """
-    targets = originals(chain)
+    targets = list(chain.parameters(recurse=False))
     try:
         old, values = chain(), weight
         for parametrization in reversed(chain):

@@ -53,8 +53,8 @@ def data_parallel_group(model: nn.Module) -> dist.ProcessGroup | None:
     return model.process_group
 
 
-def gather_no_more(model: nn.Module) -> None:
-    """Have FSDP2 put its sharded weights back, where a forward pass has left gathered ones in the modules."""
+def reshard(model: nn.Module) -> None:
+    """Reshard FSDP2 modules left unsharded after forward."""
     if fsdp := sys.modules.get("torch.distributed.fsdp"):
         for module in model.modules():
             if isinstance(module, fsdp.FSDPModule):

@@ -11,7 +11,6 @@ import hashlib
 import logging
 import os
 import struct
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._utils.atomic_write import atomic_write
 from . import library as _library
 
 Numbers = Sequence[int | float]
@@ -28,6 +28,7 @@ Launcher = Callable[[str, int, int, int, int, int, Numbers], None]  # as launch(
 
 SOURCES = tuple(path / "csrc" for path in (_library.PATH.parent, _library.PATH.parents[1]))  # installed, source tree
 OPTIONS = ("-std=c++17",)  # not those of cupy.RawModule(code=...), which flushes subnormal numbers to zero
+
 
 def launch(
     kernel: str, grid: int, block: int, shared: int, arguments: Sequence[int | float | Tensor],
@@ -292,9 +293,8 @@ def compiled(sm: int) -> Path:
         logging.getLogger("compaware_kernels").info("compiling the CUDA kernels for sm_%d, once, to %s", sm, file)
         code = _compile((*OPTIONS, f"-arch=sm_{sm}", f"-I{csrc / 'cuda'}"))
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as part:
-            part.write(code)
-        os.replace(part.name, file)  # other processes see all of it or nothing
+        with atomic_write(file) as new:
+            new.write_bytes(code)
     return file
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from .._utils.atomic_write import write_text
 from . import library
 
 SHRINK, STEP, LOW_RANK = "shrink", "step", "low rank"  # the families: one falls out as a whole
@@ -53,9 +53,7 @@ def record(device: torch.device, verdicts: Mapping[str, str]) -> Path:
     found.cache_clear()
     every = found() | {device_name(device): dict(verdicts)}
     _file().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=_file().parent, delete=False) as part:
-        json.dump(every, part, indent=1)
-    os.replace(part.name, _file())  # other processes see all of it or nothing
+    write_text(_file(), json.dumps(every, indent=1))
     found.cache_clear()
     return _file()
 

@@ -34,6 +34,21 @@ def check_finite(W: Tensor, name: str) -> None:
         raise ValueError(f"{name}: contains {'NaN' if W.isnan().any() else 'Inf'}; nothing was changed")
 
 
+def check_weights(weights: Sequence[tuple[Tensor, str, bool]]) -> None:
+    """Check kinds, and values of those that say so: (weight, its name, whether its values are to be checked)."""
+    for W, name, _ in weights:
+        check_kind(W, name, axes=1)
+    look = [(W, name) for W, name, values in weights if values]
+    check_all_finite([W for W, _ in look], [name for _, name in look])
+
+
+def check_all_finite(weights: Sequence[Tensor], names: Sequence[str]) -> None:
+    """:func:`check_finite` of every weight, in one pass where that says that all are."""
+    if not _clearly_finite(weights):
+        for W, name in zip(weights, names, strict=True):
+            check_finite(W, name)
+
+
 def check_center(center: Sequence[Tensor], weights: Sequence[Tensor], names: Sequence[str] | None) -> None:
     if isinstance(center, Tensor) or len(center) != len(weights):
         raise ValueError(f"center: wanted a list of {len(weights)} tensors, one per weight")
@@ -99,9 +114,8 @@ def checked_list(
     names = names or [f"weights[{i}]" for i in range(len(weights))]
     for W, name in zip(weights, names, strict=True):
         check_kind(W, name, axes)
-    if finite and not _clearly_finite(weights):
-        for W, name in zip(weights, names, strict=True):
-            check_finite(W, name)
+    if finite:
+        check_all_finite(weights, names)
     t = torch.as_tensor(tau, dtype=torch.float64, device="cpu")
     if t.ndim and t.shape != (len(weights),):
         raise ValueError(f"{what}: wanted one number, or {len(weights)}, one per weight; got shape {list(t.shape)}")

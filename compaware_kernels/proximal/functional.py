@@ -18,22 +18,33 @@ that is no :class:`WarmState`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from .. import folds
 from .._utils.dtypes import compute_dtype
-from ..distributed.dtensor import agreed, column_groups, device_of, groups_of, local, placed, shards_of, shrink_rows_
+from ..distributed.collectives import agreed
+from ..distributed.dtensor import device_of, groups_of, local
 from ..ops.svt import differentiable_svt
 from ..ops.validation import check_center, checked, checked_list, checked_tau
 from . import error_bounds, solver
 from .cuda import backend as gpu
+from .record import Record
+from .shrinkage import shrink_elements_, shrink_elements_and_rows_, shrink_neurons_
 from .spectral_functions import SoftThreshold, Truncate, WeightedThreshold
 from .svt_info import SvtInfo
 from .warm_state import WarmState
+
+
+@overload
+def svt(W: Tensor, tau: float | Tensor, *, return_info: Literal[False] = False) -> Tensor: ...
+
+
+@overload
+def svt(W: Tensor, tau: float | Tensor, *, return_info: Literal[True]) -> tuple[Tensor, SvtInfo]: ...
 
 
 def svt(W: Tensor, tau: float | Tensor, *, return_info: bool = False) -> Tensor | tuple[Tensor, SvtInfo]:
@@ -174,11 +185,12 @@ def weighted_svt_(
     if len(sigma_weights) != len(weights):
         raise ValueError(f"sigma_weights: wanted {len(weights)}, one sequence per weight; got {len(sigma_weights)}")
     functions = []
-    shapes = _matrices([torch.empty(W.shape, device="meta") for W in weights], fold, groups)
-    for i, (W, w) in enumerate(zip(shapes, sigma_weights, strict=True)):
+    shapes = [torch.empty(W.shape, device="meta") for W in weights]
+    for record, w in zip(_records(shapes, names, fold=fold, groups=groups), sigma_weights, strict=True):
+        W = record.matrices()
         w = torch.as_tensor(w, dtype=torch.float64, device="cpu")
         if w.shape != (min(W.shape[-2:]),) or not (w.isfinite().all() and (w >= 0).all() and (w.diff() >= 0).all()):
-            what = names[i] if names else f"sigma_weights[{i}]"
+            what = record.name or f"sigma_weights[{record.index}]"
             raise ValueError(f"{what}: wanted {min(W.shape[-2:])} weights, 0 <= w_1 <= w_2 <= ...; got {w.tolist()}")
         functions.append(WeightedThreshold(w))
     return _shrink(weights, functions, state, tol, fold, groups, names)
@@ -199,7 +211,7 @@ def truncate_(
     ``W <- sum_{i <= rank} sigma_i u_i v_i^T``
 
     Args:
-        rank: >= 0: a number, or one per layer.
+        rank: a number >= 0, or one per layer.
 
     The rest as :func:`svt_`; ``tol`` is relative to sigma_rank.  The projection is unique only where
     ``sigma_rank > sigma_{rank+1}``: where the two cannot be told apart, ``error_bound`` is inf.
@@ -228,7 +240,7 @@ def spectral_ball_(
     ``W <- U min(S, radius) V^T = W - svt(W, radius)``  (Moreau)
 
     Args:
-        radius: >= 0: a number, or one per layer.
+        radius: a number >= 0, or one per layer.
 
     The rest as :func:`svt_`; ``tol`` is relative to the radius.
 
@@ -260,52 +272,30 @@ def _shrink(weights, functions, state, tol, fold, groups, names, center=None, ba
         raise TypeError(f"state: wanted a WarmState; got {type(state).__name__}")
     if center is not None:
         _agreed(lambda: check_center(_here(center), _here(weights), names), weights)
-    labels = names or [f"weights[{i}]" for i in range(len(weights))]
-    shards = [shards_of(W, fold, label) for W, label in zip(weights, labels, strict=True)]
-    # The matrices of a grouped convolution are small, and many: all are gathered, and each process keeps its part.
-    gathered = [lie is not None and g > 1 for lie, g in zip(shards, groups or [1] * len(weights), strict=False)]
-    here, there = ([W.full_tensor() if all_of_it else local(W) for W, all_of_it in zip(each, gathered, strict=True)]
-                   for each in (weights, weights if center is None else center))  # fmt: skip
-    shards = [None if all_of_it else lie for all_of_it, lie in zip(gathered, shards, strict=True)]
-    mats = [M[None] if lie and M.ndim == 2 else M for M, lie in zip(_matrices(here, fold, groups), shards, strict=True)]
-    targets = _targets(mats)
-    centers = None if center is None else _matrices(there, fold, groups)
-    infos = solver.shrink_all(
-        targets, functions, names, tol=tol, state=state, centers=centers, ball=ball, shards=shards
-    )
-    for W, M, T in zip(here, mats, targets, strict=True):
-        if T.data_ptr() != W.data_ptr() or T.stride() != M.stride():
-            W.copy_(T.reshape(W.shape) if fold is None else folds.from_matrix(T, W.shape, fold))
-    for W, P, all_of_it in zip(weights, here, gathered, strict=True):
-        if all_of_it:
-            local(W).copy_(placed(P, W).to_local())
+    records = _records(weights, names, fold=fold, groups=groups, center=center)
+    infos = solver.shrink_(records, functions, tol=tol, state=state, ball=ball)
+    if state:
+        state.advance()
     return infos
 
 
-def _matrices(weights: Sequence[Tensor], fold: str | None, groups: Sequence[int] | None) -> list[Tensor]:
-    groups = [1] * len(weights) if groups is None else groups
-    if len(groups) != len(weights):
-        raise ValueError(f"groups must have one entry per weight: wanted {len(weights)}, got {len(groups)}")
-    if fold is None:
-        return [W.detach() for W in weights]
-    return [folds.to_matrix(W.detach(), fold, g) for W, g in zip(weights, groups, strict=True)]
-
-
-def _targets(mats: Sequence[Tensor]) -> list[Tensor]:
-    """What the engine writes to: a copy where a batch is not contiguous, or where two layers share their weight."""
-    seen, targets = set(), []
-    for M in mats:
-        tied = M.numel() > 0 and M.data_ptr() in seen
-        targets.append(M.clone(memory_format=torch.contiguous_format) if tied or not M.is_contiguous() else M)
-        seen.add(M.data_ptr())
-    return targets
+def _records(
+    weights: Sequence[Tensor], names: Sequence[str] | None, fold: str | None = "paper", **lists
+) -> list[Record]:
+    """One record per weight; ``lists``: of what else belongs to each weight, or None."""
+    given = {what: values for what, values in lists.items() if values is not None} | ({"name": names} if names else {})
+    for what, values in given.items():
+        if len(values) != len(weights):
+            raise ValueError(f"{what} must have one entry per weight: wanted {len(weights)}, got {len(values)}")
+    return [Record(W, index=i, fold=fold, **{what: values[i] for what, values in given.items()})
+            for i, W in enumerate(weights)]  # fmt: skip
 
 
 def _svt_traced(weights, tau, state, tol, center, fold, groups, names) -> list[SvtInfo]:
     """As one op, which a compiler can put in its graph; without what only a program can do."""
     if state is not None or center is not None:
         raise ValueError("svt_: state and center are not available inside torch.compile")
-    mats = _matrices(weights, fold, groups)
+    mats = [record.matrices() for record in _records(weights, names, fold=fold, groups=groups)]
     spectra, bounds = torch.ops.compaware.svt_(mats, tau, tol)
     for W, M in zip(weights, mats, strict=True):
         if fold is not None:
@@ -338,32 +328,9 @@ def group_shrink_(
 
     The rest, and errors, as :func:`svt_`; all or nothing.
     """
-    biases = _checked_biases(biases, weights, names)
+    _check_biases(biases, weights, names)
     tau = _checked(weights, tau, names)
-    divided = [column_groups(W) for W in weights]
-    whole = [i for i, groups in enumerate(divided) if not groups]
-    neurons_([weights[i] for i in whole], [biases[i] for i in whole], tau[whole])
-    for W, b, t, groups in zip(weights, biases, tau.tolist(), divided, strict=True):
-        if groups:
-            shrink_rows_(local(W), *([] if b is None else [local(b)]), tau=t, groups=groups)
-
-
-def neurons_(
-    weights, biases: Sequence[Tensor | None], tau: Tensor, sent: Callable[[Tensor], Tensor] | None = None
-) -> None:
-    """:func:`group_shrink_` without its checks, of rows that lie here whole; ``sent``: what becomes of thresholds."""
-    sent = sent or (lambda tau: tau)
-    alone = [i for i, b in enumerate(biases) if b is None]
-    both = [i for i, b in enumerate(biases) if b is not None]
-    if alone:
-        _apply_rows(torch.ops.compaware.group_shrink_, [weights[i] for i in alone], sent(tau[alone]))
-    if both:
-        op = partial(_with_biases, [local(biases[i]) for i in both])
-        _apply_rows(op, [weights[i] for i in both], sent(tau[both]))
-
-
-def _with_biases(biases: Sequence[Tensor], rows: Sequence[Tensor], tau: Tensor) -> None:
-    torch.ops.compaware.neuron_shrink_(rows, biases, tau)
+    shrink_neurons_(_records(weights, names, bias=biases), tau)
 
 
 @torch.no_grad()
@@ -371,12 +338,7 @@ def soft_threshold_(
     weights: Sequence[Tensor], tau: float | Sequence[float] | Tensor, *, names: Sequence[str] | None = None
 ) -> None:
     """Elementwise soft-thresholding of every tensor, in place; arguments and errors as :func:`svt_`, all or nothing."""
-    elements_(weights, _checked(weights, tau, names, axes=0))
-
-
-def elements_(weights: Sequence[Tensor], tau: Tensor) -> None:
-    """:func:`soft_threshold_` without its checks."""
-    _apply_rows(torch.ops.compaware.soft_threshold_, weights, tau)
+    shrink_elements_(weights, _checked(weights, tau, names, axes=0))
 
 
 @torch.no_grad()
@@ -389,16 +351,12 @@ def sparse_group_shrink_(
 ) -> None:
     """Sparse group lasso shrinkage of every layer, in place: L1 with ``l1``, then rows with ``tau``; all or nothing."""
     l1, tau = _checked(weights, l1, names, "l1"), _checked(weights, tau, names)
-    if any(map(column_groups, weights)):
-        soft_threshold_(weights, l1)
-        group_shrink_(weights, tau)
-    else:
-        _apply_rows(torch.ops.compaware.sparse_group_shrink_, weights, l1, tau)
+    shrink_elements_and_rows_(weights, l1, tau)
 
 
-def _checked_biases(biases, weights: Sequence[Tensor], names: Sequence[str] | None) -> Sequence[Tensor | None]:
+def _check_biases(biases, weights: Sequence[Tensor], names: Sequence[str] | None) -> None:
     if biases is None:
-        return [None] * len(weights)
+        return
     if len(biases) != len(weights):
         raise ValueError(f"biases: wanted {len(weights)}, one per weight; got {len(biases)}")
     names = names or [f"biases[{i}]" for i in range(len(biases))]
@@ -408,17 +366,6 @@ def _checked_biases(biases, weights: Sequence[Tensor], names: Sequence[str] | No
             raise ValueError(f"{name}: wanted a bias {W.dtype} {list(W.shape[:1])} on {W.device}; "
                              f"got {b.dtype} {list(b.shape)} on {b.device}")  # fmt: skip
     _checked([b for b, _, _ in given], 0.0, [name for _, _, name in given], axes=1)
-    return biases
-
-
-def _apply_rows(op, weights: Sequence[Tensor], *taus: Tensor) -> None:
-    """Run an in-place row op on the weights seen as [O, rest] matrices, writing back where that is not a view."""
-    weights = _here(weights)
-    mats = [W.reshape(W.shape[0] if W.ndim else 1, W.shape[1:].numel()) for W in weights]
-    op(mats, *taus)
-    for W, M in zip(weights, mats, strict=True):
-        if M.data_ptr() != W.data_ptr():
-            W.copy_(M.reshape(W.shape))
 
 
 def _svt_info(s: Tensor, W: Tensor, tau: Tensor, name: str | None = None) -> SvtInfo:

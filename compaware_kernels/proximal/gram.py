@@ -1,14 +1,16 @@
 """Spectral shrinkage of one matrix by a full factorisation: the Gram matrix of the short side, or an SVD in fp64.
 
-``X^T X = V diag(s^2) V^T``,   ``SVT(X) = X V diag(max(1 - tau / s, 0)) V^T``
+``X^T X = V diag(s^2) V^T``,   ``f(X) = X V diag(g(s)) V^T``,   ``g(s) = f(s) / s``
 
 squares the condition number. Where the factorisation is that of ``X^T X + E``, the result is wrong by, between a vector
 of the exact eigenbasis (s_i) and one of the computed (t_j),
 
-    ``E_ij s_i (g(t_j) - g(s_i)) / (t_j^2 - s_i^2)``,   ``g(s) = max(1 - tau / s, 0)``,
+    ``E_ij s_i (g(t_j) - g(s_i)) / (t_j^2 - s_i^2)``.
 
-and the factor of E_ij is 0 where neither s_i nor t_j is above tau, else at most ``1 / max(s_i, t_j)``. So the error
-relative to tau is some ``eps (s_1 / tau)^2``, and by that the precision is chosen: fp32, fp64, or no Gram matrix.
+For an SVT, ``g(s) = max(1 - tau / s, 0)``, the factor of E_ij is 0 where neither s_i nor t_j is above tau, else at most
+``1 / max(s_i, t_j)``. So the error relative to tau is some ``eps (s_1 / tau)^2``, and by that the precision is chosen:
+fp32, fp64, or no Gram matrix. Any other function whose g changes by at most ``slope`` times as much errs by at most
+slope times as much: the firm threshold's is ``slope min(g, 1 / slope)`` of this g.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor
 from ..distributed.row_sharded import Rows
 from ..ops.linalg import product
 from .error_bounds import NOT_ZERO, PROBES, in_range, norm_from_norm, norm_from_probes, svd_loss, unit_roundoff
-from .spectral_functions import SoftThreshold, Spectral
+from .spectral_functions import Spectral
 
 GRAM_LOSS = 32  # spectral error of the SVT, in units of u s_1^2 / tau; measured: up to 21
 EIGH_LOSS = 400  # ||V diag(w) V^T - G||_F in units of u trace(G), fp64; measured: up to 82 (all ones, n <= 1500)
@@ -41,9 +43,14 @@ class Dense:
     method: str
 
 
-def by_gram(X: Rows, function: SoftThreshold, tol: float, norm: float, generator: torch.Generator) -> Dense | None:
-    """The SVT through the Gram matrix; None where even fp64 would not give ``tol`` (relative to tau)."""
-    tau = function.tau
+def by_gram(X: Rows, function: Spectral, tol: float, norm: float, generator: torch.Generator) -> Dense | None:
+    """Through the Gram matrix, where the function allows it; None where even fp64 would not give ``tol``.
+
+    tol: relative to tau, for an SVT; that of the function is ``slope`` times as large.
+    """
+    if not function.gram:
+        return None
+    tau = function.floor
     for dtype in (torch.float32, torch.float64):
         u = unit_roundoff(dtype)
         if unit_roundoff(X.X.dtype) < u or u * norm > tau or not in_range(dtype, norm, tau):
@@ -51,8 +58,10 @@ def by_gram(X: Rows, function: SoftThreshold, tol: float, norm: float, generator
         G = X.gram(dtype)
         if GRAM_LOSS * u * X.agree_on(top_eigenvalue(G)) > tol * tau**2:
             continue
-        w, V = torch.linalg.eigh(G)
-        w = X.agree(w)
+        found = _eigh(G, X)
+        if found is None:
+            continue
+        w, V = X.agree(found[0]), found[1]
         if GRAM_LOSS * u * float(w[-1]) > tol * tau**2:  # the estimate was one
             continue
         s, V = w.double().clamp_min(0).sqrt().flip(0), V.flip(1)
@@ -62,8 +71,21 @@ def by_gram(X: Rows, function: SoftThreshold, tol: float, norm: float, generator
             error = gram_error(X, V, s, gain, K, tau, generator)
         else:  # a sum of m products, in any order, and what LAPACK does to it
             error = (X.m + EIGH_LOSS) * u * norm**2 / tau
-        return Dense(*K, s, V, error, f"gram, fp{torch.finfo(dtype).bits}")
+        return Dense(*K, s, V, function.slope * error, f"gram, fp{torch.finfo(dtype).bits}")
     return None
+
+
+def _eigh(G: Tensor, X: Rows) -> tuple[Tensor, Tensor] | None:
+    """Eigenvalues, ascending, and eigenvectors of G; None where LAPACK does not converge, on any rank.
+
+    The divide and conquer of fp32 may fail where most eigenvalues are zero, as those of a layer of dead neurons.
+    """
+    try:
+        found = torch.linalg.eigh(G)
+    except torch.linalg.LinAlgError:
+        found = None
+    failed = X.sum(torch.tensor(float(found is None), device=G.device)) if X.groups else found is None
+    return None if failed else (found[0], found[1])
 
 
 def by_svd(X: Rows, function: Spectral, norm: float) -> Dense:

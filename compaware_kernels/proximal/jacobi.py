@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .error_bounds import norms, storage, unit_roundoff
-from .spectral_functions import SoftThreshold, Spectral
+from .spectral_functions import Spectral, batched
 
 SHORT, LONG = 64, 256  # up to here Jacobi is faster than a Gram matrix and its eigenvectors,
 ALONE, MANY = 16, 16  # of a single matrix up to ALONE, of larger ones where there are MANY of one shape
@@ -66,16 +66,17 @@ def _compute_alike(groups: Sequence[Group], tol: float, ball: bool) -> None:
     counts = [entry.W.shape[:-2].numel() for entry in groups]
     X = torch.cat([entry.matrices() for entry in groups])
     floor = torch.tensor([entry.function.floor for entry in groups], dtype=torch.float64)
+    tols = torch.tensor([entry.function.tolerance(tol) for entry in groups], dtype=torch.float64)
     exact = torch.tensor([entry.function.count is not None for entry in groups])  # no threshold to be coarse for
     of = torch.arange(len(groups)).repeat_interleave(torch.tensor(counts))  # the group of each matrix
     size = norms(X)
-    coarse = (COARSE * unit_roundoff(torch.float32) * size > tol * floor[of]) & ~exact[of]
+    coarse = (COARSE * unit_roundoff(torch.float32) * size > (tols * floor)[of]) & ~exact[of]
     double = bool(coarse.any()) or groups[0].W.dtype == torch.float64
     dtype = torch.float64 if double else torch.float32
     X = X.to(dtype)
     U, s, V = torch.ops.compaware.small_svd(X)
     s = s.double()
-    new = _new_spectra(s, groups, counts, floor[of].to(s.device))
+    new = batched([entry.function for entry in groups], counts)(s)
     P = X.baddbmm_(U.mul_(new.to(dtype)[:, None, :]), V.mT, beta=float(ball), alpha=-1 if ball else 1)
     moved = (LOSS + s.shape[1]) * unit_roundoff(dtype) * size
     error = moved * _gains(groups, s, moved, counts)
@@ -97,15 +98,10 @@ def _per_weight(results: Tensor, groups: Sequence[Group], counts: Sequence[int])
     return [part.view(entry.W.shape[:-2] + part.shape[1:]) for part, entry in parts]
 
 
-def _new_spectra(s: Tensor, groups: Sequence[Group], counts: Sequence[int], floor: Tensor) -> Tensor:
-    if all(isinstance(entry.function, SoftThreshold) for entry in groups):
-        return (s - floor[:, None]).clamp_min(0)
-    return torch.cat([entry.function(part) for entry, part in zip(groups, s.split(counts), strict=True)])
-
-
-def _gains(groups: Sequence[Group], s: Tensor, moved: Tensor, counts: Sequence[int]) -> Tensor | float:
-    if all(isinstance(entry.function, SoftThreshold) for entry in groups):
-        return 1.0
+def _gains(groups: Sequence[Group], s: Tensor, moved: Tensor, counts: Sequence[int]) -> Tensor:
+    slopes = [entry.function.slope for entry in groups]
+    if None not in slopes:
+        return torch.tensor(slopes, dtype=torch.float64).repeat_interleave(torch.tensor(counts))
     parts = zip(groups, s.split(counts), moved.split(counts), strict=True)
     rows = ((entry.function, row, float(by)) for entry, part, bys in parts for row, by in zip(part, bys, strict=True))
     return torch.tensor([function.lipschitz(row, 0.0, by) for function, row, by in rows], dtype=torch.float64)
@@ -113,5 +109,4 @@ def _gains(groups: Sequence[Group], s: Tensor, moved: Tensor, counts: Sequence[i
 
 def write(groups: Sequence[Group]) -> None:
     """Put the results in their places."""
-    if groups:
-        torch._foreach_copy_([entry.W for entry in groups], [entry.P for entry in groups])
+    torch._foreach_copy_([entry.W for entry in groups], [entry.P for entry in groups])

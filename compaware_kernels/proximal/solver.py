@@ -33,7 +33,8 @@ from . import gram as dense
 from . import jacobi
 from .cuda import backend as gpu
 from .error_bounds import in_range, norms, storage, unit_roundoff
-from .spectral_functions import SoftThreshold, Spectral
+from .record import Record, unfold_all
+from .spectral_functions import Spectral
 from .subspace_iteration import FIRST, Subspace, columns_for
 from .svt_info import SvtInfo
 from .warm_state import WarmState
@@ -50,11 +51,11 @@ class Task:
     function: Spectral
     center: Tensor | None
     key: str  # in the state
-    tol: float
+    tol: float  # of the matrix: its function moves by up to ``slope`` times as much
     basis: Tensor | None = None  # from the state
     seed: int = 0
-    shards: Shards | None = None  # W has the rows of the longer side that lie here,
-    turned: Sequence[torch.Size] = ()  # which came from these shapes
+    shards: Shards | None = None  # then W is this rank's row shard of the tall matrix,
+    local_shapes: Sequence[torch.Size] = ()  # with the local shapes before each all-to-all, to undo it
     norm: float = 0.0  # >= ||W - center||_F
     too_wide: bool = False  # the subspace that would be needed
     # what comes out
@@ -103,8 +104,7 @@ def compute(task: Task) -> None:
     X = task.matrix()
     if _by_subspace(task, X):
         return
-    soft = isinstance(task.function, SoftThreshold) and task.function.tau > 0
-    found = dense.by_gram(X, task.function, task.tol, task.norm, task.generator) if soft else None
+    found = dense.by_gram(X, task.function, task.tol, task.norm, task.generator)
     found = found or dense.by_svd(X, task.function, task.norm)
     new = task.function(found.s)
     rank = int((new > 0).sum())
@@ -256,88 +256,89 @@ def seed_of(state_seed: int, call: int, key: str) -> int:
 # --- all layers -----------------------------------------------------------------------------------------------------
 
 
-def shrink_all(
-    weights: Sequence[Tensor],  # [..., m, n] each, ragged
-    functions: Sequence[Spectral],
-    names: Sequence[str] | None,  # in the report and the state; or else places in the list
+def shrink_(
+    records: Sequence[Record],
+    functions: Sequence[Spectral],  # of the singular values, one per record
     *,
     tol: float,
-    state: WarmState | None = None,
-    centers: Sequence[Tensor] | None = None,
+    state: WarmState | None = None,  # read, and given the bases; its caller counts the calls
     ball: bool = False,  # write W - f(W) instead
-    shards: Sequence[Shards | None] | None = None,  # of weights [1, m_i, n_j] of which only a part lies here
 ) -> list[SvtInfo]:
     """Apply to every weight, in place, the function of its singular values.  Nothing is written before all is known."""
-    plain = centers is None and not ball and not any(shards or ())
-    if gpu.takes(weights, functions, plain):
-        return gpu.shrink_all(weights, [function.tau for function in functions], names, tol, state)
-    if gpu.on_gpu(weights):  # not checked yet, as that would wait for it
-        for i, W in enumerate(weights):
-            check_finite(W, names[i] if names else f"weights[{i}]")
-    shards = [None] * len(weights) if shards is None else shards
-    centers = [None] * len(weights) if centers is None else centers
+    unfold_all(records)
+    plain = not ball and all(record.center is None and record.shards is None for record in records)
+    if gpu.takes([record.target for record in records], functions, plain):
+        infos = gpu.shrink_(records, functions, tol, state)
+    else:
+        infos = _shrink_by_routes(records, functions, tol, state, ball)
+    for record in records:
+        record.fold_back()
+    return infos
+
+
+def _shrink_by_routes(records, functions, tol: float, state: WarmState | None, ball: bool) -> list[SvtInfo]:
+    if gpu.on_gpu([record.target for record in records]):  # not checked yet, as that would wait for it
+        for record in records:
+            check_finite(record.target, record.label)
+    small = jacobi.small_shapes([record.target for record in records if record.shards is None])
     work: list[jacobi.Group | list[Task]] = []
-    small_shapes = jacobi.small_shapes([W for W, lie in zip(weights, shards, strict=True) if lie is None])
-    keys = names or map(str, range(len(weights)))
-    for W, function, key, center, lie in zip(weights, functions, keys, centers, shards, strict=True):
-        if lie is not None:
-            work.append([_divided(W, function, key, center, tol, state, lie)])
-        elif tuple(W.shape[-2:]) in small_shapes:
-            work.append(jacobi.Group(W, function, center))
+    for record, function in zip(records, functions, strict=True):
+        if record.shards is None and tuple(record.target.shape[-2:]) in small:
+            work.append(jacobi.Group(record.target, function, record.target_center))
         else:
-            work.append(_tasks(W, function, key, center, tol, state))
+            work.append(_tasks(record, function, tol, state))
     groups = [entry for entry in work if isinstance(entry, jacobi.Group)]
     tasks = [task for entry in work if isinstance(entry, list) for task in entry]
-    jacobi.compute(groups, tol, ball)
+    if groups:
+        jacobi.compute(groups, tol, ball)
     in_parallel(compute, tasks)
-    jacobi.write(groups)
+    if groups:
+        jacobi.write(groups)
     in_parallel(lambda task: write(task, ball), tasks)
-    for W, entry, lie in zip(weights, work, shards, strict=True):
-        if lie is not None:
-            lie.turn_back(entry[0].W, W[0], entry[0].turned)
+    for record, entry in zip(records, work, strict=True):
+        if record.shards is not None:
+            record.shards.turn_back(entry[0].W, record.target[0], entry[0].local_shapes)
     if state:
-        state.calls += 1
         dense = {"memory_format": torch.contiguous_format}  # as it comes back from a checkpoint
-        state.bases |= {task.key: task.basis.clone(**dense) for task in tasks if task.basis is not None}
-    return [_report(*each) for each in zip(weights, work, names or [None] * len(work), strict=True)]
+        state.remember({task.key: task.basis.clone(**dense) for task in tasks if task.basis is not None})
+    return [_report(*each) for each in zip(records, work, strict=True)]
 
 
-def _tasks(W, function, key, center, tol, state: WarmState | None) -> list[Task]:
+def _tasks(record: Record, function: Spectral, tol: float, state: WarmState | None) -> list[Task]:
+    """A task for every matrix of a weight."""
+    W, center, key, tol = record.target, record.target_center, record.key, function.tolerance(tol)
     m, n = W.shape[-2:]
-    if not W.numel():
+    if record.shards is not None:
+        X, local_shapes = record.shards.turn(W[0])
+        C = None if center is None else record.shards.turn(center[0])[0]
+        tasks = [Task(X, function, C, f"{key}.0", tol, shards=record.shards, local_shapes=local_shapes)]
+    elif not W.numel():
         return []
-    matrices = W.reshape(-1, m, n)
-    centers = [None] * len(matrices) if center is None else center.reshape(-1, m, n)
-    tasks = [Task(M, function, C, f"{key}.{j}", tol) for j, (M, C) in enumerate(zip(matrices, centers, strict=True))]
+    else:
+        matrices = W.reshape(-1, m, n)
+        centers = [None] * len(matrices) if center is None else center.reshape(-1, m, n)
+        pairs = enumerate(zip(matrices, centers, strict=True))
+        tasks = [Task(M, function, C, f"{key}.{j}", tol) for j, (M, C) in pairs]
     for task in tasks:
-        _remember(task, state)
+        _recall(task, state)
     return tasks
 
 
-def _divided(W, function, key, center, tol, state: WarmState | None, shards: Shards) -> Task:
-    """The task of a matrix of which only W ``[1, m_i, n_j]`` lies here."""
-    X, shapes = shards.turn(W[0])
-    center = None if center is None else shards.turn(center[0])[0]
-    task = Task(X, function, center, f"{key}.0", tol, shards=shards, turned=shapes)
-    _remember(task, state)
-    return task
-
-
-def _remember(task: Task, state: WarmState | None) -> None:
-    """What the last call has left, and the seed of the probes: the same however the matrix is divided."""
+def _recall(task: Task, state: WarmState | None) -> None:
+    """The basis that the last call left, and the seed of the probes: the same however the matrix is sharded."""
     if state:
         V = state.bases.get(task.key)
         task.basis = V.to(task.W.device) if V is not None and V.shape[0] == task.shape[1] else None
     task.seed = seed_of(state.seed, state.calls, task.key) if state else seed_of(0, 0, task.key)
 
 
-def _report(W: Tensor, entry: jacobi.Group | list[Task], name: str | None) -> SvtInfo:
+def _report(record: Record, entry: jacobi.Group | list[Task]) -> SvtInfo:
+    W, name = record.target, record.name
     if isinstance(entry, jacobi.Group):
         return SvtInfo(entry.rank, entry.s, entry.error, entry.method, "small", name)
-    divided = entry and entry[0].shards
-    shape = divided.shape if divided else W.shape[-2:]
+    shape = record.shards.shape if record.shards else W.shape[-2:]
     batch, k = W.shape[:-2], min(shape)
-    if not W.numel() and not divided:
+    if not entry:
         zeros = torch.zeros(batch, dtype=torch.float64)
         return SvtInfo(zeros.long(), zeros[..., None].expand(*batch, k).clone(), zeros, "empty", "", name)
     numel = math.prod(shape)

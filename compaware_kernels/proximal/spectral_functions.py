@@ -1,27 +1,47 @@
-"""Functions of the singular values: what the engine does to a spectrum, and how errors pass through it.
+"""Penalties on the singular values of a matrix, one class each: what their proximal operators do to a spectrum.
 
-Each maps descending singular values ``s`` to new ones. Everything at or below ``floor`` is mapped to zero, so that the
-engine needs the singular triplets above it only.
+Each maps descending singular values ``s`` to new ones, ``f(s)``, and everything at or below ``floor`` to zero, so that
+the singular triplets above it are all that is needed. The solver, its routes and the GPU step ask the object what they
+may do with it, and never which class it is of: a new penalty is a new class here, and nothing there.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+__all__ = ["SoftThreshold", "Spectral", "Truncate", "WeightedThreshold", "batched"]
 
-class Spectral(Protocol):
-    """``count``: how many singular values are wanted, or None for all above ``floor``."""
 
-    count: int | None
+class Spectral(ABC):
+    """A function of singular values: value, Lipschitz constant, and what the routes of the solver must know of it.
+
+    What is given here serves any function: by an SVD, by Jacobi rotations and by a subspace. Subclasses are frozen
+    dataclasses; where all fields are floats, each may be a tensor ``[B, 1]`` instead, with a number per matrix.
+
+    Attributes:
+        count: how many singular values are wanted; None: all above ``floor``.
+        slope: Lipschitz constant (Frobenius norm), the same for all matrices; None where it depends on the matrix.
+        gram: whether the Gram matrix may serve: ``f(s) / s`` changes by at most ``slope`` times as much as
+            ``max(1 - floor / s, 0)`` does, between any two s.
+        ramp: ``(tau, slope)`` where f is ``max(min(slope (s - tau), s), 0)``, which is what the GPU step computes.
+    """
+
+    count: int | None = None
+    slope: float | None = None
+    gram = False
+    ramp: tuple[float, float] | None = None
 
     @property
+    @abstractmethod
     def floor(self) -> float: ...
 
+    @abstractmethod
     def __call__(self, s: Tensor) -> Tensor:
         """``[..., k]`` descending -> ``[..., k]``."""
 
@@ -30,27 +50,48 @@ class Spectral(Protocol):
 
         s: the singular values known, ``[k]``; ``below`` bounds all others.
         """
+        return self.slope
 
     def gain(self, s: Tensor, below: float) -> Tensor:
-        """How much it moves per unit of what the triplets of s lack, where that is little: an estimate."""
+        """About how much moves per unit of what the triplets of s lack, where that is little; in units of slope."""
+        return torch.ones_like(s)
+
+    def tolerance(self, tol: float) -> float:
+        """How far the matrix may be moved, for its function to move by ``tol``."""
+        return tol if self.slope is None else tol / self.slope
+
+
+def batched(functions: Sequence[Spectral], counts: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """All as one, ``[B, k] -> [B, k]``: of the singular values of B matrices, counts[i] of which have functions[i]."""
+    kind, names = type(functions[0]), [field.name for field in fields(functions[0])]
+    rows = [[getattr(f, name) for name in names] for f in functions if type(f) is kind]
+    if len(rows) < len(functions) or not all(isinstance(x, float) for row in rows for x in row):
+        return lambda s: torch.cat([f(part) for f, part in zip(functions, s.split(counts), strict=True)])
+    each = torch.tensor(rows, dtype=torch.float64).repeat_interleave(torch.tensor(counts), 0)
+    return lambda s: kind(*each.to(s.device).split(1, 1))(s)
 
 
 @dataclass(frozen=True)
-class SoftThreshold:
-    """``max(s - tau, 0)``: the proximal operator of ``tau ||W||_*``. Non-expansive."""
+class SoftThreshold(Spectral):
+    """``max(s - tau, 0)``: the proximal operator of ``tau ||W||_*``. Non-expansive.
+
+    Source: Cai, Candes & Shen, SIAM J. Optim. 20(4), 2010, theorem 2.1.
+    """
 
     tau: float
-    count = None
+    slope = 1.0
+    gram = True
 
     @property
     def floor(self) -> float:
         return self.tau
 
+    @property
+    def ramp(self) -> tuple[float, float]:
+        return self.tau, self.slope
+
     def __call__(self, s: Tensor) -> Tensor:
         return (s - self.tau).clamp_min(0)
-
-    def lipschitz(self, s: Tensor, below: float, error: float) -> float:
-        return 1.0
 
     def gain(self, s: Tensor, below: float) -> Tensor:
         """``f(s_i) / (s_i - s_j)``, the divided difference to what is mapped to 0; 1/2 at least, for second order."""
@@ -58,7 +99,7 @@ class SoftThreshold:
 
 
 @dataclass(frozen=True)
-class WeightedThreshold:
+class WeightedThreshold(Spectral):
     """``max(s_i - w_i, 0)`` with ``w_1 <= w_2 <= ...``: the proximal operator of ``sum_i w_i sigma_i(W)``.
 
     Not convex, and not continuous where singular values with different weights meet.
@@ -67,7 +108,6 @@ class WeightedThreshold:
     """
 
     weights: Tensor  # [k] fp64, ascending
-    count = None
 
     @property
     def floor(self) -> float:
@@ -86,12 +126,9 @@ class WeightedThreshold:
             return math.inf
         return 1 + max(((rise + 2 * error) / gap)[steep].tolist(), default=0.0)
 
-    def gain(self, s: Tensor, below: float) -> Tensor:
-        return torch.ones_like(s)
-
 
 @dataclass(frozen=True)
-class Truncate:
+class Truncate(Spectral):
     """The ``count`` largest stay: the projection on matrices of at most this rank (Eckart & Young, 1936).
 
     Not convex; unique, and continuous, only where there is a gap after s_count.
@@ -113,6 +150,3 @@ class Truncate:
         below = float(s[self.count]) if len(s) > self.count else below
         gap = last - below - 2 * error
         return (last + error) / gap if gap > 0 else math.inf
-
-    def gain(self, s: Tensor, below: float) -> Tensor:
-        return torch.ones_like(s)

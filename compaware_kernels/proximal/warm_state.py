@@ -29,8 +29,14 @@ class WarmState:
     def __init__(self, seed: int = 0):
         self.seed, self.calls = seed, 0
         self.bases: dict[str, Tensor] = {}  # matrix -> [min(m, n), k]; no column: full rank at the last call
-        self.engines: dict[torch.device, Any] = {}  # what a GPU keeps: remade where it is missing
-        self.guards: dict[torch.device, Any] = {}  # and what is still to arrive from it
+
+    def remember(self, bases: Mapping[str, Tensor]) -> None:
+        """Take the bases of these matrices in the place of those of the last call."""
+        self.bases |= bases
+
+    def advance(self) -> None:
+        """Count a call: the next one draws other probes."""
+        self.calls += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers only: loads with ``torch.load(weights_only=True)``."""
@@ -49,7 +55,7 @@ class WarmState:
                 raise ValueError(f"WarmState: wanted a finite matrix for {name!r}; got {V!r:.80}")
         self.seed, self.calls, self.bases = state["seed"], state["calls"], dict(state["bases"])
 
-    def to(self, *args, **kwargs) -> WarmState:
+    def to(self, *args: Any, **kwargs: Any) -> WarmState:
         """Move the bases, as ``torch.Tensor.to`` does; returns itself."""
         self.bases = {name: V.to(*args, **kwargs) for name, V in self.bases.items()}
         return self

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ranks
+from .._utils.atomic_write import atomic_write
 from ..compression import checkpoint
 from ..nn.discovery import foldable_layers
 from ..nn.factorization import singular_values
@@ -135,8 +135,8 @@ def _save(run: Trained, folder: Path) -> None:
     checkpoint.save(run.model, folder / name)
     about = {k: getattr(run, k) for k in ("epoch", "seconds", "losses", "ranks", "rows")}
     state = {"model": name, "run": about, "optimizer": run.optimizer.state_dict(), "arm": run.arm.state_dict()}
-    torch.save(state, folder / "state.part")
-    os.replace(folder / "state.part", folder / "state.pt")
+    with atomic_write(folder / "state.pt") as new:
+        torch.save(state, new)
     for other in folder.glob("*.safetensors"):
         if other.name != name:
             other.unlink()

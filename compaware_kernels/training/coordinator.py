@@ -1,4 +1,4 @@
-"""A proximal step of all layers, wherever they lie: here, the same on several processes, or divided among them."""
+"""A proximal step of all layers, wherever they are: on this rank, replicated over ranks, or sharded over them."""
 
 from __future__ import annotations
 
@@ -9,115 +9,132 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..distributed.dtensor import agreed, groups_of, is_dtensor, replicas_of
+from ..distributed.collectives import agreed
+from ..distributed.dtensor import groups_of, is_dtensor, replicas_of
 from ..nn.discovery import Layer
 from ..proximal.warm_state import WarmState
+from .layer_record import LayerRecord, check
 from .owner_compute import gathering_group, owners_of, shrink_at_owners
-from .penalties import Job, check, shrink
-from .replicas import Division, assign, share
+from .penalties import shrink
+from .replicas import Replicas, assign, share
 
 log = logging.getLogger(__name__)
 
 
-class Team:
-    """The processes that take proximal steps together.
+class Coordinator:
+    """The ranks that take proximal steps together, and who computes which layer.
 
     Args:
-        group: processes that hold the same weights, as DistributedDataParallel's; or None.
-        mode: how replicated layers are divided, see :class:`Division`. With ``"owner"``, sharded ones are gathered by
-            one process each, too; else they are shrunk where they lie.
+        group: ranks that hold the same weights, as DistributedDataParallel's; or None.
+        mode: how replicated layers are partitioned, see :class:`.replicas.Replicas`. With ``"owner"``, sharded ones are
+            gathered by one rank each, too; else they are shrunk sharded.
+        order: of the penalties.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, mode: str):
-        self.group, self.mode = group, mode
-        self._divisions: dict[tuple, Division] = {}
-        self._owned: dict[str, tuple] = {}  # what only one process of a group remembers: the group, which process
+    def __init__(self, group: dist.ProcessGroup | None, mode: str, order: Sequence[str]):
+        self.group, self.mode, self.order = group, mode, order
+        self._replicas: dict[tuple, Replicas] = {}
+        self._owned: dict[str, tuple] = {}  # bases that only one rank of a group has: the group, the rank, an example
 
-    def shrink(self, jobs: Sequence[Job], order: Sequence[str], fold: str, warm: WarmState) -> None:
-        """Apply the penalties to the jobs' copies, in place. What one process refuses, all do."""
-        weights = [job.weight for job in jobs]
-        alike: dict[tuple, list[Job]] = {}
-        for job in jobs:
-            alike.setdefault(self._replicas(job.weight), []).append(job)
-        groups = list(dict.fromkeys([*(group for key in alike for group in key), *groups_of(weights)]))
+    def shrink(self, records: Sequence[LayerRecord], warm: WarmState) -> None:
+        """Apply the penalties to the records, in place, and count the step.  What one rank refuses, all do.
+
+        Raises:
+            TypeError, ValueError: as :func:`.layer_record.check`; a warm state of another step on some rank.
+        """
+        if records and dist.is_available() and dist.is_initialized():
+            self._shrink_together(records, warm)
+        else:
+            check(records)
+            shrink(records, self.order, warm)
+        warm.advance()
+
+    def _shrink_together(self, records: Sequence[LayerRecord], warm: WarmState) -> None:
+        """:meth:`shrink` where there may be other ranks."""
+        replicated: dict[tuple, list[LayerRecord]] = {}
+        for record in records:
+            replicated.setdefault(self._replicas_of(record.weight), []).append(record)
+        groups = [*(group for key in replicated for group in key), *groups_of([record.weight for record in records])]
+        groups, device = list(dict.fromkeys(groups)), records[0].results[0].device
+        agreed(lambda: check(records), groups, device)
         if groups:
-            agreed(lambda: check(jobs), groups, jobs[0].results[0].device)
-            _same_steps(warm, groups, jobs[0].results[0].device)
-        for replicas, members in alike.items():
-            self._shrink(members, replicas, order, fold, warm)
-        warm.calls += 1
+            _same_steps(warm, groups, device)
+        for replicas, members in replicated.items():
+            self._shrink(members, replicas, warm)
 
     def collect(self, warm: WarmState) -> None:
-        """Have on every process what the owners of sharded layers remember."""
+        """Broadcast the bases that only the owners of sharded layers have."""
         for group in dict.fromkeys(group for group, *_ in self._owned.values()):
-            owned = [(key, owner, nothing) for key, (of, owner, nothing) in self._owned.items() if of is group]
-            keys, owners, nothing = zip(*owned, strict=True)
-            share(group, owners, [[t] for t in nothing], warm, [[key] for key in keys])
+            owned = [(key, owner, example) for key, (of, owner, example) in self._owned.items() if of is group]
+            keys, owners, examples = zip(*owned, strict=True)
+            share(group, owners, [[t] for t in examples], warm, [[key] for key in keys])
         self._owned = {}
 
     def warn_if_alone(self, layers: Sequence[Layer]) -> None:
+        """Log the layers that every rank would shrink by itself although there are several ranks."""
         running = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         alone = [layer.name for layer in layers if not any(map(is_dtensor, layer.parameters))]
         if running and not self.group and alone:
             log.warning("%s: no DistributedDataParallel, DTensor or process_group: each process takes steps of its own",
                         ", ".join(alone))  # fmt: skip
 
-    def _replicas(self, weight: Tensor) -> tuple[dist.ProcessGroup, ...]:
-        """The groups of processes that hold the same of this weight."""
+    def _replicas_of(self, weight: Tensor) -> tuple[dist.ProcessGroup, ...]:
+        """The groups of ranks that hold the same of this weight."""
         own = {rank for group in groups_of([weight]) for rank in dist.get_process_group_ranks(group)}
         apart = self.group and len(own & {*dist.get_process_group_ranks(self.group)}) <= 1
         return tuple(group for group in [*replicas_of(weight), *([self.group] if apart else [])] if group.size() > 1)
 
-    def _shrink(self, jobs: list[Job], replicas: tuple[dist.ProcessGroup, ...], order, fold, warm) -> None:
-        """What other processes hold, too, one of them shrinks, or all do."""
+    def _shrink(self, records: list[LayerRecord], replicas: tuple[dist.ProcessGroup, ...], warm: WarmState) -> None:
+        """Replicated weights: one owner rank updates and broadcasts, or every rank updates redundantly."""
         if not replicas:
-            self._shrink_here(jobs, order, fold, warm)
-            self._owned |= self._owners(jobs, fold)
+            self._shrink_here(records, warm)
+            self._owned |= self._owners(records)
             return
-        # The parts of one replica must decide alike, who need not take the same time.
-        mode = "owner" if groups_of([job.weight for job in jobs]) else self.mode
-        division = self._divisions.setdefault(replicas, Division(replicas[0], mode))
-        owners = assign([job.cost for job in jobs], replicas[0].size())
-        results, keys = [job.results for job in jobs], [job.keys for job in jobs]
+        # The shards of one replica must decide alike, and need not take the same time.
+        mode = "owner" if groups_of([record.weight for record in records]) else self.mode
+        sharing = self._replicas.setdefault(replicas, Replicas(replicas[0], mode))
+        owners = assign([record.cost for record in records], replicas[0].size())
+        results, keys = [record.results for record in records], [record.keys for record in records]
 
         def work(mine: list[int]) -> None:
-            here = [jobs[i] for i in mine]
-            agreed(lambda: self._shrink_here(here, order, fold, warm), replicas, results[0][0].device)
+            here = [records[i] for i in mine]
+            agreed(lambda: self._shrink_here(here, warm), replicas, results[0][0].device)
 
-        division.run(work, owners, results, warm, keys)
+        sharing.run(work, owners, results, warm, keys)
         for group in replicas[1:]:
-            share(group, [0] * len(jobs), results, warm, keys)
+            share(group, [0] * len(records), results, warm, keys)
         for replica in range(replicas[0].size()):
-            members = [job for job, owner in zip(jobs, owners, strict=True) if owner == replica]
-            self._owned |= self._owners(members, fold)
+            members = [record for record, owner in zip(records, owners, strict=True) if owner == replica]
+            self._owned |= self._owners(members)
 
-    def _shrink_here(self, jobs: list[Job], order, fold, warm) -> None:
-        """On this process, or where they are divided with those that have the other parts."""
-        gathered = self._gathered(jobs, fold)
-        shrink([job for job in jobs if not any(job in each for each in gathered.values())], order, fold, warm)
+    def _shrink_here(self, records: list[LayerRecord], warm: WarmState) -> None:
+        """On this rank, sharded layers together with the ranks that have the other shards."""
+        gathered = self._gathered(records)
+        elsewhere = {id(record) for members in gathered.values() for record in members}
+        shrink([record for record in records if id(record) not in elsewhere], self.order, warm)
         for group, members in gathered.items():
-            shrink_at_owners(members, group, order, fold, warm)
+            shrink_at_owners(members, group, self.order, warm)
 
-    def _gathered(self, jobs: list[Job], fold: str) -> dict[dist.ProcessGroup, list[Job]]:
-        """The sharded layers that have owners, by the processes that have their parts."""
-        found: dict[dist.ProcessGroup, list[Job]] = {}
-        for job in jobs if self.mode == "owner" else ():
-            if group := gathering_group(job, fold):
-                found.setdefault(group, []).append(job)
+    def _gathered(self, records: list[LayerRecord]) -> dict[dist.ProcessGroup, list[LayerRecord]]:
+        """The sharded layers that have owners, by the group they are sharded over."""
+        found: dict[dist.ProcessGroup, list[LayerRecord]] = {}
+        for record in records if self.mode == "owner" else ():
+            if group := gathering_group(record):
+                found.setdefault(group, []).append(record)
         return found
 
-    def _owners(self, jobs: list[Job], fold: str) -> dict[str, tuple]:
+    def _owners(self, records: list[LayerRecord]) -> dict[str, tuple]:
         """What :meth:`collect` wants to know of them."""
         return {
-            key: (group, owner, job.results[0].new_empty(0))
-            for group, members in self._gathered(jobs, fold).items()
-            for job, owner in zip(members, owners_of(members, group), strict=True)
-            for key in job.keys
+            key: (group, owner, record.results[0].new_empty(0))
+            for group, members in self._gathered(records).items()
+            for record, owner in zip(members, owners_of(members, group), strict=True)
+            for key in record.keys
         }
 
 
 def _same_steps(warm: WarmState, groups: Sequence[dist.ProcessGroup], device: torch.device) -> None:
-    """Raise ValueError where some processes have taken more steps: a state was loaded on one of them only, perhaps."""
+    """Raise ValueError where some ranks have taken more steps: a state was loaded on one of them only, perhaps."""
     calls = torch.tensor([warm.calls, -warm.calls], device=device)
     for group in groups:
         dist.all_reduce(calls, dist.ReduceOp.MAX, group)

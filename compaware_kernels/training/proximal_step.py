@@ -12,14 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..distributed.dtensor import as_before
 from ..folds import row_axes
-from ..nn import parametrization
 from ..nn.discovery import Layer, foldable_layers, require_matches
-from ..nn.unwrap import data_parallel_group, gather_no_more, unwrapped, unwrapped_optimizer
+from ..nn.unwrap import data_parallel_group, reshard, unwrapped, unwrapped_optimizer
 from ..proximal.warm_state import WarmState, from_text, to_text
-from .coordinator import Team
-from .penalties import PENALTIES, Job, center_of
+from .coordinator import Coordinator
+from .layer_record import LayerRecord, center_of, write_back
+from .penalties import PENALTIES, thresholds
 from .replicas import MODES
 from .report import ProximalReport, spectrum
 
@@ -56,7 +55,8 @@ class ProximalStep:
         every: ``"epoch"``: you call :meth:`step` at the end of each epoch, as in the paper. An int k: a proximal step
             runs by itself after every k optimizer steps. The strength is per proximal step: more steps shrink more.
         scale_by_lr: multiply by the current learning rate (the proximal gradient method) or not.
-        order: the order of the penalties. L1 after nuclear can raise the rank again; scaling rows cannot.
+        order: of the penalties, all that have a strength (default: nuclear, group, l1). L1 after nuclear can raise the
+            rank again; scaling rows cannot.
         fold: how convolutions become matrices for the nuclear norm, see :mod:`compaware_kernels.folds`.
         skip: name patterns of layers to leave alone.
         warmup: the thresholds of the first ``warmup`` proximal steps grow linearly to their full size.
@@ -91,7 +91,7 @@ class ProximalStep:
         l1: Strength = 0.0,
         every: int | str = "epoch",
         scale_by_lr: bool = True,
-        order: Sequence[str] = PENALTIES,
+        order: Sequence[str] | None = None,
         fold: str = "paper",
         skip: Sequence[str] = (),
         warmup: int = 0,
@@ -101,27 +101,23 @@ class ProximalStep:
     ):
         if not (every == "epoch" or (isinstance(every, int) and every >= 1)):
             raise ValueError(f"every must be 'epoch' or a number of optimizer steps >= 1; got {every!r}")
-        if sorted(order) != sorted(PENALTIES):
-            raise ValueError(f"order must hold {', '.join(PENALTIES)}, each once; got {tuple(order)}")
         if not (isinstance(warmup, int) and warmup >= 0):
             raise ValueError(f"warmup must be a number of proximal steps >= 0; got {warmup!r}")
         if division not in MODES:
             raise ValueError(f"division must be one of {', '.join(MODES)}; got {division!r}")
         row_axes(fold, 2)
         self.optimizer, self.every, self.scale_by_lr = unwrapped_optimizer(optimizer), every, scale_by_lr
-        self.order, self.fold, self.warmup = tuple(order), fold, warmup
+        self.order, self.fold, self.warmup = tuple(PENALTIES if order is None else order), fold, warmup
         self.model, self.center = unwrapped(model), center
-        self._put_back()
+        self._reshard()
         self.layers, self.skipped = foldable_layers(self.model, skip, training=True)
         names = [layer.name for layer in self.layers]
+        strengths = {"nuclear": nuclear, "group": group, "l1": l1}
+        _check_order(self.order, strengths)
         self.strengths = {
-            name: {
-                penalty: _strength(spec, name, penalty)
-                for penalty, spec in zip(PENALTIES, (nuclear, group, l1), strict=True)
-            }
-            for name in names
+            name: {penalty: _strength(spec, name, penalty) for penalty, spec in strengths.items()} for name in names
         }
-        for penalty, spec in zip(PENALTIES, (nuclear, group, l1), strict=True):
+        for penalty, spec in strengths.items():
             require_matches(list(spec) if isinstance(spec, Mapping) else [], names, penalty)
         if not self._trained():
             raise ValueError(
@@ -130,8 +126,8 @@ class ProximalStep:
         self.centers = None if center is None else _centers(unwrapped(center), self.layers, self.strengths)
         self.steps = self.applied = 0
         self.warm = WarmState()
-        self._team = Team(process_group or data_parallel_group(model), division)
-        self._team.warn_if_alone(self.layers)
+        self._coordinator = Coordinator(process_group or data_parallel_group(model), division, self.order)
+        self._coordinator.warn_if_alone(self.layers)
         self._hook = self.optimizer.register_step_post_hook(self._after_optimizer_step)
 
     @torch.compiler.disable
@@ -148,10 +144,10 @@ class ProximalStep:
         if self.every != "epoch" and self.steps % self.every == 0:
             self.step()
 
-    def _put_back(self) -> None:
+    def _reshard(self) -> None:
         for model in (self.model, self.center):
             if model is not None:
-                gather_no_more(model)
+                reshard(model)
 
     def remove(self) -> None:
         """Detach from the optimizer: no proximal step runs by itself any more."""
@@ -171,14 +167,12 @@ class ProximalStep:
             RuntimeError: another process has left. One that fails in the middle of a layer that is shrunk where it
                 lies, and goes on all the same, keeps the others waiting until the process group's timeout.
         """
-        self._put_back()
-        thresholds, centers = self.thresholds(), self.centers or {}
-        jobs = [Job.of(layer, bias, centers.get(layer.name), thresholds[layer.name])
-                for layer, bias, _ in self._trained()]  # fmt: skip
+        self._reshard()
+        records = self._records()
         before = self.warm.state_dict()
         try:
-            self._team.shrink(jobs, self.order, self.fold, self.warm)
-            _write(jobs)
+            self._coordinator.shrink(records, self.warm)
+            write_back(records)
         except Exception as error:
             self.warm.load_state_dict(before)
             if isinstance(error, RuntimeError) and dist.is_available() and dist.is_initialized():
@@ -186,18 +180,27 @@ class ProximalStep:
             raise
         self.applied += 1
 
+    def _records(self) -> list[LayerRecord]:
+        """One for every layer that the next proximal step changes."""
+        records = []
+        for layer, bias, lr in self._trained():
+            rows, center = layer.rows.detach(), (self.centers or {}).get(layer.name)
+            taus = {penalty: tau for penalty, tau in self._taus(layer.name, rows, bias, lr).items() if tau > 0}
+            if taus:
+                bias = bias if any(PENALTIES[penalty].with_bias for penalty in taus) else None
+                records.append(LayerRecord.of(layer, rows, bias, center, self.fold, taus))
+        return records
+
     def thresholds(self) -> dict[str, dict[str, float]]:
         """What the next proximal step will subtract, per layer and penalty."""
-        self._put_back()
-        ramp = min(1.0, (self.applied + 1) / (self.warmup + 1))
-        return {each[0].name: self._thresholds(*each, ramp) for each in self._trained()}
+        self._reshard()
+        return {layer.name: self._taus(layer.name, layer.rows, bias, lr) for layer, bias, lr in self._trained()}
 
-    def _thresholds(self, layer: Layer, bias: Tensor | None, lr: float, ramp: float) -> dict[str, float]:
-        """Strength x learning rate x ramp; for the group term also x sqrt(P), P the parameters of one neuron."""
-        per_neuron = layer.rows.shape[1:].numel() + (bias is not None)
-        scale = {"nuclear": 1.0, "group": math.sqrt(per_neuron), "l1": 1.0}
-        step = ramp * (lr if self.scale_by_lr else 1.0)
-        return {penalty: value * step * scale[penalty] for penalty, value in self.strengths[layer.name].items()}
+    def _taus(self, name: str, rows: Tensor, bias: Tensor | None, lr: float) -> dict[str, float]:
+        """Strength x learning rate x ramp x the penalty's scale, for a layer of these rows and this trained bias."""
+        parameters = rows.shape[1:].numel() + (bias is not None)
+        step = min(1.0, (self.applied + 1) / (self.warmup + 1)) * (lr if self.scale_by_lr else 1.0)
+        return thresholds(self.strengths[name], step, parameters)
 
     def _trained(self) -> list[tuple[Layer, Tensor | None, float]]:
         """What the optimizer holds and trains now: layers, their biases if these, too, and learning rates."""
@@ -219,7 +222,7 @@ class ProximalStep:
         (:func:`compaware_kernels.ranks.numerical_rank`). Costs one set of singular values per layer. Where weights are
         sharded, all processes must ask.
         """
-        self._put_back()
+        self._reshard()
         thresholds = self.thresholds()
         report = ProximalReport()
         for layer in self.layers:
@@ -234,7 +237,7 @@ class ProximalStep:
         is in the dictionary, for ``torch.distributed.checkpoint``. Later steps do not change it. The same on every
         process, and of use to any number of them; where sharded weights have owners, all processes must ask.
         """
-        self._team.collect(self.warm)
+        self._coordinator.collect(self.warm)
         return {"steps": self.steps, "applied": self.applied, "warm": to_text(self.warm.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -250,28 +253,19 @@ class ProximalStep:
         self.steps, self.applied = state["steps"], state["applied"]
 
 
-def _write(jobs: list[Job]) -> None:
-    """Put the copies in the weights and biases. Parametrizations may refuse: they come first, and can be undone."""
-    undo = [(job.layer.chain, parametrization.state(job.layer.chain)) for job in jobs if job.layer.is_parametrized]
-    jobs = sorted(jobs, key=lambda job: not job.layer.is_parametrized)
-    biases = [None if job.bias is None else as_before(job.bias, job.layer.module.bias) for job in jobs]
-    try:
-        for job in jobs:
-            if not job.in_place:
-                job.layer.set_rows(job.weight)
-    except ValueError:
-        for chain, before in undo:
-            chain.load_state_dict(before)
-        raise
-    for job, bias in zip(jobs, biases, strict=True):
-        if bias is not None and not job.in_place:
-            job.layer.module.bias.copy_(bias)
+def _check_order(order: Sequence[str], strengths: Mapping[str, Strength]) -> None:
+    if len(set(order)) != len(order) or not set(order) <= set(PENALTIES):
+        raise ValueError(f"order: wanted some of {', '.join(PENALTIES)}, each at most once; got {tuple(order)}")
+    for penalty, spec in strengths.items():
+        if penalty not in order and (any(spec.values()) if isinstance(spec, Mapping) else spec):
+            raise ValueError(f"order: wanted {penalty} in it, which has a strength; got {tuple(order)}")
 
 
 def _centers(center: nn.Module, layers: list[Layer], strengths: Mapping[str, Mapping[str, float]]) -> dict[str, Layer]:
     """The layers of ``center`` by the names of the model's."""
-    if any(by["group"] or by["l1"] for by in strengths.values()):
-        raise ValueError("center: only the nuclear penalty can be centered; wanted group = l1 = 0")
+    fixed = [name for name, penalty in PENALTIES.items() if not penalty.can_be_centered]
+    if any(by[name] for by in strengths.values() for name in fixed):
+        raise ValueError(f"center: only penalties on singular values can be centered; wanted {' = '.join(fixed)} = 0")
     found = {layer.name: layer for layer in foldable_layers(center, training=True)[0]}
     for layer in layers:
         other = found.get(layer.name)

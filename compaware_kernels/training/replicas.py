@@ -1,9 +1,9 @@
-"""Weights that several processes hold the same (DDP, HSDP): each shrinks its share of the layers, and all get the bits.
+"""Replicated weights (DDP, HSDP): layers are partitioned over ranks and broadcast; replicas stay bitwise identical.
 
-A layer's owner computes it and broadcasts the result, with what the next call wants to remember of it; so the weights
-stay the same to the last bit, whatever the processes run on. Where broadcasting costs more than computing all layers
-everywhere, that is done instead, and checked: one fingerprint per tensor travels, and where they differ the owner's
-results do, too.
+A layer's owner computes it and broadcasts the result with the warm state of the layer, so that the weights stay bitwise
+identical whatever the ranks run on. Where broadcasting costs more than computing all layers on every rank, every rank
+computes, and that is checked: one fingerprint per tensor is compared, and where they differ the owner's results are
+broadcast.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..distributed.collectives import as_bytes, from_bytes
 from ..proximal.warm_state import WarmState
 
 log = logging.getLogger(__name__)
@@ -25,8 +26,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of bas
 WORDS = 256
 
 
-class Division:
-    """How the processes of a group, which hold the same weights, share the layers.
+class Replicas:
+    """The ranks of a group that hold the same weights, and how they share the layers.
 
     Args:
         mode: ``"owner"``: each layer is computed by one process; ``"replicated"``: by all; ``"auto"``: by the faster
@@ -131,7 +132,7 @@ def _make_room(group: dist.ProcessGroup, owned: Sequence[tuple[str, int]], warm:
     dist.all_reduce(known, group=group)
     for (key, owner), (rows, columns, dtype) in zip(owned, known.tolist(), strict=True):
         if owner != group.rank() and dtype:
-            warm.bases[key] = torch.empty(rows, columns, dtype=DTYPES[dtype - 1], device=device)
+            warm.remember({key: torch.empty(rows, columns, dtype=DTYPES[dtype - 1], device=device)})
 
 
 def fingerprint(t: Tensor) -> Tensor:
@@ -139,12 +140,3 @@ def fingerprint(t: Tensor) -> Tensor:
     words = as_bytes(t)
     words = torch.nn.functional.pad(words, (0, -len(words) % (4 * WORDS))).view(torch.int32).view(-1, WORDS)
     return (words.sum(0) * torch.arange(1, 2 * WORDS, 2, device=t.device)).sum() >> 1
-
-
-def as_bytes(t: Tensor) -> Tensor:
-    return t.contiguous().view(-1).view(torch.uint8)
-
-
-def from_bytes(message: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """A copy, since a part of a message may begin where no number of this dtype can."""
-    return message.clone().view(dtype).view(shape)

@@ -28,7 +28,7 @@ class LayerSpectrum:
     thresholds: dict[str, float]  # that the next proximal step will use
 
 
-class ProximalReport(list):
+class ProximalReport(list[LayerSpectrum]):
     """A list of :class:`LayerSpectrum`; ``str(report)`` is a table."""
 
     def __str__(self) -> str:

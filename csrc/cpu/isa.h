@@ -1,4 +1,4 @@
-// Which of the instruction sets of core/each_isa.h to run on; included after it.
+// Which instruction set of each_isa.h the CPU kernels run on; included after it.
 #pragma once
 
 #include <torch/headeronly/util/Exception.h>
@@ -18,7 +18,7 @@ inline Isa best_isa() {
   return Isa::baseline;
 }
 
-// The best this machine has, or what COMPAWARE_ISA names, so that a test can run the others: read once.
+// The best that this machine has, or the one that COMPAWARE_ISA names (so that a test can run the others); read once.
 inline Isa isa() {
   static const Isa chosen = [] {
     const char* const name = std::getenv("COMPAWARE_ISA");
@@ -35,3 +35,11 @@ inline Isa isa() {
 }
 
 }  // namespace compaware
+
+// `kernel` of the chosen instruction set's namespace.
+#ifdef CK_X86_LEVELS
+#define CK_OF_ISA(kernel) \
+  (isa() == Isa::avx512 ? avx512::kernel : isa() == Isa::avx2 ? avx2::kernel : baseline::kernel)
+#else
+#define CK_OF_ISA(kernel) (isa(), baseline::kernel)
+#endif

@@ -14,8 +14,8 @@
 #include <string>
 #include <vector>
 
-#define CK_KERNEL "lowrank.h"
-#include "../core/each_isa.h"
+#define CK_KERNEL "lowrank_kernel.h"
+#include "each_isa.h"
 #include "isa.h"
 
 namespace compaware {
@@ -37,13 +37,7 @@ struct Kernels {
   bool (*is_packed)(const Factor&, const float*, int64_t);
 };
 
-Kernels kernels() {
-#ifdef CK_X86_LEVELS
-  if (isa() == Isa::avx512) return {avx512::lowrank_tile<16>, avx512::pack<16>, avx512::is_packed<16>};
-  if (isa() == Isa::avx2) return {avx2::lowrank_tile<8>, avx2::pack<8>, avx2::is_packed<8>};
-#endif
-  return {baseline::lowrank_tile<4>, baseline::pack<4>, baseline::is_packed<4>};
-}
+Kernels kernels() { return {CK_OF_ISA(lowrank_tile), CK_OF_ISA(pack), CK_OF_ISA(is_packed)}; }
 
 // --- calls of other ops -----------------------------------------------------------------------------------------------
 

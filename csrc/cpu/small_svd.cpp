@@ -1,4 +1,4 @@
-// small_svd on the CPU: matrices of a batch go through csrc/core/jacobi.h in groups, one per lane.
+// small_svd on the CPU: matrices of a batch go through small_svd_kernel.h in groups, one per lane.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -8,8 +8,8 @@
 #include <tuple>
 #include <vector>
 
-#define CK_KERNEL "jacobi.h"
-#include "../core/each_isa.h"
+#define CK_KERNEL "small_svd_kernel.h"
+#include "each_isa.h"
 #include "isa.h"
 
 namespace compaware {
@@ -28,11 +28,7 @@ struct Kernel {
 
 template <class T>
 Kernel<T> kernel() {
-#ifdef CK_X86_LEVELS
-  if (isa() == Isa::avx512) return {64 / sizeof(T), avx512::jacobi<T, 64 / sizeof(T)>};
-  if (isa() == Isa::avx2) return {32 / sizeof(T), avx2::jacobi<T, 32 / sizeof(T)>};
-#endif
-  return {16 / sizeof(T), baseline::jacobi<T, 16 / sizeof(T)>};
+  return {CK_OF_ISA(kLanes<T>), CK_OF_ISA(jacobi<T>)};
 }
 
 // W: [B, m, n], in any strides: transposed where that makes it tall. U: [B, m, n], s: [B, n], V: [B, n, n], contiguous.

@@ -6,8 +6,8 @@
 
 #include <algorithm>
 
-#define CK_KERNEL "wide.h"
-#include "../core/each_isa.h"
+#define CK_KERNEL "wide_product_kernel.h"
+#include "each_isa.h"
 #include "isa.h"
 
 namespace compaware {
@@ -18,18 +18,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kPad = 8;  // doubles in the widest vector
-
-template <class T>
-using Kernel = void (*)(const T*, int64_t, int64_t, const double*, int64_t, int64_t, int64_t, double*);
-
-template <class T>
-Kernel<T> kernel() {
-#ifdef CK_X86_LEVELS
-  if (isa() == Isa::avx512) return avx512::wide_product<T, 8>;
-  if (isa() == Isa::avx2) return avx2::wide_product<T, 4>;
-#endif
-  return baseline::wide_product<T, 2>;
-}
 
 // Y [n, p], in any strides, as [n, width] in fp64, the added columns zero.
 template <class T>
@@ -46,10 +34,11 @@ template <class T>
 void run(const Tensor& X, const double* Y, int64_t width, double* out) {
   const int64_t m = X.size(0), n = X.size(1), row = X.stride(0), column = X.stride(1);
   const T* x = X.const_data_ptr<T>();
+  const auto kernel = CK_OF_ISA(wide_product<T>);
   const int64_t blocks = (m + kPad - 1) / kPad, grain = 1 + (1 << 17) / (n * width * kPad + 1);
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kPad, last = std::min(m, end * kPad);
-    kernel<T>()(x + first * row, row, column, Y, width, last - first, n, out + first * width);
+    kernel(x + first * row, row, column, Y, width, last - first, n, out + first * width);
   });
 }
 

@@ -1,5 +1,5 @@
 // soft_threshold, group_shrink, sparse_group_shrink and their in-place forms on CUDA: ck_shrink, registered.
-#include "../shrink_ops.h"
+#include "../core/shrink_ops.h"
 #include "shrink_launch.h"
 
 #include <torch/csrc/stable/accelerator.h>

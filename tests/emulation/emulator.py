@@ -111,7 +111,7 @@ def build(variant: str) -> Path:
     parts = [] if variant == "fibers" else [build("fibers")]
     digest = hashlib.sha256(" ".join([*command, *map(str, parts)]).encode())
     for source in sorted([*ROOT.glob("csrc/cuda/*"), *ROOT.glob("csrc/core/*"), *ROOT.glob("tests/emulation/cxx/*")]):
-        if variant != "fibers" or source.parent.name == "emulator":
+        if variant != "fibers" or source.parent.name == "cxx":
             digest.update(source.read_bytes())
     BUILT.mkdir(parents=True, exist_ok=True)
     suffix = {"fibers": ".o", "plain": ".so"}.get(variant, "")

@@ -1,6 +1,6 @@
 """The whole proximal step as a GPU would run it: Triton kernels under the interpreter, CUDA kernels under the emulator.
 
-test_gpu_step.py runs this in a process of its own. Workspace is poisoned with NaN; the truth is fp64.
+Run with TRITON_INTERPRET=1, alone. Workspace is poisoned with NaN; the truth is fp64.
 """
 
 import pytest
@@ -10,10 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import compaware_kernels as ck
 from compaware_kernels.ops import cuda_launcher
-from compaware_kernels.proximal.cuda import plan
+from compaware_kernels.proximal.cuda import backend, plan
 from tests.emulation import emulator, triton_sim
 from tests.helpers import oracle
 from tests.helpers.cases import low_rank, with_spectrum
+
+pytestmark = pytest.mark.emulation
 
 TOL, TAU = 1e-3, 1.0
 LAUNCHES = ["ck_begin", "ck_small", "program", "ck_orth", "program", "ck_orth", "program", "ck_ritz", "program",
@@ -173,13 +175,13 @@ def test_no_word_with_the_host():
     state, weights = ck.WarmState(), network()
     for call in range(3):
         step(weights, network(call), state)
-    (engine,) = state.engines.values()
+    (engine,) = backend.engines(state).values()
     on_gpu = [*weights, *(x for p in engine.plan.programs for x in p.tensors), engine.plan.out, engine.plan.inputs]
     with NoSync(on_gpu):
         ck.svt_(weights, TAU, state=state)
         with pytest.raises(RuntimeError, match="waits"):
             weights[0].cpu()
-    assert list(state.engines.values()) == [engine]
+    assert list(backend.engines(state).values()) == [engine]
 
 
 def test_torch_does_as_much_for_more_layers(monkeypatch):

@@ -1,4 +1,4 @@
-"""The fused low-rank kernel under Triton's interpreter; test_triton_lowrank.py runs this in a process of its own.
+"""The fused low-rank kernel under Triton's interpreter; run with TRITON_INTERPRET=1, alone.
 
 The truth is fp64, and the bound twice the error of two steps of plain torch in the same arithmetic.
 """
@@ -18,6 +18,8 @@ from torch import Tensor
 from compaware_kernels.ops import triton_lowrank
 from compaware_kernels.ops.lowrank import ACTIVATIONS
 from tests.emulation import triton_sim
+
+pytestmark = pytest.mark.emulation
 
 ARITHMETIC = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

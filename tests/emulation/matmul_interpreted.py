@@ -1,4 +1,4 @@
-"""Matrix programs under Triton's interpreter; test_triton_program.py runs this in a process of its own.
+"""Matrix programs under Triton's interpreter; run with TRITON_INTERPRET=1, alone.
 
 The truth is fp64. Every matrix lies in memory of its own that is NaN around it, before the run and after.
 """
@@ -18,6 +18,8 @@ from compaware_kernels.proximal.cuda import matmul_program as host
 from compaware_kernels.proximal.cuda.matmul_program import TYPES, Program
 from tests.emulation import triton_sim
 from tests.emulation.triton_planted import IN_KERNEL, IN_TABLES, plant
+
+pytestmark = pytest.mark.emulation
 
 PROGRAMS = 16  # of a launch on the CPU
 SEEDS = 0, 1, 2, 5, 9, 11  # all programs at a time in order; two, one, five, all and all in any

@@ -1,6 +1,6 @@
 """The self-test on the CPU: Triton kernels under the interpreter, CUDA kernels under the emulator.
 
-test_selftest.py runs this in processes of their own: FAMILY [PATTERN [planted]]. Prints the rows of the cases that
+test_quarantine.py runs this in processes of their own: FAMILY [PATTERN [planted]]. Prints the rows of the cases that
 match; planted: the kernels of the family then give one wrong number.
 """
 

@@ -2,8 +2,11 @@
 
 import fcntl
 import hashlib
+import json
 import runpy
 import subprocess
+import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from torch.utils import cpp_extension
 from tests.emulation import emulator
 
 SOURCE = "tests/emulation/cxx/shrink_ops.cpp"
-READ = (SOURCE, "csrc/shrink_ops.h", "csrc/cuda/shrink_launch.h", "csrc/cuda/shrink.h", "csrc/core/shrink.h")
+READ = (SOURCE, "csrc/core/shrink_ops.h", "csrc/cuda/shrink_launch.h", "csrc/cuda/shrink.h", "csrc/core/shrink.h")
 
 
 def library() -> Path:
@@ -37,25 +40,36 @@ def library() -> Path:
     return target
 
 
+def cases() -> dict[str, Callable[[], None]]:
+    """All checks of shrink_checks.py on the CPU, by name."""
+    from tests.helpers import shrink_checks as checks
+
+    found = {name: partial(getattr(checks, name), "cpu") for name in ("neuron_values", "neuron_refusals")}
+    for name in checks.OPS:
+        for check in (name for name in dir(checks) if name.startswith("check_")):
+            kinds = [{"dtype": dtype} for dtype in checks.DTYPES] if check == "check_values" else [{}]
+            for kind in kinds:
+                label = "-".join([name, check.removeprefix("check_"), *map(str, kind.values())])
+                found[label] = partial(getattr(checks, check), name, device="cpu", **kind)
+    return found
+
+
 def main() -> None:
-    """All checks of shrink_checks.py."""
+    """Prints what came of each case: its name, and nothing or what is wrong."""
     path = library()
     load, torch.ops.load_library = torch.ops.load_library, None  # which fails, so that the package does without
     import compaware_kernels as ck
-    from tests.helpers import shrink_checks as checks
 
     assert ck.info()["ops"]["soft_threshold"]["CPU"] != "C++ kernel"
     load(path)
     assert ck.info()["ops"]["soft_threshold"]["CPU"] == "C++ kernel"
-    values = [partial(checks.check_values, dtype=dtype) for dtype in checks.DTYPES]
-    others = [getattr(checks, name) for name in dir(checks) if name.startswith("check_") and name != "check_values"]
-    for name in checks.OPS:
-        for check in (*values, *others):
-            check(name, device="cpu")
-        print(name)
-    checks.neuron_values("cpu")
-    checks.neuron_refusals("cpu")
-    print("neuron_shrink")
+    for name, check in cases().items():
+        wrong = ""
+        try:
+            check()
+        except Exception:
+            wrong = traceback.format_exc()
+        print(json.dumps([name, wrong]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The checks of engine_checks.py on the CPU; test_engine_checks.py runs this in a process of its own."""
+"""The checks that test_gpu_step.py makes on a GPU, emulated: they pass here, so there they test the GPU.
+
+Run with TRITON_INTERPRET=1, alone.
+"""
 
 import pytest
 import torch
@@ -7,6 +10,8 @@ from compaware_kernels.ops import cuda_launcher
 from compaware_kernels.proximal.cuda import matmul_program
 from tests.emulation import emulator, triton_sim
 from tests.helpers import solver_checks as checks
+
+pytestmark = pytest.mark.emulation
 
 
 @pytest.fixture(autouse=True)

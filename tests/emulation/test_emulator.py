@@ -10,7 +10,7 @@ import torch
 from tests.emulation import emulator
 from tests.emulation.emulator import launch, sanitize
 
-pytestmark = pytest.mark.skipif(bool(emulator.missing), reason=emulator.missing)
+pytestmark = [pytest.mark.emulation, pytest.mark.skipif(bool(emulator.missing), reason=emulator.missing)]
 
 PLANTED = (emulator.ROOT / "tests/emulation/cxx/planted.cuh").read_text()
 BUGS = re.findall(r"k[A-Z]\w+", re.search(r"enum Bug {(.*?)}", PLANTED, re.DOTALL)[1])

@@ -1,10 +1,12 @@
-"""Several processes for a test: one gloo group on this machine, from a server that has imported torch already."""
+"""Several processes for a test: one gloo group on this machine for each number of them, kept from test to test."""
 
 import os
 import pickle
 import tempfile
+import time
 import traceback
 from datetime import timedelta
+from multiprocessing.connection import wait
 
 import torch
 import torch.distributed as dist
@@ -12,50 +14,85 @@ import torch.multiprocessing as mp
 from threadpoolctl import threadpool_limits
 
 LIMIT = 120.0  # seconds
+SEED = torch.Generator().initial_seed()  # of every new process
+
+_teams: dict[int, "Team"] = {}  # by number of processes
 
 
 def run(work, processes, *args):
-    """``work(rank, *args)`` in so many processes; what each returns, by rank.  Raises what the first one raised."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "compaware_kernels", "torch.distributed.tensor", "torch.distributed.fsdp"])
-    with tempfile.TemporaryDirectory() as folder:
-        entries = [(rank, processes, folder, work, args) for rank in range(processes)]
-        started = [context.Process(target=_enter, args=entry, daemon=True) for entry in entries]
-        for process in started:
-            process.start()
-        for process in started:
-            process.join(LIMIT)
-        hanging = [rank for rank, process in enumerate(started) if process.is_alive()]
-        for process in started:
-            process.kill()
-        found = [_read(os.path.join(folder, f"{rank}")) for rank in range(processes)]
+    """``work(rank, *args)`` in so many processes; what each returns, by rank, None for one that died.
+
+    Raises what the first one raised. Processes of which one raised, died or hangs are not used again; what ``work``
+    changes for its whole process it must change back.
+    """
+    team = _teams.pop(processes, None) or Team(processes)
+    found, hanging = team.run(work, args)
     failures = [f"process {rank}:\n{error}" for rank, (error, _) in enumerate(found) if error]
+    if failures or hanging or not team.whole:
+        team.end()
+    else:
+        _teams[processes] = team
     assert not failures, "\n".join(failures)
     assert not hanging, f"processes {hanging} did not end in {LIMIT} s"
     return [result for _, result in found]
 
 
-def _enter(rank, processes, folder, work, args):
+class Team:
+    """Processes of one gloo group, from a server that has imported torch already. They end with this process."""
+
+    def __init__(self, processes):
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(
+            ["torch", "compaware_kernels", "torch.distributed.tensor", "torch.distributed.fsdp"]
+        )
+        self.folder, self.whole, self.started, self.pipes = tempfile.TemporaryDirectory(), True, [], []
+        for rank in range(processes):
+            here, there = context.Pipe()
+            entry = (rank, processes, os.path.join(self.folder.name, "store"), there)
+            self.started.append(context.Process(target=_serve, args=entry, daemon=True))
+            self.started[-1].start()
+            there.close()  # so that its end shows here
+            self.pipes.append(here)
+
+    def run(self, work, args):
+        """(error, result) of each process, and the ranks of those that have not answered in time."""
+        found, until = [(None, None) for _ in self.pipes], time.monotonic() + LIMIT
+        waiting = {pipe: rank for rank, pipe in enumerate(self.pipes)}
+        for pipe in self.pipes:
+            pipe.send_bytes(pickle.dumps((work, args)))
+        while waiting and (ready := wait(waiting, until - time.monotonic())):
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                try:
+                    found[rank] = pipe.recv()
+                except (EOFError, OSError):  # it died
+                    self.whole = False
+        return found, sorted(waiting.values())
+
+    def end(self):
+        for process in self.started:
+            process.kill()
+        self.folder.cleanup()
+
+
+def _serve(rank, processes, store, pipe):
     torch.set_num_threads(1)
     threadpool_limits(1)  # NumPy's: the processes share few cores
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    store = dist.FileStore(os.path.join(folder, "store"), processes)
+    store = dist.FileStore(store, processes)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=timedelta(seconds=60))
-    error = result = None
-    try:
-        result = work(rank, *args)
-    except BaseException:
-        error = traceback.format_exc()
-    with open(os.path.join(folder, f"{rank}.part"), "wb") as file:
-        pickle.dump((error, result), file)
-    os.replace(os.path.join(folder, f"{rank}.part"), os.path.join(folder, f"{rank}"))
-    if error is None:
-        dist.destroy_process_group()
-
-
-def _read(path):
-    if not os.path.exists(path):
-        return None, None
-    with open(path, "rb") as file:
-        return pickle.load(file)
+    error = None
+    while error is None:  # who has failed ends, and with it what the others still wait for
+        result = None
+        try:
+            received = pipe.recv_bytes()
+        except EOFError:
+            return
+        try:
+            work, args = pickle.loads(received)
+            torch.manual_seed(SEED)
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = True
+            result = work(rank, *args)
+        except BaseException:
+            error = traceback.format_exc()
+        pipe.send((error, result))

@@ -1,4 +1,4 @@
-"""What the engine must do on a GPU: test_gpu_engine.py runs it there, engine_emulated.py, as far as it goes, here."""
+"""What the engine must do on a GPU: test_gpu_step.py runs it there, solver_emulated.py, as far as it goes, here."""
 
 import copy
 from contextlib import nullcontext
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import compaware_kernels as ck
-from compaware_kernels.proximal.cuda import step
+from compaware_kernels.proximal.cuda import backend, step
 from tests.helpers import oracle
 from tests.helpers.cases import low_rank, with_spectrum
 
@@ -74,7 +74,7 @@ def check_replay(device, capture):
     weights, state = warm(device)
     twin = copy.deepcopy(state.state_dict())
     graph = capture(lambda: ck.svt_(weights, TAU, state=state, tol=TOL), state, weights)
-    (engine,) = state.engines.values()
+    (engine,) = backend.engines(state).values()
     for i, tau in enumerate((TAU, TAU, 1.3)):
         fresh = network(call=10 + i, device=device)
         for W, X in zip(weights, fresh, strict=True):
@@ -82,7 +82,7 @@ def check_replay(device, capture):
         engine.plan.captured[: len(weights)] = tau
         graph.replay()
         wait(device)
-        assert_right(weights, fresh, engine.reports(weights, None), tau)
+        assert_right(weights, fresh, engine.reports(weights, [None] * len(weights)), tau)
         if i == 0:
             other, eager = [torch.empty_like(W) for W in weights], ck.WarmState()
             eager.load_state_dict(twin)
@@ -101,7 +101,7 @@ class CaptureOnCpu:
     """The launches that a graph would hold, and the copy before them."""
 
     def __init__(self, queue, state, weights):
-        (self.engine,) = state.engines.values()
+        (self.engine,) = backend.engines(state).values()
         self.engine.plan.captured = torch.tensor([*[TAU] * len(weights), state.seed, state.calls], dtype=torch.float64)
 
     def replay(self):

@@ -6,7 +6,10 @@ import pytest
 
 from tests.emulation import nvrtc_aot as aot
 
-pytestmark = pytest.mark.skipif(aot.nvrtc() is None, reason="nvidia-cuda-nvrtc is not installed")
+pytestmark = [
+    pytest.mark.emulation,
+    pytest.mark.skipif(aot.nvrtc() is None, reason="nvidia-cuda-nvrtc is not installed"),
+]
 
 MANY_NUMBERS = """
 #include "portable.h"

@@ -156,6 +156,7 @@ def test_the_library_says_what_is_wrong(gpus, monkeypatch):
             cuda_launcher.launch("ck_shrink", 1, 32, 0, [1], SECOND)
 
 
+@pytest.mark.emulation
 @pytest.mark.skipif(bool(emulator.missing), reason=emulator.missing)
 def test_another_launcher():
     count = torch.zeros(1, dtype=torch.int32)

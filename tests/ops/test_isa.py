@@ -16,8 +16,10 @@ pytestmark = pytest.mark.skipif(bool(library.missing), reason=f"no C++ kernel: {
 
 
 def check_values():
-    """small_svd, wide_product and the low-rank ops against fp64; how one matrix was packed tells the kernels apart."""
+    """The CPU ops against fp64. Returns digests that tell the instruction sets apart: of a packed factor, whose layout
+    follows the width of the vectors, and of norms in fp64, which without fused multiply-adds are rounded more often."""
     from tests.helpers import lowrank_checks as checks
+    from tests.helpers import shrink_checks
 
     ops, generator = torch.ops.compaware, torch.Generator().manual_seed(0)
     for name in checks.CONV:
@@ -33,12 +35,36 @@ def check_values():
     for m, n, p in ((17, 600, 25), (1, 3, 1), (40, 9, 8)):
         X, Y = checks.values((m, n), generator).float(), checks.values((n, p), generator)
         torch.testing.assert_close(ops.wide_product(X, Y), X.double() @ Y, rtol=1e-13, atol=1e-12)
-    packed = ops.lowrank_pack(checks.values((65, 3), generator).float(), torch.ones(4, 65), 1)
-    return hashlib.sha256(packed[16:].numpy().tobytes()).hexdigest()  # behind the header
+    for name in shrink_checks.OPS:
+        for dtype in shrink_checks.DTYPES:
+            shrink_checks.check_values(name, dtype, "cpu")
+        shrink_checks.check_in_place(name, "cpu")
+        shrink_checks.check_special_values(name, "cpu")
+    shrink_checks.neuron_values("cpu")
+    packed = ops.lowrank_pack(checks.values((65, 3), generator).float(), torch.ones(4, 65), 1)[16:]  # behind the header
+    shrunk = ops.group_shrink(checks.values((1000, 400), generator), torch.tensor(10.0))
+    return [hashlib.sha256(x.numpy().tobytes()).hexdigest() for x in (packed, shrunk)]
 
 
-def run(isa):
-    code = "import json, test_isa; print(json.dumps(test_isa.check_values()))"
+def check_refusals():
+    """Every op that has a C++ kernel reads COMPAWARE_ISA."""
+    ops, x, tau = torch.ops.compaware, torch.ones(2, 3), torch.ones(1)
+    for op, *args in (
+        (ops.lowrank_linear, x, torch.ones(2, 3), torch.ones(4, 2), None, None, None, "none"),
+        (ops.small_svd, x[None]),
+        (ops.wide_product, x, x.mT.double()),
+        (ops.soft_threshold, x, tau),
+        (ops.group_shrink, x, tau),
+        (ops.sparse_group_shrink_, [x], tau, tau),
+        (ops.neuron_shrink_, [x], [x[:, 0].clone()], tau),
+    ):
+        with pytest.raises(RuntimeError, match="wanted baseline, avx2 or avx512, and one that this machine has; got n"):
+            op(*args)
+    return "refused"
+
+
+def run(isa, check):
+    code = f"import json; from tests.ops import test_isa; print(json.dumps(test_isa.{check.__name__}()))"
     env = {**os.environ, "COMPAWARE_ISA": isa}
     return subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True
@@ -47,15 +73,17 @@ def run(isa):
 
 def test_every_instruction_set():
     level = {"AVX512": 2, "AVX2": 1}.get(torch.backends.cpu.get_cpu_capability(), 0)
-    wanted, layouts = ("baseline", "avx2", "avx512")[: level + 1], []
+    wanted, packed, shrunk = ("baseline", "avx2", "avx512")[: level + 1], [], []
     for isa in wanted:
-        done = run(isa)
+        done = run(isa, check_values)
         assert done.returncode == 0, f"{isa}: {done.stderr}"
-        layouts.append(json.loads(done.stdout))
-    assert len(set(layouts)) == len(wanted), "each ran another kernel"
-    assert run("").stdout == done.stdout, "the best is the default"
+        for found, digest in zip((packed, shrunk), json.loads(done.stdout), strict=True):
+            found.append(digest)
+    assert len(set(packed)) == len(wanted), "each ran another kernel"
+    assert len(set(shrunk)) == min(2, len(wanted)), "the shrinkage ops, too: with and without fused multiply-adds"
+    assert run("", check_values).stdout == done.stdout, "the best is the default"
 
 
 def test_what_there_is_not_is_refused():
-    done = run("neon")
-    assert "COMPAWARE_ISA: wanted baseline, avx2 or avx512, and one that this machine has; got neon" in done.stderr
+    done = run("neon", check_refusals)
+    assert done.stdout == '"refused"\n', done.stderr

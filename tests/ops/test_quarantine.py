@@ -1,9 +1,11 @@
 """The self-test: what it says of right and of wrong kernels, here emulated, and that wrong ones are not used then."""
 
+import fnmatch
 import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,13 +16,13 @@ import compaware_kernels as ck
 from compaware_kernels import cli, selftest
 from compaware_kernels.ops import backends, cuda_launcher, quarantine
 from compaware_kernels.proximal.cuda import backend
-
-LONG = "minutes: make gpu-check runs it"
-pytestmark = pytest.mark.skipif(not os.environ.get("COMPAWARE_LADDER"), reason=LONG)
+from compaware_kernels.proximal.spectral_functions import SoftThreshold
 
 EMULATED = Path(__file__).parents[1] / "emulation/selftest_emulated.py"
 CPU = torch.device("cpu")
-PATTERNS = {"shrink": "*", "low rank": "*", "step": "matrix program*"}  # step, other: a few seconds each
+STEPS = [f"step, {route}, fp32" for route in ("small", "cold", "warm", "NaN")]  # other types: a few seconds each
+PROCESSES = [("shrink", "*"), ("low rank", "*"), ("step", "matrix program*"), *(("step", step) for step in STEPS)]
+RIGHT = [(*process, name) for process in PROCESSES for name in fnmatch.filter(selftest.CASES[process[0]], process[1])]
 
 
 @pytest.fixture(autouse=True)
@@ -43,20 +45,20 @@ def emulated(family, *arguments):
     return selftest.parse(family, done.stdout, "")
 
 
-@pytest.mark.parametrize("family", PATTERNS)
-def test_right_kernels_pass(family):
-    rows = emulated(family, PATTERNS[family])
-    assert len(rows) > 5 and not [row for row in rows if row.failed or row.skipped], rows
-    assert all(0 <= row.error <= 1 for row in rows)
-    assert any(row.error > 0 for row in rows)
+@cache
+def right(family, pattern):
+    return {row.name: row for row in emulated(family, pattern)}
 
 
-@pytest.mark.parametrize("route", ["small", "cold", "warm", "NaN"])
-def test_right_steps_pass(route):
-    (row,) = emulated("step", f"step, {route}, fp32")
-    assert not row.failed and not row.skipped and row.error <= 1, row
+@pytest.mark.emulation
+@pytest.mark.parametrize("family, pattern, name", RIGHT, ids=str)
+def test_right_kernels_pass(family, pattern, name):
+    rows = right(family, pattern)
+    assert not rows[name].failed and not rows[name].skipped and 0 <= rows[name].error <= 1, rows[name]
+    assert any(row.error > 0 for row in rows.values()) or pattern == "step, NaN, fp32"
 
 
+@pytest.mark.emulation
 @pytest.mark.parametrize("family, pattern, wrong", [
     ("shrink", "*, fp32", {"soft_threshold, fp32"}),
     ("low rank", "*, tf32", {"lowrank_linear, tf32"}),
@@ -82,7 +84,7 @@ def failing(family):
 
 def test_the_step_is_refused(caplog):
     pytest.importorskip("triton")
-    weights, functions = [torch.randn(4, 5)], [backend.SoftThreshold(1.0)]
+    weights, functions = [torch.randn(4, 5)], [SoftThreshold(1.0)]
     token = cuda_launcher.instead.set(lambda *launch: pytest.fail("launched"))
     try:
         assert backend.takes(weights, functions, True)
@@ -110,7 +112,7 @@ def test_shrink_is_replaced(caplog):
     script = """if True:
         import torch
         from compaware_kernels.ops import shrinkage
-        from compaware_kernels.gpu import verdicts
+        from compaware_kernels.ops import quarantine as verdicts
         assert verdicts._put
         verdicts._put.clear()
         called = []

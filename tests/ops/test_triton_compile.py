@@ -16,6 +16,8 @@ from compaware_kernels.proximal.cuda.matmul_program import Program
 from compaware_kernels.proximal.cuda.plan import Plan
 from tests.emulation.triton_aot import SHARED, Code, lowrank_code, problems, program_code, program_problems
 
+pytestmark = pytest.mark.emulation
+
 BIGGEST = [(kind, BR, TILES[kind][BR][0]) for kind in TILES for BR in (16, 128)]
 
 

@@ -1,10 +1,8 @@
-"""The fused low-rank kernel: its values under Triton's interpreter, and the way from the op to it."""
+"""The fused low-rank kernel: the way from the op to it. Its values: tests/emulation/lowrank_interpreted.py."""
 
 import logging
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,19 +11,6 @@ from torch._subclasses import FakeTensorMode
 import compaware_kernels as ck
 from compaware_kernels.ops import backends
 from compaware_kernels.ops import lowrank as lowrank_ops
-
-INTERPRETED = Path(__file__).parents[1] / "emulation/lowrank_interpreted.py"
-
-
-def python(*command, **env) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *command], env={**os.environ, **env}, capture_output=True, text=True)
-
-
-def test_under_the_interpreter():
-    """In a process of its own: Triton interprets kernels or compiles them, as decided when it is imported."""
-    pytest.importorskip("triton")
-    done = python("-m", "pytest", "-p", "no:cacheprovider", str(INTERPRETED), TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_registered_and_imported_late():
@@ -37,7 +22,7 @@ def test_registered_and_imported_late():
         for name in ("lowrank_conv2d", "lowrank_linear"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"compaware::{name}", "CUDA")
         assert "compaware_kernels.ops.triton_lowrank" not in sys.modules"""
-    done = python("-c", script)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

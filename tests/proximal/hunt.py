@@ -196,8 +196,8 @@ def run(case: Case) -> list[tuple[list[torch.Tensor], list[ck.SvtInfo]]]:
     """Per call the weights after it and what it said."""
     state, out, patches = copy.deepcopy(case.state), [], {"FIRST": case.first}
     if case.forced:
-        patches |= {"worth_it": lambda m, n, columns: True, "small": mock.Mock(wraps=jacobi)}
-        patches["small"].small_shapes, patches["small"].Group = lambda weights: set(), jacobi.Group
+        patches |= {"worth_it": lambda m, n, columns: True, "jacobi": mock.Mock(wraps=jacobi)}
+        patches["jacobi"].small_shapes, patches["jacobi"].Group = lambda weights: set(), jacobi.Group
     with mock.patch.multiple(solver, **patches), mock.patch.object(subspace_iteration, "FIRST", case.first):
         for weights in copy.deepcopy(case.calls):
             out.append((weights, getattr(ck, case.op)(weights, case.parameter, state=state, **case.kwargs)))

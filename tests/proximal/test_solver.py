@@ -280,6 +280,22 @@ def test_a_failure_in_the_last_layer_changes_no_weight_and_no_state(monkeypatch)
     assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True)) and state.state_dict() == kept
 
 
+@pytest.mark.parametrize(("failing", "method"), [({torch.float32}, "gram, fp64"), (None, "svd, fp64")])
+def test_where_eigh_does_not_converge_the_next_route_serves(monkeypatch, failing, method):
+    W, eigh = torch.randn(120, 90, generator=torch.Generator().manual_seed(0)), torch.linalg.eigh
+
+    def fail(G):
+        if failing is None or G.dtype in failing:
+            raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")
+        return eigh(G)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    X = W.clone()
+    (info,) = ck.svt_([X], 3.0)
+    error = X - ck.svt(W.double(), 3.0)
+    assert info.method == method and error.norm() <= info.error_bound
+
+
 @pytest.mark.parametrize("tol", [0.0, -1.0, math.nan, math.inf, "small"])
 def test_bad_tolerance(tol):
     with pytest.raises(ValueError, match="tol: wanted"):

@@ -1,5 +1,7 @@
 """What the processes tell each other besides the weights: what is remembered, in any dtype, and fingerprints."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import compaware_kernels as ck
+from compaware_kernels.proximal import solver
 from compaware_kernels.training.replicas import assign, fingerprint
 from compaware_kernels.training.report import spectrum
 from tests.helpers.cases import low_rank
@@ -59,15 +62,15 @@ def two_axes_of_replicas(rank):
         layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Replicate(), Replicate()]))
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     prox = ck.ProximalStep(model, optimizer, nuclear=1.0, division="owner")
-    whole = ck.penalties.prox.svt_
+    whole = solver.shrink_
 
-    def svt_(weights, *args, **more):
-        whole(weights, *args, **more)
-        for W in weights if rank == 3 else ():
-            W.to_local()[0, 0] += 1e-3
+    def shrink_(records, *args, **more):
+        whole(records, *args, **more)
+        for record in records if rank == 3 else ():
+            record.weight.to_local()[0, 0] += 1e-3
 
-    ck.penalties.prox.svt_ = svt_
-    prox.step()
+    with mock.patch.object(solver, "shrink_", shrink_):
+        prox.step()
     assert_same_bits([layer.weight.detach().to_local() for layer in model])
 
 

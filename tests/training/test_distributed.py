@@ -1,6 +1,7 @@
 """ProximalStep under DistributedDataParallel, fully_shard and tensor parallel: as one process would have done it."""
 
 import logging
+from unittest import mock
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import compaware_kernels as ck
-from compaware_kernels.training import penalties
-from compaware_kernels.training import replicas as division
+from compaware_kernels.proximal import solver
+from compaware_kernels.training.replicas import MODES
 from tests.helpers.processes import run
 
 PENALTIES = {"nuclear": 0.3, "group": 0.02, "l1": 0.01}
@@ -89,7 +90,7 @@ def data_parallel(rank, processes, mode):
     return {key: value for key, value in prox.state_dict().items() if key != "warm"}
 
 
-@pytest.mark.parametrize("mode", division.MODES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("processes", [2, 3])
 def test_data_parallel_is_one_process_and_the_same_to_the_last_bit(processes, mode):
     assert run(data_parallel, processes, processes, mode) == [{"steps": 6, "applied": 3}] * processes
@@ -100,9 +101,14 @@ def owners_compute_once(rank):
     model = DistributedDataParallel(network())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     prox = ck.ProximalStep(model, optimizer, nuclear=0.3, division="owner")
-    seen, whole = [], ck.svt_
-    penalties.functional.svt_ = lambda *args, names, **more: (seen.extend(names), whole(*args, names=names, **more))[1]
-    prox.step()
+    seen, whole = [], solver.shrink_
+
+    def shrink_(records, *args, **more):
+        seen.extend(record.name for record in records)
+        return whole(records, *args, **more)
+
+    with mock.patch.object(solver, "shrink_", shrink_):
+        prox.step()
     return seen
 
 
@@ -121,20 +127,20 @@ def other_bits(rank):
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
     logging.getLogger("compaware_kernels").addHandler(handler)
-    whole = ck.penalties.prox.svt_
+    whole = solver.shrink_
 
-    def svt_(weights, *args, **more):
-        infos = whole(weights, *args, **more)
-        if rank == 1 and weights:  # as if rounded otherwise: two elements, one up, one down
-            weights[0].view(-1)[3] = torch.nextafter(weights[0].view(-1)[3], torch.tensor(9.0, dtype=torch.float64))
-            weights[0].view(-1)[5] = torch.nextafter(weights[0].view(-1)[5], torch.tensor(-9.0, dtype=torch.float64))
+    def shrink_(records, *args, **more):
+        infos = whole(records, *args, **more)
+        if rank == 1 and records:  # as if rounded otherwise: two elements, one up, one down
+            numbers = records[0].weight.view(-1)
+            numbers[3] = torch.nextafter(numbers[3], torch.tensor(9.0, dtype=torch.float64))
+            numbers[5] = torch.nextafter(numbers[5], torch.tensor(-9.0, dtype=torch.float64))
         return infos
 
-    ck.penalties.prox.svt_ = svt_
-    prox.step()
-    assert_same_bits([p.detach() for p in model.parameters()])
-    prox.step()
-    assert_same_bits([p.detach() for p in model.parameters()])
+    with mock.patch.object(solver, "shrink_", shrink_):
+        for _ in range(2):
+            prox.step()
+            assert_same_bits([p.detach() for p in model.parameters()])
     return messages
 
 
@@ -229,7 +235,9 @@ def replicas_of_shards(rank, mode):
     assert_same_weights(model, alone()[0])
     assert_same_bits([full(p) for p in model.parameters()])
     assert prox.applied == 3
-    assert {division.mode for division in prox._team._divisions.values()} == {"owner"}  # parts of one must not differ
+    assert {replicas.mode for replicas in prox._coordinator._replicas.values()} == {
+        "owner"
+    }  # parts of one must not differ
     prox.state_dict()
     assert_same_bits([V for _, V in sorted(prox.warm.bases.items())])
 

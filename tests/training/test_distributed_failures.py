@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import compaware_kernels as ck
 from compaware_kernels.distributed.dtensor import local
+from compaware_kernels.proximal import solver
 from tests.helpers.processes import run
 from tests.training.test_distributed import PENALTIES, fsdp_model, full, network
 
@@ -82,9 +84,11 @@ def one_raises(rank):
     model = DistributedDataParallel(network())
     prox = ck.ProximalStep(model, torch.optim.SGD(model.parameters(), lr=0.1), **PENALTIES, division="owner")
     before = [full(p).clone() for p in model.parameters()]
-    if rank == 1:
-        ck.penalties.prox.svt_ = lambda *args, **more: 1 / 0
-    with pytest.raises(ZeroDivisionError, match="division by zero"):
+    shrink_ = mock.Mock(side_effect=ZeroDivisionError("division by zero")) if rank == 1 else solver.shrink_
+    with (
+        mock.patch.object(solver, "shrink_", shrink_),
+        pytest.raises(ZeroDivisionError, match="division by zero"),
+    ):
         prox.step()
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 

@@ -176,7 +176,9 @@ def test_report():
         ({"nuclear": {"head": 1.0}}, "'head' matches no layer"),
         ({"every": 0}, "every must be"),
         ({"fold": "crane"}, "got 'crane'"),
-        ({"order": ("l1",)}, "order must hold"),
+        ({"order": ("l1", "l1")}, "each at most once"),
+        ({"order": ("l1", "trace")}, "order: wanted some of"),
+        ({"nuclear": 1.0, "order": ("l1",)}, "order: wanted nuclear in it"),
     ],
 )
 def test_bad_arguments(bad, words):

@@ -1,4 +1,4 @@
-"""The engine's GPU route: which weights it takes, the plan it keeps in a WarmState, and what it reports.
+"""The engine's GPU route: which weights it takes, the plan it keeps with a WarmState, and what it reports.
 
 Nothing here waits for the GPU: ranks and bounds are tensors on the device, and widths of the subspaces follow the ranks
 of an earlier call, once those have arrived. A call in which a weight holds NaN or Inf changes nothing; its report says
@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from ...ops import backends, cuda_launcher, quarantine
-from ..spectral_functions import SoftThreshold, Spectral
+from ..record import Record
+from ..spectral_functions import Spectral
 from ..svt_info import SvtInfo
 from ..warm_state import WarmState
 from . import device_structs
+from .finite_guard import Guard
 from .sizes import SPARE, is_small, width
 
 REPORT = {name: i for i, name in enumerate(device_structs.REPORT)}
@@ -31,9 +35,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def on_gpu(weights: Sequence[Tensor]) -> bool:
     """Whether all are where kernels are launched."""
-    return len(weights) > 0 and all(
-        isinstance(W, Tensor) and W.device.type in cuda_launcher.LAUNCHERS for W in weights
-    )
+    return len(weights) > 0 and all(isinstance(W, Tensor) and W.device.type in cuda_launcher.LAUNCHERS for W in weights)
 
 
 def takes(weights: Sequence[Tensor], functions: Sequence[Spectral], plain: bool) -> bool:
@@ -56,8 +58,8 @@ def _declines(weights: Sequence[Tensor], functions: Sequence[Spectral], plain: b
     """Why not these weights; last, why the kernels for them do not compile."""
     if not plain:
         return "a center, a ball or shards are for the solver"
-    if any(not isinstance(function, SoftThreshold) for function in functions):
-        return "only the nuclear norm is for it"
+    if any(function.ramp is None for function in functions):
+        return "a function of the singular values is no ramp"
     if len({W.device for W in weights}) > 1 or len({W.dtype for W in weights}) > 1 or weights[0].dtype not in DTYPES:
         return "one device and one dtype of fp32, bf16 and fp16 are wanted"
     if any(not W.numel() for W in weights):
@@ -67,6 +69,7 @@ def _declines(weights: Sequence[Tensor], functions: Sequence[Spectral], plain: b
 
 STEP = backends.Backend("GPU step: all layers in 13 launches", _missing, _declines, quarantine.STEP)
 backends.TABLE["svt_"]["cuda"].insert(0, STEP)
+
 
 class DeviceInfo(SvtInfo):
     """As :class:`SvtInfo`, from what a call has left on the GPU: tensors are made when they are asked for."""
@@ -92,7 +95,7 @@ class DeviceInfo(SvtInfo):
 
 
 class Engine:
-    """A plan, and what one call leaves for the next; lives in a :class:`WarmState`."""
+    """A plan, and what one call leaves for the next; kept as long as the :class:`WarmState` it was made for."""
 
     def __init__(self, weights: Sequence[Tensor], keys: Sequence[str], state: WarmState, widths: dict[str, int]):
         from .plan import Plan  # which needs Triton
@@ -142,16 +145,15 @@ class Engine:
         present = {key: x.k for key, x in zip(self.keys, self.plan.matrices, strict=True)}
         return widths if present | widths != present else {}
 
-    def run(self, taus: Sequence[float], state: WarmState, tol: float) -> None:
+    def run(self, ramps: Sequence[tuple[float, float]], state: WarmState, tol: float, guard: Guard) -> None:
         """Queue one call."""
         from . import step
 
         plan, on_gpu = self.plan, self.plan.device.type == "cuda"
-        values = [tau for tau, count in zip(taus, self.counts, strict=True) for _ in range(count)]
+        values = [tau for (tau, _), count in zip(ramps, self.counts, strict=True) for _ in range(count)]
         inputs = torch.tensor([*values, state.seed, state.calls], dtype=torch.float64, pin_memory=on_gpu)
         plan.inputs.copy_(inputs, non_blocking=True)
-        guard = state.guards.get(plan.device)
-        if guard and guard.all_finite is not None:
+        if guard.all_finite is not None:
             plan.inputs[:-2].mul_(guard.all_finite)
         step.run(plan, tol)
         if on_gpu and torch.cuda.is_current_stream_capturing():
@@ -164,32 +166,68 @@ class Engine:
             event.record()
         self.arriving = found, event.query if event else lambda: True
 
-    def reports(self, weights: Sequence[Tensor], names: Sequence[str] | None) -> list[SvtInfo]:
+    def reports(self, weights: Sequence[Tensor], names: Sequence[str | None]) -> list[SvtInfo]:
         parts = self.plan.out.clone().split([size for x in self.plan.matrices for size in (len(REPORT), x.n)])
         infos, at = [], 0
-        for W, count, name in zip(weights, self.counts, names or [None] * len(weights), strict=True):
+        for W, count, name in zip(weights, self.counts, names, strict=True):
             rows = parts[2 * at : 2 * (at + count)]
             infos.append(DeviceInfo(rows[::2], rows[1::2], W.shape[:-2], name))
             at += count
         return infos
 
 
-def shrink_all(
-    weights: Sequence[Tensor], taus: Sequence[float], names: Sequence[str] | None, tol: float, state: WarmState | None
+@dataclass
+class _Kept:
+    """What stays on a device between the calls with one warm state: remade where it is missing."""
+
+    engine: Engine | None = None
+    guard: Guard = field(default_factory=Guard)
+
+
+_states: WeakKeyDictionary[WarmState, dict[torch.device, _Kept]] = WeakKeyDictionary()
+
+
+def _kept(state: WarmState, device: torch.device) -> _Kept:
+    return _states.setdefault(state, {}).setdefault(device, _Kept())
+
+
+def engines(state: WarmState) -> dict[torch.device, Engine]:
+    """The plans that are kept for a warm state, by device."""
+    return {device: kept.engine for device, kept in _states.get(state, {}).items() if kept.engine}
+
+
+def guard(state: WarmState, weights: Sequence[Tensor], names: Sequence[str]) -> Guard:
+    """Have the device look whether the weights are finite, before operators change them.
+
+    Raises:
+        ValueError: a weight was not finite at an earlier step.
+    """
+    kept = _kept(state, weights[0].device)
+    try:
+        kept.guard.look(weights, names)
+    except ValueError:
+        if kept.engine:
+            kept.engine.arriving = None  # which says the same
+        raise
+    return kept.guard
+
+
+def shrink_(
+    records: Sequence[Record], functions: Sequence[Spectral], tol: float, state: WarmState | None
 ) -> list[SvtInfo]:
-    """:func:`compaware_kernels.proximal.solver.shrink_all` for what :func:`takes` has taken."""
+    """:func:`compaware_kernels.proximal.solver.shrink_` of unfolded records that :func:`takes` has taken."""
+    weights = [record.target for record in records]
     state = WarmState() if state is None else state
-    keys = list(names or map(str, range(len(weights))))
     device = weights[0].device
-    engine = state.engines.get(device)
+    kept = _kept(state, device)
+    engine = kept.engine
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()  # no event may be asked then
     widths = engine.wanted() if engine and not capturing else {}
     if engine is None or widths or not engine.serves(weights, state):
-        engine = state.engines[device] = Engine(weights, keys, state, widths)
-    engine.run(taus, state, tol)
-    state.calls += 1
-    state.bases |= engine.bases
-    return engine.reports(weights, names)
+        engine = kept.engine = Engine(weights, [record.key for record in records], state, widths)
+    engine.run([function.ramp for function in functions], state, tol, kept.guard)
+    state.remember(engine.bases)
+    return engine.reports(weights, [record.name for record in records])
 
 
 def _like(weights: Sequence[Tensor]) -> list[tuple]:

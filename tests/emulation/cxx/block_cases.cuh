@@ -1,7 +1,7 @@
 // What block.cuh offers, as kernels: one block per problem, all of one size.
 #pragma once
 
-#include "../../csrc/cuda/block.cuh"
+#include "../../../csrc/cuda/block.cuh"
 
 CK_KERNEL(1024) ck_case_cholesky(double* G, int64_t n, double dependent) {
   compaware::cholesky(G + blockIdx.x * n * n, int(n), dependent);

@@ -2,8 +2,8 @@
 #include <string>
 #include <utility>
 
-#include "../../csrc/cuda/kernels.cuh"
-#include "../../csrc/cuda/launch.h"
+#include "../../../csrc/cuda/kernels.cuh"
+#include "../../../csrc/cuda/launch.h"
 #include "block_cases.cuh"
 #include "planted.cuh"
 

@@ -1,7 +1,7 @@
 // Kernels that are right, and wrong in the one way that `bug` names: what the emulator and the sanitizers must notice.
 #pragma once
 
-#include "../../csrc/cuda/portable.h"
+#include "../../../csrc/cuda/portable.h"
 
 enum Bug {
   kNone,

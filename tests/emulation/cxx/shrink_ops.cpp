@@ -1,6 +1,6 @@
 // The shrinkage ops for the CPU, by ck_shrink: csrc/cuda/shrink_ops.cpp with another device.
-#include "../../csrc/shrink_ops.h"
-#include "../../csrc/cuda/shrink_launch.h"
+#include "../../../csrc/core/shrink_ops.h"
+#include "../../../csrc/cuda/shrink_launch.h"
 
 namespace {
 

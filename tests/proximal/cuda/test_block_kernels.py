@@ -10,7 +10,7 @@ from tests.emulation import emulator
 from tests.emulation.emulator import Launch
 from tests.helpers.cases import with_spectrum
 
-pytestmark = pytest.mark.skipif(bool(emulator.missing), reason=emulator.missing)
+pytestmark = [pytest.mark.emulation, pytest.mark.skipif(bool(emulator.missing), reason=emulator.missing)]
 
 EPS = torch.finfo(torch.float64).eps
 SANITIZERS = pytest.mark.parametrize("sanitizer", ["thread", "address"])

@@ -1,4 +1,4 @@
-"""The proximal step of a whole network on a GPU; needs one. Without, engine_emulated.py runs what it can of this."""
+"""The proximal step of a whole network on a GPU; needs one. Without, solver_emulated.py runs what it can of this."""
 
 import os
 import shutil
@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import compaware_kernels as ck
 from compaware_kernels.ops import backends, cuda_launcher
+from compaware_kernels.proximal.cuda import backend
 from tests.helpers import solver_checks as checks
 
 missing = (
@@ -96,7 +97,7 @@ def test_second_device():
     results = []
     for device in ("cuda:0", "cuda:1"):
         weights, state = checks.warm(device)
-        assert torch.device(device) in state.engines
+        assert torch.device(device) in backend.engines(state)
         results.append([W.cpu() for W in weights])
         assert torch.cuda.current_device() == 0
     assert all(map(torch.equal, *results))

@@ -26,7 +26,7 @@ from tests.emulation.step_case import (
 )
 from tests.helpers.cases import low_rank
 
-pytestmark = pytest.mark.skipif(bool(emulator.missing), reason=emulator.missing)
+pytestmark = [pytest.mark.emulation, pytest.mark.skipif(bool(emulator.missing), reason=emulator.missing)]
 
 HALVES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 

@@ -1,15 +1,11 @@
-"""Matrix programs: their values under Triton's interpreter, what a program refuses, and the order of memory in PTX.
+"""Matrix programs: what a program refuses, and the order of memory in PTX. Their values: matmul_interpreted.py.
 
 The interpreter runs programs one after the other between two atomic operations: what a GPU may do out of order, and
 how threads of one program wait for each other, only the machine code says.
 """
 
-import os
 import re
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,15 +20,9 @@ from compaware_kernels.proximal.cuda import matmul_kernel as kernel
 from compaware_kernels.proximal.cuda.matmul_program import FAR, Program, layout
 from tests.emulation.triton_planted import IN_CODE, plant
 
+pytestmark = pytest.mark.emulation
+
 CAPABILITIES = (80, 90, 100, 120)
-
-
-def test_under_the_interpreter():
-    """In a process of its own: Triton interprets kernels or compiles them, as decided when it is imported."""
-    file = Path(__file__).parents[2] / "emulation/matmul_interpreted.py"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # --- what a program takes ---------------------------------------------------------------------------------------------

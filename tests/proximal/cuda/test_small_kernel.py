@@ -12,7 +12,7 @@ from tests.emulation.emulator import Launch
 from tests.helpers import cases, oracle
 from tests.proximal.cuda.test_block_kernels import SANITIZERS, longest_first
 
-pytestmark = pytest.mark.skipif(bool(emulator.missing), reason=emulator.missing)
+pytestmark = [pytest.mark.emulation, pytest.mark.skipif(bool(emulator.missing), reason=emulator.missing)]
 
 BYTES = 96 * 1024  # kSmallBytes
 TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # DType of csrc/core/shrink.h

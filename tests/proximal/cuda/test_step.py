@@ -1,10 +1,7 @@
 """The proximal step of a whole network on a GPU, as far as it shows without one."""
 
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -37,14 +34,6 @@ def launches(weights, widths, monkeypatch) -> list[str]:
     step.run(plan.Plan(weights, widths), 1e-3)
     cuda_launcher.instead.reset(token)
     return found
-
-
-def test_under_interpreter_and_emulator():
-    """In a process of its own: Triton interprets kernels or compiles them, as decided when it is imported."""
-    file = ROOT / "tests/emulation/gpu_step_emulated.py"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "2", str(file)]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])

@@ -28,7 +28,7 @@ from tests.helpers import oracle
 from tests.helpers.cases import low_rank, with_spectrum
 from tests.proximal.cuda.test_block_kernels import SANITIZERS
 
-pytestmark = pytest.mark.skipif(bool(emulator.missing), reason=emulator.missing)
+pytestmark = [pytest.mark.emulation, pytest.mark.skipif(bool(emulator.missing), reason=emulator.missing)]
 
 HALVES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 

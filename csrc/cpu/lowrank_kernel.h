@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "lanes.h"
+#include "simd.h"
 #include "lowrank_work.h"
 
 namespace compaware::CK_ISA {
@@ -30,18 +30,25 @@ struct Ends {
 constexpr int64_t kPiece = 8192;  // floats of a panel that stay in L1
 constexpr int64_t kLine = 16;     // floats of a cache line
 
-template <int L>
-struct Panel {  // the sums of R rows, a row of the panel and one number of the input fill the registers
-  static constexpr int vectors = L == 16 ? 4 : 2;
-  static constexpr int rows(int V) { return L == 16 ? (V == 4 ? 6 : V == 3 ? 8 : 10) : (V == 2 ? 6 : 8); }
-};
+constexpr int L = kLanes<float>;
+
+// A panel is kVectors vectors wide, its last one may have fewer. Sums of so many rows, one row of the panel and one number
+// of the input fill the registers (32 with AVX-512, else 16).
+constexpr int kVectors = L == 16 ? 4 : 2;
+constexpr int64_t kPanel = kVectors * L;
+constexpr int rows_at_once(int V) { return L == 16 ? (V == 4 ? 6 : V == 3 ? 8 : 10) : (V == 2 ? 6 : 8); }
+
+CK_INLINE Vector<float> load(const float* p) {
+  Vector<float> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
 
 // C[R, V vectors] = rows i .. i + R of A, times B [taps depth, V vectors], and what the ends say.
-template <int L, int V, int R>
+template <int V, int R>
 __attribute__((noinline)) void tile(const Rows& A, int64_t i, const float* B, int64_t B_tap, float* C, int64_t ldc,
                                     const Ends& ends) {
-  using P = Pack<float, L>;
-  const auto load = [](const float* p) { P v; std::memcpy(&v, p, sizeof(P)); return v; };
+  using P = Vector<float>;
   P sum[R][V];
   const auto each = [&](auto change) {
     for (int m = 0; m < R; ++m)
@@ -83,15 +90,15 @@ __attribute__((noinline)) void tile(const Rows& A, int64_t i, const float* B, in
   each([&](const P& s, int64_t at, int) { std::memcpy(C + at, &s, sizeof(P)); });
 }
 
-template <int L, int V, int R, class... Args>
-CK_LANES_INLINE void tile_of(int64_t rows, const Args&... args) {
+template <int V, int R, class... Args>
+CK_INLINE void tile_of(int64_t rows, const Args&... args) {
   if constexpr (R > 1)
-    if (rows < R) return tile_of<L, V, R - 1>(rows, args...);
-  tile<L, V, R>(args...);
+    if (rows < R) return tile_of<V, R - 1>(rows, args...);
+  tile<V, R>(args...);
 }
 
 // The last columns of a row of C that is not padded: there and back through a tile that is.
-template <int L, int V, int R>
+template <int V, int R>
 void edge(int64_t rows, int64_t columns, const Rows& A, int64_t i, const float* B, int64_t B_tap, float* C, int64_t ldc,
           Ends ends) {
   float sums[R * V * L] = {}, bias[V * L] = {};
@@ -101,38 +108,36 @@ void edge(int64_t rows, int64_t columns, const Rows& A, int64_t i, const float* 
   if (ends.from) move(sums, V * L, ends.from, ldc, rows), ends.from = sums;
   if (ends.bias) move(bias, 0, ends.bias, 0, 1), ends.bias = bias;
   const int64_t ld = V * L;
-  tile_of<L, V, R>(rows, A, i, B, B_tap, static_cast<float*>(sums), ld, ends);
+  tile_of<V, R>(rows, A, i, B, B_tap, static_cast<float*>(sums), ld, ends);
   move(C, ldc, sums, V * L, rows);
 }
 
 // One panel of V vectors, the first `columns` of them wanted, for rows 0 .. count; rows are shared out evenly.
-template <int L, int V>
+template <int V>
 void panel(int64_t count, int64_t columns, const Rows& A, const float* B, int64_t B_tap, float* C, int64_t ldc, Ends ends) {
-  constexpr int R = Panel<L>::rows(V);
+  constexpr int R = rows_at_once(V);
   const int64_t groups = (count + R - 1) / R;
   const float* from = ends.from;
   for (int64_t g = 0, i = 0; g < groups; ++g) {
     const int64_t rows = count / groups + (g < count % groups);
     float* c = C + i * ldc;
     if (from) ends.from = from + i * ldc;
-    if (columns == V * L) tile_of<L, V, R>(rows, A, i, B, B_tap, c, ldc, ends);
-    else edge<L, V, R>(rows, columns, A, i, B, B_tap, c, ldc, ends);
+    if (columns == V * L) tile_of<V, R>(rows, A, i, B, B_tap, c, ldc, ends);
+    else edge<V, R>(rows, columns, A, i, B, B_tap, c, ldc, ends);
     i += rows;
   }
 }
 
-template <int L, int V = Panel<L>::vectors, class... Args>
-CK_LANES_INLINE void panel_of(int64_t vectors, const Args&... args) {
+template <int V = kVectors, class... Args>
+CK_INLINE void panel_of(int64_t vectors, const Args&... args) {
   if constexpr (V > 1)
-    if (vectors < V) return panel_of<L, V - 1>(vectors, args...);
-  panel<L, V>(args...);
+    if (vectors < V) return panel_of<V - 1>(vectors, args...);
+  panel<V>(args...);
 }
 
 // C[count, columns] = clamp(from + bias + A B); the sum is cut so that the piece of a panel it reads stays in L1.
-template <int L>
-void product(int64_t count, const Rows& A, const float* B, int64_t columns, float* C, int64_t ldc, const Ends& ends) {
-  constexpr int64_t width = Panel<L>::vectors * L;
-  const int64_t most = kPiece / std::min(width, padded(columns));
+inline void product(int64_t count, const Rows& A, const float* B, int64_t columns, float* C, int64_t ldc, const Ends& ends) {
+  const int64_t most = kPiece / std::min(kPanel, padded(columns));
   const int64_t cuts = (A.depth + most - 1) / most, depth = (A.depth + cuts - 1) / cuts;
   const int64_t taps = std::max<int64_t>(1, most / std::max<int64_t>(1, A.depth));
   for (int64_t t = 0; t < A.taps; t += taps)
@@ -140,13 +145,13 @@ void product(int64_t count, const Rows& A, const float* B, int64_t columns, floa
       const Rows part{A.at + t * A.stride, A.stride, std::min(taps, A.taps - t), std::min(depth, A.depth - k),
                       A.offset + k, A.count, A.fresh - t};
       const bool first = t == 0 && k == 0, last = t + taps >= A.taps && k + depth >= A.depth;
-      for (int64_t j = 0; j < columns; j += width) {
-        const int64_t wide = std::min(width, padded(columns) - j), vectors = (wide + L - 1) / L;
+      for (int64_t j = 0; j < columns; j += kPanel) {
+        const int64_t wide = std::min(kPanel, padded(columns) - j), vectors = (wide + L - 1) / L;
         const float* b = B + j * A.taps * A.depth + (t * A.depth + k) * wide;
         const float* from = first ? ends.from : C;
         const Ends here{from ? from + j : nullptr, first && ends.bias ? ends.bias + j : nullptr, last && ends.clamp,
-                        ends.low, ends.high, !ends.ahead ? 0 : j + width < columns ? width : count * ldc - j};
-        panel_of<L>(vectors, count, std::min(wide, columns - j), part, b, A.depth * wide, C + j, ldc, here);
+                        ends.low, ends.high, !ends.ahead ? 0 : j + kPanel < columns ? kPanel : count * ldc - j};
+        panel_of(vectors, count, std::min(wide, columns - j), part, b, A.depth * wide, C + j, ldc, here);
       }
     }
 }
@@ -171,8 +176,7 @@ inline void find_rows(const LowRankWork& w, int64_t first, int64_t count, const 
 }
 
 // Pixels first .. first + count. scratch: T [count, padded r], aligned; rows: taps * count pointers, then count.
-template <int L>
-void lowrank_tile(const LowRankWork& w, int64_t first, int64_t count, const float* zeros, const float** rows, float* T) {
+inline void lowrank_tile(const LowRankWork& w, int64_t first, int64_t count, const float* zeros, const float** rows, float* T) {
   const int64_t C = w.C / w.G, O = w.O / w.G, ldt = padded(w.r), taps = w.taps();
   const float** T_rows = rows + taps * count;
   for (int64_t i = 0; i < count; ++i) T_rows[i] = T + i * ldt;
@@ -180,38 +184,34 @@ void lowrank_tile(const LowRankWork& w, int64_t first, int64_t count, const floa
   for (int64_t g = 0; g < w.G; ++g) {
     const float* V = w.packed + g * packed_group(taps, C, w.r, O);
     const Rows input{rows, count, taps, C, g * C, count, taps - w.kw};
-    product<L>(count, input, V, ldt, T, ldt, Ends{});
+    product(count, input, V, ldt, T, ldt, Ends{});
     const int64_t at = first * w.O + g * O;
-    constexpr int64_t step = Panel<L>::rows(Panel<L>::vectors);
+    constexpr int64_t step = rows_at_once(kVectors);
     for (int64_t i = 0; i < count; i += step) {  // a few rows of y from end to end: memory is slow at anything else
       const int64_t here = at + i * w.O;
       const Ends ends{w.residual ? w.residual + here : nullptr, w.bias ? w.bias + g * O : nullptr, w.low > -INFINITY,
                       w.low, w.high, 1};
       const Rows middle{T_rows + i, count, 1, w.r, 0};
-      product<L>(std::min(step, count - i), middle, V + packed_first(taps, C, w.r), O, w.y + here, w.O, ends);
+      product(std::min(step, count - i), middle, V + packed_first(taps, C, w.r), O, w.y + here, w.O, ends);
     }
   }
 }
 
 // A factor in panels of columns, padded columns zero.
-template <int L>
-void pack(const Factor& W, float* out) {
-  constexpr int64_t width = Panel<L>::vectors * L;
-  for (int64_t j = 0; j < padded(W.columns); j += width) {
-    const int64_t wide = std::min(width, padded(W.columns) - j);
+inline void pack(const Factor& W, float* out) {
+  for (int64_t j = 0; j < padded(W.columns); j += kPanel) {
+    const int64_t wide = std::min(kPanel, padded(W.columns) - j);
     for (int64_t k = 0; k < W.depth(); ++k)
       for (int64_t c = 0; c < wide; ++c) *out++ = j + c < W.columns ? W.at(j + c, k) : 0.0f;
   }
 }
 
 // Do `samples` entries, spread over the factor, agree with what was packed?
-template <int L>
-bool is_packed(const Factor& W, const float* packed, int64_t samples) {
-  constexpr int64_t width = Panel<L>::vectors * L;
+inline bool is_packed(const Factor& W, const float* packed, int64_t samples) {
   const int64_t size = W.columns * W.depth(), step = std::max<int64_t>(1, size / samples);
   for (int64_t i = 0; i < size; i += step) {
-    const int64_t j = i / W.depth(), k = (i + j) % W.depth(), panel = j / width * width;
-    const int64_t wide = std::min(width, padded(W.columns) - panel);
+    const int64_t j = i / W.depth(), k = (i + j) % W.depth(), panel = j / kPanel * kPanel;
+    const int64_t wide = std::min(kPanel, padded(W.columns) - panel);
     const float value = W.at(j, k);
     if (std::memcmp(&value, packed + panel * W.depth() + k * wide + j - panel, sizeof(float)) != 0) return false;
   }

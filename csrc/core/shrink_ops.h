@@ -17,7 +17,7 @@
 #include <utility>
 #include <vector>
 
-#include "core/shrink.h"
+#include "shrink.h"
 
 namespace compaware {
 

@@ -4,14 +4,14 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "lanes.h"
+#include "simd.h"
 
 namespace compaware::CK_ISA {
 
 // out[R, V vectors] += X[R, n] Y[n, V vectors]; the sums stay in registers.
-template <int L, int R, int V, class T>
-CK_LANES_INLINE void tile(const T* X, int64_t row, int64_t column, const double* Y, int64_t width, int64_t n, double* out) {
-  using P = Pack<double, L>;
+template <int R, int V, class T>
+CK_INLINE void tile(const T* X, int64_t row, int64_t column, const double* Y, int64_t width, int64_t n, double* out) {
+  using P = Vector<double>;
   P sum[R][V] = {};
   for (int64_t j = 0; j < n; ++j) {
     const P* y = reinterpret_cast<const P*>(Y + j * width);
@@ -26,18 +26,18 @@ CK_LANES_INLINE void tile(const T* X, int64_t row, int64_t column, const double*
 
 // Rows [0, m) of out[m, width] += X[m, n] Y[n, width]. Y and out are contiguous and aligned to L doubles, and width is a
 // multiple of L. `row` and `column` are the strides of X.
-template <class T, int L>
+template <class T>
 void wide_product(const T* X, int64_t row, int64_t column, const double* Y, int64_t width, int64_t m, int64_t n,
                   double* out) {
-  constexpr int R = L, V = 3;       // L * 3 sums: 24 of 32 registers, or 12 of 16
+  constexpr int L = kLanes<double>, R = L, V = 3;       // L * 3 sums: 24 of 32 registers, or 12 of 16
   constexpr int64_t depth = 512;    // rows of Y that stay in the cache
   const auto tiles = [&]<int rows>(int64_t i, int64_t j, int64_t depth_here) {
     const T* x = X + i * row + j * column;
     int64_t c = 0;
     for (; c + V * L <= width; c += V * L)
-      tile<L, rows, V>(x, row, column, Y + j * width + c, width, depth_here, out + i * width + c);
+      tile<rows, V>(x, row, column, Y + j * width + c, width, depth_here, out + i * width + c);
     for (; c < width; c += L)
-      tile<L, rows, 1>(x, row, column, Y + j * width + c, width, depth_here, out + i * width + c);
+      tile<rows, 1>(x, row, column, Y + j * width + c, width, depth_here, out + i * width + c);
   };
   for (int64_t j = 0; j < n; j += depth) {
     const int64_t here = std::min(depth, n - j);

@@ -5,7 +5,7 @@
 // every instruction set: see lanes.h.
 #include <limits>
 
-#include "lanes.h"
+#include "simd.h"
 
 namespace compaware::CK_ISA {
 
@@ -24,7 +24,7 @@ struct Turn {
 };
 
 template <class P>
-CK_LANES_INLINE void turn(P& x, P& y, const Turn<P>& r) {
+CK_INLINE void turn(P& x, P& y, const Turn<P>& r) {
   x -= r.half * y;
   y += r.sine * x;
   x -= r.half * y;
@@ -33,10 +33,10 @@ CK_LANES_INLINE void turn(P& x, P& y, const Turn<P>& r) {
 // The turn that makes two columns with squared norms a, b and dot product d orthogonal, where `mask` says so, and its
 // effect on a and b. The longer column comes first (de Rijk 1989): this saves two sweeps of nine.
 template <class P, class Mask>
-CK_LANES_INLINE Turn<P> orthogonalize(P& a, P& b, P d, Mask mask) {
+CK_INLINE Turn<P> orthogonalize(P& a, P& b, P d, Mask mask) {
   const P zero{}, one = zero + 1, zeta = (b - a) / (d + d), sign = zeta < 0 ? -one : one;
-  const P size = mask ? one / (sign * zeta + root(one + zeta * zeta)) : zero, t = sign * size;
-  const P r = root(one + t * t), u = a - t * d, v = b + t * d;
+  const P size = mask ? one / (sign * zeta + square_root(one + zeta * zeta)) : zero, t = sign * size;
+  const P r = square_root(one + t * t), u = a - t * d, v = b + t * d;
   const auto swap = mask & (u < v);
   a = swap ? v : u;
   b = swap ? u : v;
@@ -44,9 +44,9 @@ CK_LANES_INLINE Turn<P> orthogonalize(P& a, P& b, P d, Mask mask) {
   return {num / (r + (swap ? size : one)), num / r};
 }
 
-template <class T, int L>
+template <class T>
 struct Jacobi {
-  using P = Pack<T, L>;
+  using P = Vector<T>;
 
   P* X;              // [n, stride]: a column, [m], and below it that of V, [n], which takes the same turns
   P* norms;          // [n]: squared norms of the columns
@@ -54,12 +54,12 @@ struct Jacobi {
   int64_t stride;
   T tol;             // squared cosine up to which two columns are orthogonal
 
-  CK_LANES_INLINE auto coupled(P a, P b, P d) const {
+  CK_INLINE auto coupled(P a, P b, P d) const {
     const T null = kNullNorm<T> * kNullNorm<T>;
     return (d * d > tol * (a * b)) & (a > null) & (b > null);
   }
 
-  CK_LANES_INLINE bool pair(int64_t p) {
+  CK_INLINE bool pair(int64_t p) {
     const int64_t length = m + n;
     P *x = X + p * stride, *y = x + stride, d = dot(x, y, m);
     const auto mask = coupled(norms[p], norms[p + 1], d);
@@ -71,7 +71,7 @@ struct Jacobi {
 
   // Columns p, p + 1 against q, q + 1: four turns in one pass over the memory. The last two follow from the dot
   // products before the first two, which costs accuracy of the angles only: fresh dot products judge convergence.
-  CK_LANES_INLINE bool block(int64_t p, int64_t q) {
+  CK_INLINE bool block(int64_t p, int64_t q) {
     const int64_t rows = m, length = m + n;
     P *x0 = X + p * stride, *x1 = x0 + stride, *y0 = X + q * stride, *y1 = y0 + stride;
     P xx{}, yy{}, d00{}, d01{}, d10{}, d11{};
@@ -105,7 +105,7 @@ struct Jacobi {
     return true;
   }
 
-  CK_LANES_INLINE bool sweep() {
+  CK_INLINE bool sweep() {
     for (int64_t j = 0; j < n; ++j) norms[j] = dot(X + j * stride, X + j * stride, m);
     bool turned = false;
     for (int64_t p = 0; p < n; p += 2) {
@@ -116,14 +116,14 @@ struct Jacobi {
   }
 
   // A power of two changes no digit. In two factors: one alone can be out of range.
-  CK_LANES_INLINE void scale(int* exponents) {
+  CK_INLINE void scale(int* exponents) {
     P largest{}, first{}, second{};
     for (int64_t j = 0; j < n; ++j)
       for (int64_t i = 0; i < m; ++i) {
         const P x = X[j * stride + i], size = x < 0 ? -x : x;
         largest = size > largest ? size : largest;
       }
-    for (int lane = 0; lane < L; ++lane) {
+    for (int lane = 0; lane < kLanes<T>; ++lane) {
       std::frexp(largest[lane], exponents + lane);
       const int shift = kScaleExponent - exponents[lane];
       first[lane] = std::ldexp(T(1), shift / 2);
@@ -133,10 +133,10 @@ struct Jacobi {
       for (int64_t i = 0; i < m; ++i) X[j * stride + i] = X[j * stride + i] * first * second;
   }
 
-  CK_LANES_INLINE void normalize() {
+  CK_INLINE void normalize() {
     for (int64_t j = 0; j < n; ++j) {
       P* x = X + j * stride;
-      norms[j] = root(dot(x, x, m));
+      norms[j] = square_root(dot(x, x, m));
       const P zero{}, scale = norms[j] <= kNullNorm<T> ? zero : (zero + 1) / norms[j];
       for (int64_t i = 0; i < m; ++i) x[i] *= scale;
     }
@@ -145,11 +145,11 @@ struct Jacobi {
 
 // X: [n, stride], the columns of W, [m], and below each that of the identity, [n]; n is even. Leaves U in X, with zeros
 // for null columns, V below it, and in norms, [n], s scaled by 2^(kScaleExponent - exponents), [L], in no order.
-template <class T, int L>
+template <class T>
 void jacobi(T* X, T* norms, int* exponents, int64_t m, int64_t n, int64_t stride) {
-  using P = Pack<T, L>;
+  using P = Vector<T>;
   const T tol = std::numeric_limits<T>::epsilon() * std::sqrt(static_cast<T>(m));
-  Jacobi<T, L> group{reinterpret_cast<P*>(X), reinterpret_cast<P*>(norms), m, n, stride, tol * tol};
+  Jacobi<T> group{reinterpret_cast<P*>(X), reinterpret_cast<P*>(norms), m, n, stride, tol * tol};
   group.scale(exponents);
   for (int k = 0; k < kMaxSweeps && group.sweep(); ++k) {
   }

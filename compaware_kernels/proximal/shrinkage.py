@@ -1,0 +1,88 @@
+"""Group lasso and L1 of many weights, in place, without checks: rows and elements of what lies on this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..distributed.dtensor import column_groups, local
+from .record import Record
+
+Send = Callable[[Tensor], Tensor]  # what becomes of thresholds, fp64 [L] on the CPU, before an op takes them
+
+
+def _as_they_are(tau: Tensor) -> Tensor:
+    return tau
+
+
+def shrink_neurons_(records: Sequence[Record], tau: Tensor, send: Send = _as_they_are) -> None:
+    """``w <- max(1 - tau / ||w||_2, 0) w``, w a row of the weight with its bias, if the record has one.
+
+    Args:
+        tau: fp64 ``[L]`` on the CPU, one per record.
+    """
+    alone, with_bias = [], []
+    for i, record in enumerate(records):
+        if groups := column_groups(record.weight):
+            _shrink_column_shards_(local(record.weight), _local_bias(record), float(tau[i]), groups)
+        else:
+            (alone if record.bias is None else with_bias).append(i)
+    if alone:
+        _apply_rows(torch.ops.compaware.group_shrink_, [local(records[i].weight) for i in alone], send(tau[alone]))
+    if with_bias:
+        _shrink_with_biases_([records[i] for i in with_bias], send(tau[with_bias]))
+
+
+def shrink_elements_(weights: Sequence[Tensor], tau: Tensor) -> None:
+    """``w <- sign(w) max(|w| - tau, 0)``, tau fp64 ``[L]``, one per weight."""
+    _apply_rows(torch.ops.compaware.soft_threshold_, [local(W) for W in weights], tau)
+
+
+def shrink_elements_and_rows_(weights: Sequence[Tensor], l1: Tensor, tau: Tensor) -> None:
+    """:func:`shrink_elements_` with l1, then :func:`shrink_neurons_` without biases, in one pass where that can be."""
+    if any(map(column_groups, weights)):
+        shrink_elements_(weights, l1)
+        shrink_neurons_([Record(W) for W in weights], tau)
+    else:
+        _apply_rows(torch.ops.compaware.sparse_group_shrink_, [local(W) for W in weights], l1, tau)
+
+
+def _local_bias(record: Record) -> Tensor | None:
+    return None if record.bias is None else local(record.bias)
+
+
+def _shrink_with_biases_(records: Sequence[Record], tau: Tensor) -> None:
+    """A weight and a bias of two dtypes are shrunk in the wider one."""
+    pairs = [(local(record.weight), local(record.bias)) for record in records]
+    wide = [torch.promote_types(W.dtype, b.dtype) for W, b in pairs]
+    weights = [W.to(dtype) for (W, _), dtype in zip(pairs, wide, strict=True)]
+    biases = [b.to(dtype) for (_, b), dtype in zip(pairs, wide, strict=True)]
+    _apply_rows(lambda rows, tau: torch.ops.compaware.neuron_shrink_(rows, biases, tau), weights, tau)
+    for parts, results in zip(pairs, zip(weights, biases, strict=True), strict=True):
+        for part, result in zip(parts, results, strict=True):
+            if result is not part:
+                part.copy_(result)
+
+
+def _shrink_column_shards_(W: Tensor, bias: Tensor | None, tau: float, groups: Sequence[dist.ProcessGroup]) -> None:
+    """Group lasso over rows ``[W | bias]``, W ``[m, n_j, ...]``, of which the columns are sharded."""
+    squares = torch.linalg.vector_norm(W.flatten(1), dim=1, dtype=torch.float64).square()
+    for group in groups:
+        dist.all_reduce(squares, group=group)
+    lengths = squares if bias is None else squares + bias.double().square()
+    scale = (1 - tau / lengths.sqrt().clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(0)
+    for part in (W, bias):
+        if part is not None:
+            part.copy_(part.double() * scale.reshape(-1, *[1] * (part.ndim - 1)))
+
+
+def _apply_rows(op, weights: Sequence[Tensor], *taus: Tensor) -> None:
+    """Run an in-place row op on the weights seen as ``[O, rest]`` matrices, writing back where that is not a view."""
+    matrices = [W.reshape(W.shape[0] if W.ndim else 1, W.shape[1:].numel()) for W in weights]
+    op(matrices, *taus)
+    for W, M in zip(weights, matrices, strict=True):
+        if M.data_ptr() != W.data_ptr():
+            W.copy_(M.reshape(W.shape))

@@ -132,9 +132,9 @@ def choose(op: str, device: torch.device, *args, kind: str = "") -> tuple[Backen
     return PLAIN, "; ".join(reasons)
 
 
-def describe(op: str, device: torch.device) -> str:
+def describe(op: str, device: torch.device, kind: str = "") -> str:
     """What runs ``op`` on a device, on arguments that it takes, and why not what would come first."""
-    backend, reason = choose(op, device)
+    backend, reason = choose(op, device, kind=kind)
     parts = "; ".join(f"{part}: {describe(part, device)}" for part in backend.ops)
     return backend.name + (f" ({parts})" if parts else "") + (f": {reason}" if reason else "")
 

@@ -130,8 +130,8 @@ def test_without_kernels(tree, tmp_path):
 
     script = """if True:
         import json, torch, compaware_kernels as ck
-        from compaware_kernels.gpu import kernels
-        assert kernels.sources().parent.name == "compaware_kernels", kernels.sources()
+        from compaware_kernels.ops import cuda_launcher
+        assert cuda_launcher.sources().parent.name == "compaware_kernels", cuda_launcher.sources()
         assert not ck.group_shrink(torch.ones(2, 3), 5.0).any()
         print(json.dumps(ck.info()))"""
     env = {**os.environ, "PYTHONPATH": str(installed)}

@@ -5,12 +5,14 @@ import json
 import struct
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import compaware_kernels as ck
+from compaware_kernels import cli
 from compaware_kernels.demo.networks import small_convnet
 from compaware_kernels.ops.backends import TABLE
 
@@ -22,11 +24,25 @@ def run(*args):
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-def test_info():
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """As ``run``, in this process: it has imported everything."""
+
+    def call(*args):
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        monkeypatch.setattr(sys, "argv", ["compaware", *map(str, args)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return SimpleNamespace(returncode=ended.value.code, **capsys.readouterr()._asdict())
+
+    return call
+
+
+def test_info(here):
     facts = json.loads(run("info", "--json").stdout)
     assert set(facts["ops"]) == set(TABLE) and facts["version"] == ck.__version__
     assert facts["ops"] == ck.info()["ops"]
-    table = run("info").stdout
+    table = here("info").out
     assert all(f"compaware::{name} " in table for name in facts["ops"])
 
 
@@ -55,27 +71,32 @@ def test_compress_writes_a_model_that_loads(tmp_path):
     ],
     ids=str,
 )
-def test_errors_are_one_line(tmp_path, change, words):
+def test_errors_are_one_line(tmp_path, here, change, words):
     torch.save(small_convnet().state_dict(), tmp_path / "dense.pt")
     (tmp_path / "damaged.pt").write_bytes(b"garbage")
     options = dict(zip(NETWORK[::2], NETWORK[1::2], strict=True)) | {"--rank": "energy:0.9", "--fold": "paper"} | change
     weights = tmp_path / options.pop("weights", "dense.pt")
-    done = run("compress", weights, "--out", tmp_path / "out", *[x for option in options.items() for x in option])
-    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("compaware: error: ") and words in done.stderr
+    done = here("compress", weights, "--out", tmp_path / "out", *[x for option in options.items() for x in option])
+    assert done.returncode == 1 and done.err.count("\n") == 1, done.err
+    assert done.err.startswith("compaware: error: ") and words in done.err
     assert not (tmp_path / "out").exists()
 
 
-def test_usage_errors_exit_2(tmp_path):
-    assert run("compress", "w.pt", "--out", "o", "--model", "nocolon", "--input", "1,2").returncode == 2
-    assert run("demo", "--seeds", "0").returncode == 2
+def test_errors_of_a_process():
+    done = run("compress", "absent.pt", *NETWORK, "--rank", "energy:0.9", "--out", "out")
+    assert done.returncode == 1 and done.stderr == "compaware: error: absent.pt: no such file\n"
+
+
+def test_usage_errors_exit_2(here):
+    assert here("compress", "w.pt", "--out", "o", "--model", "nocolon", "--input", "1,2").returncode == 2
+    assert here("demo", "--seeds", "0").returncode == 2
 
 
 def idx(array):
     return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
 
 
-def test_demo_on_idx_files_writes_report_results_and_models(tmp_path):
+def test_demo_on_idx_files_writes_report_results_and_models(tmp_path, here):
     rng = np.random.default_rng(0)
     for split, count in (("train", 40), ("t10k", 20)):
         images = rng.integers(0, 256, (count, 8, 8), dtype=np.uint8)
@@ -89,6 +110,6 @@ def test_demo_on_idx_files_writes_report_results_and_models(tmp_path):
     assert page.count("<svg") == 3 and "<script" not in page and "<link" not in page
     assert len(json.loads((out / "results.json").read_text())["runs"]) == 2
     (tmp_path / "t10k-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03")
-    assert "not an IDX file" in run("demo", "--data", tmp_path, "--out", out).stderr
+    assert "not an IDX file" in here("demo", "--data", tmp_path, "--threads", torch.get_num_threads(), "--out", out).err
     (tmp_path / "t10k-images-idx3-ubyte").unlink()
-    assert "no such file" in run("demo", "--data", tmp_path, "--out", out).stderr
+    assert "no such file" in here("demo", "--data", tmp_path, "--threads", torch.get_num_threads(), "--out", out).err

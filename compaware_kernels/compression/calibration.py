@@ -14,18 +14,35 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..folds import CONVS, from_matrix, row_axes
-from ..nn.discovery import Layer
-from ..nn.factorization import singular_values
+from ..folds import CONVS, row_axes
+from ..nn.factorization import SVD, singular_values
 
 RIDGE = 1e-2
 WANTED = "inputs of the model, [(x,), ...]"
 FORWARDS = {kind.forward for kind in (nn.Linear, *CONVS)}  # a subclass may pad otherwise in its own
+
+
+class WeightedSVD(NamedTuple):
+    """The thin SVD ``M C^(1/2) = U diag(s) Vh`` of a folded weight ``M`` ``[G, m, n]``, k = min(m, n), in fp64."""
+
+    U: Tensor  # [G, m, k]
+    s: Tensor  # [G, k], descending
+    Vh: Tensor  # [G, k, n]
+    inverse: Tensor  # C^(-1/2) [G, n, n]
+
+    def nearest(self, rank: int) -> Tensor:
+        """The matrix ``[G, m, n]`` of that rank that is nearest to M on the inputs, in fp64."""
+        return (self.U[..., :rank] * self.s[..., None, :rank]) @ (self.Vh[..., :rank, :] @ self.inverse)
+
+    def factors(self, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """That matrix, rounded to ``dtype``, as two factors of equal norms."""
+        return SVD.of(self.nearest(rank).to(dtype)).factors(rank, dtype)
 
 
 class Calibration:
@@ -80,19 +97,12 @@ class Calibration:
         """Singular values ``[G, k]`` of ``M C^(1/2)``: what rank rules look at.  M: ``[G, m, n]``."""
         return singular_values(M if (roots := self._roots(name, fold)) is None else M.detach().double() @ roots[0])
 
-    def cut(self, layer: Layer, fold: str, rank: int) -> nn.Module:
-        """The layer's module, its weight now of that rank and as near on the inputs as can be."""
-        M = self.best(layer.name, fold, layer.matrix(fold), rank)
-        layer.set_rows(from_matrix(M, layer.rows.shape, fold))
-        return layer.module
-
-    def best(self, name: str, fold: str, M: Tensor, rank: int) -> Tensor:
-        """The matrix of rank ``rank`` that is nearest on the inputs; without moments, M itself."""
+    def svd(self, name: str, fold: str, M: Tensor) -> SVD | WeightedSVD:
+        """The SVD of ``M C^(1/2)``, that of M itself where there are no moments.  M: ``[G, m, n]``."""
         if (roots := self._roots(name, fold)) is None:
-            return M
+            return SVD.of(M)
         root, inverse = roots
-        U, s, Vh = torch.linalg.svd(M.detach().double() @ root, full_matrices=False)
-        return ((U[..., :rank] * s[..., None, :rank]) @ (Vh[..., :rank, :] @ inverse)).to(M.dtype)
+        return WeightedSVD(*SVD.of(M.detach().double() @ root), inverse)
 
     def _roots(self, name: str, fold: str) -> tuple[Tensor, Tensor] | None:
         """``C^(1/2)`` and its inverse, up to a factor."""

@@ -14,12 +14,12 @@ from .. import ranks as rank_rules
 from .._utils.tables import text_table
 from ..folds import FOLDS, row_axes
 from ..nn.discovery import Layer, foldable_layers, require_matches
-from ..nn.factorization import singular_values
+from ..nn.factorization import SVD
 from ..nn.module_surgery import replace, to_channels_last
 from ..nn.registry import low_rank_type, why_dense
 from ..nn.unwrap import bare
 from . import latency_model
-from .calibration import Calibration
+from .calibration import Calibration, WeightedSVD
 from .dead_neurons import remove_dead_neurons
 from .fx_trace import same_outputs
 from .macs import count_macs
@@ -181,7 +181,7 @@ def _factorize(
         if inputs is None:
             choice = min(candidates, key=lambda c: _size(low_rank_type(dense).like(dense, c[1], c[0])), default=None)
         elif candidates and name in seen:
-            choice, gain, reason = latency_model.choose(dense, candidates, *seen[name], measure)
+            choice, gain, reason = latency_model.choose(dense, list(candidates), *seen[name], measure)
         else:
             choice, reason = None, reason or "the example inputs do not reach it"
         if reason:
@@ -189,8 +189,7 @@ def _factorize(
         if choice:
             gains[name] = gain
             fold, rank = choice
-            cut = calibration.cut(Layer(name, copy.deepcopy(dense)), fold, rank) if calibration else dense
-            model = replace(model, name, low_rank_type(dense).from_dense(cut, rank, fold))
+            model = replace(model, name, low_rank_type(dense).from_svd(dense, rank, fold, candidates[choice]))
     return model, gains
 
 
@@ -202,16 +201,20 @@ def _candidates(
     folds: Sequence[str],
     rounded: bool,
     calibration: Calibration | None,
-) -> tuple[str, list[tuple[str, int]]]:
-    """(fold, rank) of each way to factorise the layer, or why there is none."""
+) -> tuple[str, dict[tuple[str, int], SVD | WeightedSVD]]:
+    """(fold, rank) of each way to factorise the layer, with the SVD of the folded weight; or why there is none."""
     if rule is None:
-        return "no rank rule matches its name", []
+        return "no rank rule matches its name", {}
     if reason := why_dense(model, name):
-        return reason, []
-    reason, found = "", {}
+        return reason, {}
+    reason, found, shapes = "", {}, set()
     for fold in folds:
         M = Layer(name, dense).matrix(fold)
-        rank = rule(calibration.spectrum(name, fold, M) if calibration else singular_values(M))
+        if M.shape in shapes:  # the same matrix: without a kernel, say, all folds are one
+            continue
+        shapes.add(M.shape)
+        svd = calibration.svd(name, fold, M) if calibration else SVD.of(M)
+        rank = rule(svd.s)
         if not isinstance(rank, int) or rank < 0:
             raise ValueError(f"{name}: the rank rule must return a whole number >= 0; got {rank!r}")
         m, n = M.shape[-2:]
@@ -219,8 +222,8 @@ def _candidates(
         if rank > limit:
             reason = f"rank {rank} of a {m} x {n} matrix is not smaller (break-even: {limit})"
         else:
-            found.setdefault((m, n), (fold, max(rank, eights) if rounded and eights <= limit else rank))
-    return ("", list(found.values())) if found else (reason, [])
+            found[fold, max(rank, eights) if rounded and eights <= limit else rank] = svd
+    return ("", found) if found else (reason, {})
 
 
 def _keep_what_is_cheaper(

@@ -22,7 +22,7 @@ from .._utils.dtypes import compute_dtype
 from .._utils.tables import text_table
 from ..folds import CONVS, to_matrix
 from ..nn.discovery import require_matches
-from ..nn.factorization import factors
+from ..nn.factorization import SVD
 from ..nn.unwrap import bare
 from ..ranks import break_even
 from .compress import RankRule
@@ -216,14 +216,13 @@ def _factorized(name: str, module: nn.Module, base: nn.Module, rule: RankRule) -
     m, n = M.shape[-2:]
     if not M.any():
         return LoraLayer(name, type(module).__name__, 0, m * n, 0, min(m, n), 0.0), W, W
-    B, A = factors(M, min(m, n))
-    s = B.norm(dim=1) * A.norm(dim=2)  # [1, k]: each is the square root
-    s = torch.where(s > noise_floor(W.flatten(1), float(s[0, 0])), s, 0)
+    svd = SVD.of(M)
+    s = torch.where(svd.s > noise_floor(W.flatten(1), float(svd.s[0, 0])), svd.s, 0)
     rank = rule(s)
     if not isinstance(rank, int) or rank < 0:
         raise ValueError(f"{name}: the rank rule must return a whole number >= 0; got {rank!r}")
     rank = min(rank, _all_that_count(s))
-    A, B = A[0, :rank].to(W.dtype), B[0, :, :rank].to(W.dtype)
+    B, A = (factor[0] for factor in svd.factors(rank, W.dtype))
     error = float((M[0] - B.double() @ A.double()).norm() / M.norm())
     limit = break_even(m, n)
     note = "" if rank <= limit else f"rank {rank} of a {m} x {n} update is not smaller (break-even: {limit})"

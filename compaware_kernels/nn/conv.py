@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..folds import from_matrix, oriented, row_axes, to_matrix
-from .factorization import check_rank, factors
+from .factorization import check_rank
 from .lowrank import LowRank
 
 
@@ -28,7 +28,6 @@ class LowRankConv(LowRank):
         ValueError: rank out of range, unknown fold.
     """
 
-    dense: type[nn.Module]
     axes: int
     # What a layer is made with along each axis, and the value of a factor along the axes that are the other's.
     geometry: ClassVar = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
@@ -86,14 +85,6 @@ class LowRankConv(LowRank):
         place = {"device": layer.weight.device, "dtype": layer.weight.dtype}
         return cls(rank=rank, fold=fold, **cls._sizes_of(layer), **place)
 
-    @classmethod
-    def from_dense(cls, layer: nn.Module, rank: int, fold: str = "paper"):
-        """The best rank-r approximation of ``layer`` under the fold (truncated SVD per group)."""
-        self = cls.like(layer, rank, fold)
-        V, U = self._weights(layer.weight)
-        self._copy_from(layer, U, V)
-        return self
-
     def to_dense(self) -> nn.Module:
         """One ordinary layer whose folded weight is ``U V``."""
         place = {"device": self.first.weight.device, "dtype": self.first.weight.dtype}
@@ -112,9 +103,7 @@ class LowRankConv(LowRank):
         names = ("in_channels", "out_channels", *cls.geometry, "groups", "padding_mode")
         return {name: getattr(layer, name) for name in names} | {"bias": layer.bias is not None}
 
-    def _weights(self, dense: Tensor) -> tuple[Tensor, Tensor]:
-        W = oriented(dense, self.dense, self.groups)
-        U, V = factors(to_matrix(W, self.fold, self.groups), self.rank)
+    def _unfolded(self, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
         k = row_axes(self.fold, self.axes)
         V = V.reshape(self.groups * self.rank, -1, *self._on_axes("kernel_size", range(k, self.axes)))
         U = U.reshape(self.groups, -1, *self.kernel_size[:k], self.rank).movedim(-1, 2)

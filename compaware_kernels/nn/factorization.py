@@ -1,9 +1,29 @@
-"""One matrix and a rank -> two small matrices."""
+"""Singular values and truncated SVDs of folded weights, in fp64; one matrix and a rank -> two small matrices."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class SVD(NamedTuple):
+    """The thin singular value decomposition ``M = U diag(s) Vh`` of ``M`` ``[G, m, n]``, k = min(m, n), in fp64."""
+
+    U: Tensor  # [G, m, k]
+    s: Tensor  # [G, k], descending
+    Vh: Tensor  # [G, k, n]
+
+    @classmethod
+    def of(cls, M: Tensor) -> SVD:
+        return cls(*torch.linalg.svd(M.detach().double(), full_matrices=False))
+
+    def factors(self, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The two factors of :func:`factors`, in ``dtype``."""
+        root = self.s[..., :rank].sqrt()
+        U, V = self.U[..., :rank] * root[..., None, :], root[..., :, None] * self.Vh[..., :rank, :]
+        return U.to(dtype), V.to(dtype)
 
 
 def singular_values(M: Tensor) -> Tensor:
@@ -29,10 +49,7 @@ def factors(M: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         ValueError: rank out of range.
     """
     check_rank(rank, *M.shape[-2:])
-    U, s, Vh = torch.linalg.svd(M.detach().double(), full_matrices=False)
-    root = s[..., :rank].sqrt()
-    U, V = U[..., :rank] * root[..., None, :], root[..., :, None] * Vh[..., :rank, :]
-    return U.to(M.dtype), V.to(M.dtype)
+    return SVD.of(M).factors(rank, M.dtype)
 
 
 def check_rank(rank: int, m: int, n: int) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..folds import row_axes
-from .factorization import check_rank, factors
+from .factorization import check_rank
 from .lowrank import LowRank
 
 
@@ -47,16 +47,8 @@ class LowRankLinear(LowRank):
         place = {"device": layer.weight.device, "dtype": layer.weight.dtype}
         return cls(layer.in_features, layer.out_features, rank, layer.bias is not None, **place)
 
-    @classmethod
-    def from_dense(cls, layer: nn.Linear, rank: int, fold: str = "paper") -> LowRankLinear:
-        """The best rank-r approximation of ``layer`` (truncated SVD of its weight)."""
-        self = cls.like(layer, rank, fold)
-        V, U = self._weights(layer.weight)
-        self._copy_from(layer, U, V)
-        return self
-
-    def _weights(self, dense: Tensor) -> tuple[Tensor, Tensor]:
-        return factors(dense, self.rank)[::-1]
+    def _unfolded(self, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+        return V[0], U[0]
 
     def _dense_numel(self) -> int:
         return self.in_features * self.out_features

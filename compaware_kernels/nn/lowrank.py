@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from ..folds import oriented, to_matrix
 from ..ops import backends
 from ..ops.lowrank import ACTIVATIONS, lowrank_pack
+from .factorization import SVD, factors
 from .module_surgery import is_plain
 
 if TYPE_CHECKING:
@@ -28,10 +30,12 @@ class LowRank(nn.Module, ABC):
     they change (as much memory again).
     """
 
+    dense: type[nn.Module]
     first: nn.Module
     second: nn.Module
     op: str  # in torch.ops.compaware, that does both
     rank: int
+    fold: str
     groups: int = 1
     activation: str = "none"
     _packed: Tensor | None = None
@@ -81,6 +85,22 @@ class LowRank(nn.Module, ABC):
         """Both factors by one kernel.  Only for layers that have one: the others always have a reason for two steps."""
         raise NotImplementedError(f"{type(self).__name__} has no kernel, and why_two_step did not say so")
 
+    @classmethod
+    @abstractmethod
+    def like(cls, layer: nn.Module, rank: int, fold: str = "paper") -> LowRank:
+        """An untrained low-rank layer with the sizes, geometry, bias, device and dtype of the dense ``layer``."""
+
+    @classmethod
+    def from_dense(cls, layer: nn.Module, rank: int, fold: str = "paper") -> LowRank:
+        """The best rank-r approximation of the dense ``layer`` under the fold (truncated SVD, per group)."""
+        self = cls.like(layer, rank, fold)
+        return self._copy_from(layer, *self._factors(layer.weight))
+
+    @classmethod
+    def from_svd(cls, layer: nn.Module, rank: int, fold: str, svd: SVD) -> LowRank:
+        """As :meth:`from_dense`, where the SVD of the folded weight is there already."""
+        return cls.like(layer, rank, fold)._copy_from(layer, *svd.factors(rank, layer.weight.dtype))
+
     def to_sequential(self) -> nn.Sequential:
         """The same layer in plain torch: ``nn.Sequential(first, second)``, sharing the parameters.
 
@@ -125,14 +145,15 @@ class LowRank(nn.Module, ABC):
             self._pack()
         return self._packed
 
-    def _copy_from(self, layer: nn.Module, U: Tensor, V: Tensor) -> None:
+    def _copy_from(self, layer: nn.Module, U: Tensor, V: Tensor) -> LowRank:
+        """The factors ``U`` [G, m, r] and ``V`` [G, r, n] of the folded weight; bias and mode of ``layer``."""
         with torch.no_grad():
-            self.first.weight.copy_(V)
-            self.second.weight.copy_(U)
+            for factor, weight in zip((self.first, self.second), self._unfolded(U, V), strict=True):
+                factor.weight.copy_(weight)
             if layer.bias is not None:
                 self.second.bias.copy_(layer.bias)
         self.requires_grad_(layer.weight.requires_grad)
-        self.train(layer.training)
+        return self.train(layer.training)
 
     def _copy_to(self, layer: nn.Module, weight: Tensor) -> nn.Module:
         with torch.no_grad():
@@ -151,9 +172,13 @@ class LowRank(nn.Module, ABC):
     def _dense_numel(self) -> int:
         """Numbers in the weight of the dense layer."""
 
+    def _factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """``U`` [G, m, r] and ``V`` [G, r, n] of the best approximation of a dense weight, folded."""
+        return factors(to_matrix(oriented(weight, self.dense, self.groups), self.fold, self.groups), self.rank)
+
     @abstractmethod
-    def _weights(self, dense: Tensor) -> tuple[Tensor, Tensor]:
-        """first.weight and second.weight of the best approximation of a dense weight."""
+    def _unfolded(self, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+        """first.weight and second.weight of two factors of the folded weight, U [G, m, r] and V [G, r, n]."""
 
 
 def _state(V: Tensor, U: Tensor) -> tuple[int, ...]:
@@ -171,7 +196,7 @@ def _factors_of_what_is_loaded(module: LowRank, state: dict, prefix: str, *_) ->
         if prefix + old in state:
             state[prefix + new] = state.pop(prefix + old)
     if prefix + "weight" in state:
-        first, second = module._weights(state.pop(prefix + "weight"))
+        first, second = module._unfolded(*module._factors(state.pop(prefix + "weight")))
         state[prefix + "first.weight"], state[prefix + "second.weight"] = first, second
 
 

@@ -24,6 +24,7 @@ SHRINK = (
     "soft_threshold", "group_shrink", "sparse_group_shrink",
     "soft_threshold_", "group_shrink_", "neuron_shrink_", "sparse_group_shrink_",
 )  # fmt: skip
+SPECTRAL = ("svt_", "firm_svt_")
 
 
 class Backend(NamedTuple):
@@ -106,7 +107,7 @@ TABLE: dict[str, dict[str, list[Backend]]] = {  # op -> type of device -> its ba
     "small_svd": {"cpu": [CPP]},
     "wide_product": {"cpu": [CPP]},
     **{op: {"cpu": [CPP], "cuda": [CUDA_SHRINK]} for op in SHRINK},
-    "svt_": {"cpu": [], "cuda": []},  # filled by what stands above: the solver, the step on a GPU
+    **{op: {"cpu": [], "cuda": []} for op in SPECTRAL},  # filled from above, by the solver and the step on a GPU
     "lowrank_pack": {"cpu": [CPP]},
     "lowrank_conv2d": {"cpu": [CPP_LOW_RANK], "cuda": [TRITON._replace(run=_triton_conv2d)]},
     "lowrank_conv2d_": {"cpu": [CPP_LOW_RANK], "cuda": [TRITON]},  # on CUDA by lowrank_conv2d
@@ -135,8 +136,9 @@ def choose(op: str, device: torch.device, *args, kind: str = "") -> tuple[Backen
 def describe(op: str, device: torch.device, kind: str = "") -> str:
     """What runs ``op`` on a device, on arguments that it takes, and why not what would come first."""
     backend, reason = choose(op, device, kind=kind)
-    parts = "; ".join(f"{part}: {describe(part, device)}" for part in backend.ops)
-    return backend.name + (f" ({parts})" if parts else "") + (f": {reason}" if reason else "")
+    kernels = [part for part in backend.ops if choose(part, device)[0] is not PLAIN]
+    parts = "; ".join(f"{part}: {describe(part, device)}" for part in kernels) or "plain PyTorch"
+    return backend.name + (f" ({parts})" if backend.ops else "") + (f": {reason}" if reason else "")
 
 
 @cache

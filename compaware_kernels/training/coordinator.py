@@ -15,7 +15,7 @@ from ..nn.discovery import Layer
 from ..proximal.warm_state import WarmState
 from .layer_record import LayerRecord, check
 from .owner_compute import gathering_group, owners_of, shrink_at_owners
-from .penalties import shrink
+from .penalties import Settings, shrink
 from .replicas import Replicas, assign, share
 
 log = logging.getLogger(__name__)
@@ -28,11 +28,11 @@ class Coordinator:
         group: ranks that hold the same weights, as DistributedDataParallel's; or None.
         mode: how replicated layers are partitioned, see :class:`.replicas.Replicas`. With ``"owner"``, sharded ones are
             gathered by one rank each, too; else they are shrunk sharded.
-        order: of the penalties.
+        settings: of the penalties.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, mode: str, order: Sequence[str]):
-        self.group, self.mode, self.order = group, mode, order
+    def __init__(self, group: dist.ProcessGroup | None, mode: str, settings: Settings):
+        self.group, self.mode, self.settings = group, mode, settings
         self._replicas: dict[tuple, Replicas] = {}
         self._owned: dict[str, tuple] = {}  # bases that only one rank of a group has: the group, the rank, an example
 
@@ -46,7 +46,7 @@ class Coordinator:
             self._shrink_together(records, warm)
         else:
             check(records)
-            shrink(records, self.order, warm)
+            shrink(records, self.settings, warm)
         warm.advance()
 
     def _shrink_together(self, records: Sequence[LayerRecord], warm: WarmState) -> None:
@@ -111,9 +111,9 @@ class Coordinator:
         """On this rank, sharded layers together with the ranks that have the other shards."""
         gathered = self._gathered(records)
         elsewhere = {id(record) for members in gathered.values() for record in members}
-        shrink([record for record in records if id(record) not in elsewhere], self.order, warm)
+        shrink([record for record in records if id(record) not in elsewhere], self.settings, warm)
         for group, members in gathered.items():
-            shrink_at_owners(members, group, self.order, warm)
+            shrink_at_owners(members, group, self.settings, warm)
 
     def _gathered(self, records: list[LayerRecord]) -> dict[dist.ProcessGroup, list[LayerRecord]]:
         """The sharded layers that have owners, by the group they are sharded over."""

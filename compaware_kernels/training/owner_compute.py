@@ -17,7 +17,7 @@ from ..distributed.collectives import agreed, all_to_all
 from ..distributed.dtensor import local, shards_of
 from ..proximal.warm_state import WarmState
 from .layer_record import LayerRecord
-from .penalties import shrink
+from .penalties import Settings, shrink
 from .replicas import assign
 
 
@@ -32,7 +32,7 @@ def owners_of(records: Sequence[LayerRecord], group: dist.ProcessGroup) -> list[
 
 
 def shrink_at_owners(
-    records: Sequence[LayerRecord], group: dist.ProcessGroup, order: Sequence[str], warm: WarmState
+    records: Sequence[LayerRecord], group: dist.ProcessGroup, settings: Settings, warm: WarmState
 ) -> None:
     """As :func:`.penalties.shrink`, of records that are all sharded over ``group``."""
     owners = owners_of(records, group)
@@ -40,7 +40,7 @@ def shrink_at_owners(
     _to_owners(parts, owners, group)
     mine = [i for i, owner in enumerate(owners) if owner == group.rank()]
     whole = [records[i].like([part.whole for part in parts[i]]) for i in mine]
-    agreed(lambda: shrink(whole, order, warm), [group], local(records[0].weight).device)
+    agreed(lambda: shrink(whole, settings, warm), [group], local(records[0].weight).device)
     results = [each[: len(record.results)] for each, record in zip(parts, records, strict=True)]
     _from_owners(results, owners, group)
 

@@ -17,18 +17,27 @@ from ..ops.validation import check_all_finite
 from ..proximal import shrinkage, solver
 from ..proximal.cuda import backend as gpu
 from ..proximal.cuda.finite_guard import Guard
-from ..proximal.spectral_functions import SoftThreshold, Spectral
+from ..proximal.spectral_functions import FirmThreshold, SoftThreshold, Spectral
 from ..proximal.warm_state import WarmState
 from .layer_record import LayerRecord
 
 TOL = 1e-3  # of the solver, relative to the threshold: that of ck.svt_
 
 
-@dataclass
+@dataclass(frozen=True)
+class Settings:
+    """What holds for every proximal step: the order of the penalties, and their parameters beside the strength."""
+
+    order: tuple[str, ...]
+    gamma: float = 3.0  # of the firm threshold
+
+
+@dataclass(frozen=True)
 class Step:
     """What the penalties of one proximal step share."""
 
     warm: WarmState
+    settings: Settings
     guard: Guard | None = None  # of weights on a GPU, which elementwise operators need
 
     def send(self, tau: Tensor) -> Tensor:
@@ -38,10 +47,10 @@ class Step:
 
 @dataclass(frozen=True)
 class SpectralPenalty:
-    """A penalty on the singular values of a layer's folded weight; ``function(tau)`` is its proximal operator."""
+    """A penalty on the singular values of a layer's folded weight, by what its proximal operator does to them."""
 
     name: str
-    function: Callable[[float], Spectral]
+    function: Callable[[float, Settings], Spectral]  # of the threshold
     with_bias = False  # whether a neuron's bias belongs to what is shrunk
     can_be_centered = True  # whether it may act on W - C
     guards_itself = True  # whether NaN and Inf on a GPU are found without a Guard
@@ -52,7 +61,7 @@ class SpectralPenalty:
 
     def prox_(self, records: Sequence[LayerRecord], taus: Sequence[float], step: Step) -> None:
         """Apply the proximal operator to every record, in place."""
-        solver.shrink_(records, [self.function(tau) for tau in taus], tol=TOL, state=step.warm)
+        solver.shrink_(records, [self.function(tau, step.settings) for tau in taus], tol=TOL, state=step.warm)
 
 
 class GroupLasso:
@@ -85,7 +94,13 @@ class L1:
 Penalty = SpectralPenalty | GroupLasso | L1
 # In the default order: L1 after the nuclear norm can raise the rank again, scaling rows cannot.
 PENALTIES: dict[str, Penalty] = {
-    penalty.name: penalty for penalty in (SpectralPenalty("nuclear", SoftThreshold), GroupLasso(), L1())
+    penalty.name: penalty
+    for penalty in (
+        SpectralPenalty("nuclear", lambda tau, _: SoftThreshold(tau)),
+        SpectralPenalty("firm", lambda tau, settings: FirmThreshold(tau, settings.gamma)),
+        GroupLasso(),
+        L1(),
+    )
 }
 
 
@@ -94,10 +109,10 @@ def thresholds(strengths: Mapping[str, float], step: float, parameters: int) -> 
     return {name: value * step * PENALTIES[name].scale(parameters) for name, value in strengths.items()}
 
 
-def shrink(records: Sequence[LayerRecord], order: Sequence[str], warm: WarmState) -> None:
+def shrink(records: Sequence[LayerRecord], settings: Settings, warm: WarmState) -> None:
     """Apply the penalties in turn to the records, in place."""
-    step = Step(warm, _guard(records, warm))
-    for penalty in (PENALTIES[name] for name in order):
+    step = Step(warm, settings, _guard(records, warm))
+    for penalty in (PENALTIES[name] for name in settings.order):
         used = [record for record in records if penalty.name in record.taus]
         if used:
             penalty.prox_(used, [record.taus[penalty.name] for record in used], step)

@@ -18,7 +18,7 @@ from ..nn.unwrap import data_parallel_group, reshard, unwrapped, unwrapped_optim
 from ..proximal.warm_state import WarmState, from_text, to_text
 from .coordinator import Coordinator
 from .layer_record import LayerRecord, center_of, write_back
-from .penalties import PENALTIES, thresholds
+from .penalties import PENALTIES, Settings, thresholds
 from .replicas import MODES
 from .report import ProximalReport, spectrum
 
@@ -50,13 +50,15 @@ class ProximalStep:
             names are without what compiled or checkpointed submodules add to them.
         optimizer: any torch optimizer over the model's parameters. Parameters it does not hold, and frozen ones, are
             left alone, now or later. Steps that a GradScaler skips do not count.
-        nuclear, group, l1: strengths >= 0 of the three penalties: one number, or numbers by layer name pattern
+        nuclear, group, l1, firm: strengths >= 0 of the penalties: one number, or numbers by layer name pattern
             (``{"features.*": 0.1, "head": 0.0}``, first match wins, no match is 0).
+        gamma: of the firm penalty, > 1: singular values above gamma times the threshold are not shrunk at all (the
+            minimax concave penalty, see :func:`compaware_kernels.firm_svt`): without the nuclear norm's bias.
         every: ``"epoch"``: you call :meth:`step` at the end of each epoch, as in the paper. An int k: a proximal step
             runs by itself after every k optimizer steps. The strength is per proximal step: more steps shrink more.
         scale_by_lr: multiply by the current learning rate (the proximal gradient method) or not.
-        order: of the penalties, all that have a strength (default: nuclear, group, l1). L1 after nuclear can raise the
-            rank again; scaling rows cannot.
+        order: of the penalties, all that have a strength (default: nuclear, firm, group, l1). L1 after nuclear can
+            raise the rank again; scaling rows cannot.
         fold: how convolutions become matrices for the nuclear norm, see :mod:`compaware_kernels.folds`.
         skip: name patterns of layers to leave alone.
         warmup: the thresholds of the first ``warmup`` proximal steps grow linearly to their full size.
@@ -74,9 +76,9 @@ class ProximalStep:
         warm: what the nuclear prox remembers of each layer, see :class:`WarmState`.
 
     Raises:
-        ValueError: negative or infinite strength, unknown fold or order, every < 1, a pattern that matches no layer,
-            a model none of whose foldable layers is trained by the optimizer, a center of another architecture or
-            together with ``group`` or ``l1``.
+        ValueError: negative or infinite strength, unknown fold or order, gamma <= 1, every < 1, a pattern that matches
+            no layer, a model none of whose foldable layers is trained by the optimizer, a center of another
+            architecture or together with ``group`` or ``l1``.
 
     Source: Alvarez & Salzmann, NIPS 2017 (arXiv 1711.02638), section 3; NIPS 2016 for the group term.
     """
@@ -89,6 +91,8 @@ class ProximalStep:
         nuclear: Strength = 0.0,
         group: Strength = 0.0,
         l1: Strength = 0.0,
+        firm: Strength = 0.0,
+        gamma: float = 3.0,
         every: int | str = "epoch",
         scale_by_lr: bool = True,
         order: Sequence[str] | None = None,
@@ -101,6 +105,8 @@ class ProximalStep:
     ):
         if not (every == "epoch" or (isinstance(every, int) and every >= 1)):
             raise ValueError(f"every must be 'epoch' or a number of optimizer steps >= 1; got {every!r}")
+        if not (isinstance(gamma, float | int) and 1 < gamma < math.inf):
+            raise ValueError(f"gamma: wanted a finite number > 1; got {gamma!r}")
         if not (isinstance(warmup, int) and warmup >= 0):
             raise ValueError(f"warmup must be a number of proximal steps >= 0; got {warmup!r}")
         if division not in MODES:
@@ -112,7 +118,7 @@ class ProximalStep:
         self._reshard()
         self.layers, self.skipped = foldable_layers(self.model, skip, training=True)
         names = [layer.name for layer in self.layers]
-        strengths = {"nuclear": nuclear, "group": group, "l1": l1}
+        strengths = {"nuclear": nuclear, "firm": firm, "group": group, "l1": l1}
         _check_order(self.order, strengths)
         self.strengths = {
             name: {penalty: _strength(spec, name, penalty) for penalty, spec in strengths.items()} for name in names
@@ -126,7 +132,8 @@ class ProximalStep:
         self.centers = None if center is None else _centers(unwrapped(center), self.layers, self.strengths)
         self.steps = self.applied = 0
         self.warm = WarmState()
-        self._coordinator = Coordinator(process_group or data_parallel_group(model), division, self.order)
+        ranks, settings = process_group or data_parallel_group(model), Settings(self.order, gamma)
+        self._coordinator = Coordinator(ranks, division, settings)
         self._coordinator.warn_if_alone(self.layers)
         self._hook = self.optimizer.register_step_post_hook(self._after_optimizer_step)
 

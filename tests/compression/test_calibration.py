@@ -12,6 +12,7 @@ from compaware_kernels.compression.calibration import Calibration, second_moment
 from compaware_kernels.demo.networks import small_convnet
 from compaware_kernels.folds import FOLDS, from_matrix
 from compaware_kernels.nn.discovery import Layer
+from compaware_kernels.nn.factorization import SVD
 
 LAYERS = {
     "linear": (lambda: nn.Linear(12, 20), (7, 5, 12)),
@@ -70,8 +71,11 @@ def test_best_is_the_best(name, fold):
         return float(((M - R) @ root).square().sum())
 
     rank = min(M.shape[1:]) // 2 or 1
-    R = seen.best("0", fold, M, rank)
+    R = seen.svd("0", fold, M).nearest(rank)
     s = seen.spectrum("0", fold, M)
+    torch.testing.assert_close(seen.svd("0", fold, M).s, s)
+    U, V = seen.svd("0", fold, M).factors(rank, torch.float64)
+    torch.testing.assert_close(U @ V, R)
     assert loss(R) == pytest.approx(float(s[:, rank:].square().sum()), abs=1e-9)
     U, sigma, Vh = torch.linalg.svd(M, full_matrices=False)
     assert loss(R) <= loss((U[..., :rank] * sigma[:, None, :rank]) @ Vh[:, :rank]) + 1e-9
@@ -80,7 +84,7 @@ def test_best_is_the_best(name, fold):
     for _ in range(5):
         beside = (U[..., :rank] + 1e-3 * torch.randn_like(U[..., :rank])) * sigma[:, None, :rank] @ Vh[:, :rank]
         assert loss(beside) >= loss(R)
-    torch.testing.assert_close(seen.best("0", fold, R, rank), R, atol=1e-8, rtol=0)
+    torch.testing.assert_close(seen.svd("0", fold, R).nearest(rank), R, atol=1e-8, rtol=0)
 
 
 def test_compress_loses_less_on_such_inputs():
@@ -189,6 +193,6 @@ def test_convolution_that_pads_by_itself_counts_as_without_inputs():
     model, x = nn.Sequential(Padded(4, 16, 5), nn.Conv2d(16, 16, 1)), torch.randn(2, 4, 3, 3)
     moments = Calibration(model, ["0", "1"], [(x,)], ["paper"])
     M = torch.randn(1, 16, 100)
-    assert torch.equal(moments.best("0", "paper", M, 3), M)
+    assert all(map(torch.equal, moments.svd("0", "paper", M), SVD.of(M)))
     M = torch.randn(1, 16, 16)
-    assert not torch.equal(moments.best("1", "paper", M, 3), M)
+    assert not torch.equal(moments.svd("1", "paper", M).s, SVD.of(M).s)

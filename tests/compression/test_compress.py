@@ -270,3 +270,24 @@ def test_bad_arguments():
         model[5].weight[0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="5: its weight contains NaN"):
         by_size(model, ck.ranks.fixed(1), (X,))
+
+
+@pytest.mark.parametrize(("fold", "matrices"), [("paper", 2), ("auto", 1 + 3)])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_each_matrix_is_decomposed_once(fold, matrices, calibrated, monkeypatch):
+    """For its rank and its factors; with calibration also its moments, and the best matrix of the chosen rank.
+
+    The folds of a linear layer are one matrix.
+    """
+    calls = []
+    for name in ("svd", "svdvals", "eigh"):
+        real = getattr(torch.linalg, name)
+        monkeypatch.setattr(
+            torch.linalg, name, lambda *a, name=name, real=real, **k: (calls.append(name), real(*a, **k))[1]
+        )
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8 * 4, 10))
+    x, batches = torch.randn(2, 4, 4, 4), [(torch.randn(8, 4, 4, 4),)]
+    _, report = by_size(model, ck.ranks.fixed(2), (x,), fold=fold, calibration=batches if calibrated else None)
+    assert [r.rank for r in report.layers] == [2, 2]
+    wanted = {"svd": matrices + 2 * calibrated, "eigh": matrices * calibrated}
+    assert {name: calls.count(name) for name in ("svd", "eigh", "svdvals")} == wanted | {"svdvals": 0}

@@ -13,6 +13,7 @@ from compaware_kernels.proximal import svt_op
 from compaware_kernels.proximal.cuda import backend as gpu
 
 CPU = torch.device("cpu")
+PARTS = ("small_svd", "wide_product")  # kernels that the solver is made of
 MODULES = (linalg, lowrank, shrinkage, svt, svt_op)
 BODIES = {op: next(getattr(module, op) for module in MODULES if hasattr(module, op)) for op in backends.TABLE}
 
@@ -57,6 +58,7 @@ def arguments(op):
         "sparse_group_shrink_": (weights, taus, taus),
         "neuron_shrink_": (weights, [torch.randn(len(W)) for W in weights], taus),
         "svt_": (weights, taus, 1e-3),
+        "firm_svt_": (weights, taus, torch.tensor([3.0, 3.0], dtype=torch.float64), 1e-3),
         "lowrank_pack": (V, U, 1),
         "lowrank_conv2d": (x, V, U, None, None, None, *geometry),
         "lowrank_conv2d_": (x, V, U, None, residual, None, *geometry),
@@ -72,10 +74,10 @@ def check_info():
     info = {op: where["CPU"] for op, where in ck.info()["ops"].items()}
     for op, said in info.items():
         ran = plain_bodies_of(lambda op=op: getattr(torch.ops.compaware, op)(*arguments(op)))
-        if op == "svt_":
-            parts = ("small_svd", "wide_product")
-            assert said == f"solver ({'; '.join(f'{part}: {info[part]}' for part in parts)})"
-            assert ran == {"svt_", *(part for part in parts if info[part] != "C++ kernel")}
+        if op in backends.SPECTRAL:
+            built = [part for part in PARTS if info[part] == "C++ kernel"]
+            parts = "; ".join(f"{part}: C++ kernel" for part in built) or "plain PyTorch"
+            assert said == f"solver ({parts})" and ran == {op, *PARTS} - set(built)
         elif said == "C++ kernel":
             assert op not in ran, op
             kernels += 1

@@ -68,7 +68,8 @@ def _declines(weights: Sequence[Tensor], functions: Sequence[Spectral], plain: b
 
 
 STEP = backends.Backend("GPU step: all layers in 13 launches", _missing, _declines, quarantine.STEP)
-backends.TABLE["svt_"]["cuda"].insert(0, STEP)
+for _op in backends.SPECTRAL:
+    backends.TABLE[_op]["cuda"].insert(0, STEP)
 
 
 class DeviceInfo(SvtInfo):

@@ -130,7 +130,7 @@ class LowRankConv1d(LowRankConv):
 
 class LowRankConv2d(LowRankConv):
     __doc__ = LowRankConv.__doc__
-    dense, axes = nn.Conv2d, 2
+    dense, axes, op = nn.Conv2d, 2, "lowrank_conv2d"
 
     def _why_not_geometry(self) -> str:
         if self.padding_mode != "zeros":

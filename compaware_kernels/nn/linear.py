@@ -33,7 +33,7 @@ class LowRankLinear(LowRank):
     """
 
     dense = nn.Linear
-    fold = "paper"
+    op, fold = "lowrank_linear", "paper"
 
     def __init__(
         self,

@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +11,11 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import compaware_kernels as ck
-from compaware_kernels.gpu import kernels, tables
+from compaware_kernels.gpu import kernels
 
 pytest.importorskip("triton")
 from compaware_kernels.gpu import plan, step
-from compaware_kernels.gpu.sizes import MAX_COLUMNS, width
+from compaware_kernels.gpu.sizes import width
 
 ROOT = Path(__file__).parents[1]
 MOST_LAUNCHES = 16
@@ -55,28 +54,6 @@ def test_launches(warm, monkeypatch):
         widths = [width(min(W.shape) // 8, min(W.shape)) if warm else 0 for W in weights]
         counts[network] = len(launches(weights, widths, monkeypatch))
     assert counts["resnet50"] == counts["vit_b"] == counts["lenet"] <= MOST_LAUNCHES
-
-
-def fields(struct: str, header: str) -> list[str]:
-    """The members of a C++ struct, in order."""
-    text = re.sub(r"//.*", "", (ROOT / "csrc" / "cuda" / header).read_text())
-    body = re.search(rf"struct {struct} {{(.*?)\n}};", text, re.S)[1]
-    members = re.findall(r"(?:const )?\w+[ *]+([\w, *]+);", body)
-    return [name.strip(" *") for names in members for name in names.split(",")]
-
-
-def numbers(header: str) -> dict[str, int]:
-    text = (ROOT / "csrc" / "cuda" / header).read_text()
-    return {name: int(value) for name, value in re.findall(r"constexpr int (\w+) = (\d+);", text)}
-
-
-def test_tables_are_those_of_the_kernels():
-    assert fields("Layer", "step.h") == list(tables.LAYER)
-    assert fields("Chunk", "step.cuh") == list(tables.CHUNK)
-    found = numbers("step.h")
-    assert (found["kProbes"], found["kPowers"]) == (tables.PROBES, tables.POWERS)
-    assert (found["kPairs"], found["kRootPairs"]) == (tables.PAIRS, tables.ROOT_PAIRS)
-    assert found["kMaxColumns"] == MAX_COLUMNS
 
 
 class Net(torch.nn.Module):

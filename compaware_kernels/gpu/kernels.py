@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from .. import _library
+from ..constants import CSRC
 
 Numbers = Sequence[int | float]
 Launcher = Callable[[str, int, int, int, int, int, Numbers], None]  # as launch(), with device, stream before arguments
 
-SOURCES = tuple(path / "csrc" for path in (_library.PATH.parent, _library.PATH.parents[1]))  # installed, source tree
+SOURCES = (CSRC,)
 OPTIONS = ("-std=c++17",)  # not those of cupy.RawModule(code=...), which flushes subnormal numbers to zero
 
 instead: ContextVar[Launcher | None] = ContextVar("instead", default=None)  # launches, in place of both ways

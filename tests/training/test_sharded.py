@@ -84,7 +84,7 @@ def other_operators(rank, processes):
         truth = C + torch.from_numpy(svt((W - C).numpy(), tau))
         torch.testing.assert_close(D.full_tensor(), truth, rtol=0, atol=1e-3 * tau)
         D = placed(W, mesh, [placement])
-        ck.svt_([D], 1e-8)  # where only a QR factorisation of the whole is accurate enough
+        ck.svt_([D], 1e-8)  # where only a QR factorization of the whole is accurate enough
         truth = torch.from_numpy(svt(W.numpy(), 1e-8))
         torch.testing.assert_close(D.full_tensor(), truth, rtol=0, atol=1e-11)
         D = placed(W, mesh, [placement])

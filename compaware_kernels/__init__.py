@@ -1,6 +1,6 @@
-"""Compression-aware training: networks whose layers become low-rank while they learn, and then run small.
+"""Compression-aware training: layers become low-rank during training, and are then factorized for inference.
 
-weights --prox--> shrunk weights --ranks--> ranks --factorize--> two small weights --layers--> inference
+weights --proximal step--> low-rank weights --rank rule--> ranks --truncated SVD--> two factors --layers--> inference
 """
 
 from . import folds, ranks
@@ -18,20 +18,18 @@ from .nn.functional import lowrank_conv2d, lowrank_linear
 from .nn.linear import LowRankLinear
 from .ops import backends, library, quarantine
 from .proximal import svt_op
-from .proximal.functional import (
-    SvtInfo,
-    group_shrink,
+from .proximal.functional import firm_svt, group_shrink, soft_threshold, sparse_group_shrink, svt
+from .proximal.inplace import (
+    firm_svt_,
     group_shrink_,
-    soft_threshold,
     soft_threshold_,
-    sparse_group_shrink,
     sparse_group_shrink_,
     spectral_ball_,
-    svt,
     svt_,
     truncate_,
     weighted_svt_,
 )
+from .proximal.svt_info import SvtInfo
 from .proximal.warm_state import WarmState
 from .training.proximal_step import ProximalStep
 from .training.report import ProximalReport
@@ -42,8 +40,8 @@ quarantine.replace_shrink()
 __all__ = [
     "CheckpointError", "CompressReport", "LayerReport", "LoraReport", "LowRankConv1d", "LowRankConv2d", "LowRankConv3d",
     "LowRankConvTranspose1d", "LowRankConvTranspose2d", "LowRankConvTranspose3d", "LowRankLinear", "ProximalReport",
-    "ProximalStep", "SvtInfo", "WarmState", "allocate", "compress", "export_lora", "folds", "fuse", "group_shrink",
-    "group_shrink_", "info", "load", "lowrank_conv2d", "lowrank_linear", "ranks", "save", "soft_threshold",
-    "soft_threshold_", "sparse_group_shrink", "sparse_group_shrink_", "spectral_ball_", "svt", "svt_", "to_dense",
-    "to_plain", "truncate_", "weighted_svt_",
+    "ProximalStep", "SvtInfo", "WarmState", "allocate", "compress", "export_lora", "firm_svt", "firm_svt_", "folds",
+    "fuse", "group_shrink", "group_shrink_", "info", "load", "lowrank_conv2d", "lowrank_linear", "ranks", "save",
+    "soft_threshold", "soft_threshold_", "sparse_group_shrink", "sparse_group_shrink_", "spectral_ball_", "svt", "svt_",
+    "to_dense", "to_plain", "truncate_", "weighted_svt_",
 ]  # fmt: skip

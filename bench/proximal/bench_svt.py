@@ -5,6 +5,7 @@ rank``, every singular value above tau. Every result is compared with the fp64 t
 tolerance
 (1e-3 tau in the spectral norm, and the rounding of the result) is marked wrong and gets no ratio. The floor is the time
 of our own products with the weights and of writing the results, at the measured rate of a large matrix product.
+``firm``: firm thresholding, gamma = 3, warm and cold, beside two of our SVTs, whose difference it is.
 """
 
 import copy
@@ -18,7 +19,7 @@ import compaware_kernels as ck
 from bench.common import workloads
 from compaware_kernels.ops.linalg import product
 
-TAU = 1.0
+TAU, GAMMA = 1.0, 3.0
 
 
 def shrink(U, s, V):
@@ -87,30 +88,59 @@ CASES = {
     "11008 x 4096, rank 64": ([(11008, 4096)], 64, FAST),
     **{f"1000 of {n} x {n}": (workloads.small(n), 0.25, PEERS[:1]) for n in (16, 32, 64)},
 }
+FIRM = ("lenet", "resnet18", "resnet50", "1000 of 32 x 32")
 FULL = ("lenet", "resnet18", "resnet50", "vit_b", "1000 of 16 x 16", "1000 of 32 x 32", "1000 of 64 x 64")
 
 
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_low_rank(svt_race, name):
-    shapes, share, peers = CASES[name]
+    weights, ours = regimes(name, lambda Ws, state: ck.svt_(Ws, TAU, state=state, fold=None))
+    race(svt_race, name, weights, ours, CASES[name][2])
+
+
+def regimes(name, shrink):
+    """Weights that drifted since the last ``shrink(weights, state)``, and that call with its state, and without."""
     torch.manual_seed(0)
-    bases = workloads.low_rank(shapes, share)
-    state = ck.WarmState()
+    bases, state = workloads.low_rank(*CASES[name][:2]), ck.WarmState()
     weights = workloads.drifted(workloads.shrunk(bases), bases)
     for _ in range(2):
-        ck.svt_(weights, TAU, state=state, fold=None)
+        shrink(weights, state)
         weights = workloads.drifted(weights, bases)
     saved = copy.deepcopy(state.state_dict())
 
     def warm(Ws):
         state.load_state_dict(saved)
-        return ck.svt_(Ws, TAU, state=state, fold=None)
+        return shrink(Ws, state)
 
-    def cold(Ws):
-        return ck.svt_(Ws, TAU, fold=None)
+    return weights, {"warm": warm, "cold": lambda Ws: shrink(Ws, None)}
 
-    race(svt_race, name, weights, {"warm": warm, "cold": cold}, peers)
+
+@pytest.mark.parametrize("name", FIRM)
+@torch.no_grad()
+def test_firm(svt_race, name):
+    weights, ours = regimes(name, lambda Ws, state: ck.firm_svt_(Ws, TAU, GAMMA, state=state, fold=None))
+    states = ck.WarmState(), ck.WarmState()
+
+    def svd(Ws):
+        for W in Ws:
+            W.copy_(firm(W))
+
+    def two_svts(Ws):
+        others = [W.clone() for W in Ws]
+        for W, tau, state in zip((Ws, others), (TAU, GAMMA * TAU), states, strict=True):
+            ck.svt_(W, tau, state=state, fold=None)
+        torch._foreach_mul_(Ws, GAMMA)
+        torch._foreach_sub_(Ws, others)
+        torch._foreach_div_(Ws, GAMMA - 1)
+
+    truths, peers = [firm(W.double()) for W in weights], {"svd": svd, "two svt_, warm": two_svts}
+    svt_race(f"firm, {name}", weights, truths, ours, peers, lambda infos: floor(weights, infos))
+
+
+def firm(W):
+    U, s, Vh = torch.linalg.svd(W, full_matrices=False)
+    return (U * torch.minimum(GAMMA / (GAMMA - 1) * (s - TAU), s).clamp_min(0)) @ Vh
 
 
 @pytest.mark.parametrize("name", FULL)

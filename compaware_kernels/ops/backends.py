@@ -14,7 +14,7 @@ from . import quarantine
 
 OPS = (
     "svt", "small_svd", "wide_product", "soft_threshold", "group_shrink", "sparse_group_shrink", "svt_",
-    "soft_threshold_", "group_shrink_", "neuron_shrink_", "sparse_group_shrink_",
+    "firm_svt_", "soft_threshold_", "group_shrink_", "neuron_shrink_", "sparse_group_shrink_",
     "lowrank_pack", "lowrank_conv2d", "lowrank_conv2d_", "lowrank_linear",
 )  # fmt: skip
 WANTED = (3, 6)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .._utils.dtypes import DTYPES, compute_dtype
+
+Check = Callable[[Tensor, str], None]  # of values and what they are called in an error
 
 
 def checked(W: Tensor, tau: float | Tensor, what: str = "tau") -> tuple[Tensor, Tensor]:
@@ -85,17 +87,22 @@ def _clearly_finite(weights: Sequence[Tensor]) -> bool:
     return bool(torch.stack([norm.float() for norm in norms]).isfinite().all())
 
 
-def checked_tau(tau: float | Tensor, W: Tensor, what: str = "tau") -> Tensor:
-    t = torch.as_tensor(tau, dtype=compute_dtype(W.dtype), device=W.device)
-    if t.ndim and t.shape != W.shape[:-2]:
-        raise ValueError(f"{what}: wanted one number, or shape {list(W.shape[:-2])}; got shape {list(t.shape)}")
-    check_values(t, what)
-    return t
-
-
 def check_values(t: Tensor, what: str) -> None:
     if has_values(t) and not (t.isfinite() & (t >= 0)).all():
         raise ValueError(f"{what}: wanted finite thresholds >= 0; got {t.tolist()}")
+
+
+def check_above_one(t: Tensor, what: str) -> None:
+    if has_values(t) and not (t.isfinite() & (t > 1)).all():
+        raise ValueError(f"{what}: wanted finite numbers > 1; got {t.tolist()}")
+
+
+def checked_tau(tau: float | Tensor, W: Tensor, what: str = "tau", check: Check = check_values) -> Tensor:
+    t = torch.as_tensor(tau, dtype=compute_dtype(W.dtype), device=W.device)
+    if t.ndim and t.shape != W.shape[:-2]:
+        raise ValueError(f"{what}: wanted one number, or shape {list(W.shape[:-2])}; got shape {list(t.shape)}")
+    check(t, what)
+    return t
 
 
 def checked_list(
@@ -116,8 +123,15 @@ def checked_list(
         check_kind(W, name, axes)
     if finite:
         check_all_finite(weights, names)
-    t = torch.as_tensor(tau, dtype=torch.float64, device="cpu")
-    if t.ndim and t.shape != (len(weights),):
-        raise ValueError(f"{what}: wanted one number, or {len(weights)}, one per weight; got shape {list(t.shape)}")
-    check_values(t, what)
-    return t.expand(len(weights)).contiguous()
+    return one_per_weight(tau, len(weights), what)
+
+
+def one_per_weight(
+    values: float | Sequence[float] | Tensor, count: int, what: str, check: Check = check_values
+) -> Tensor:
+    """As an fp64 tensor [count] on the CPU."""
+    t = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+    if t.ndim and t.shape != (count,):
+        raise ValueError(f"{what}: wanted one number, or {count}, one per weight; got shape {list(t.shape)}")
+    check(t, what)
+    return t.expand(count).contiguous()

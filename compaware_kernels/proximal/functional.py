@@ -1,42 +1,30 @@
-"""Weights -> shrunk weights: the proximal operators.
+"""The proximal operators as functions of (batches of) matrices: differentiable, batched, traceable by torch.compile.
 
-``svt``, ``group_shrink``, ``soft_threshold`` and ``sparse_group_shrink`` are functions of (batches of) matrices:
-differentiable, batched, traceable by ``torch.compile``.  The forms that end in ``_`` take a network's layers as a
-ragged list and change them in place in one call: all of them, or none if anything is wrong.
-
-Every function raises, before anything is changed:
+Every function raises:
 
 * ``TypeError``: not a tensor, or not fp64, fp32, bf16 or fp16;
-* ``ValueError``: fewer axes than a matrix has, a threshold that is negative, not finite or of the wrong shape,
-  NaN or Inf in a weight (named by its layer).  Values are not checked while ``torch.compile`` traces.
-
-The forms with ``tol``, ``state`` and ``center`` raise ``ValueError`` for a tolerance that is no positive number, for a
-center that is not like its weight, and for a state or a center under ``torch.compile``, and ``TypeError`` for a state
-that is no :class:`WarmState`.
+* ``ValueError``: fewer axes than a matrix has, a threshold that is negative, not finite or of the wrong shape, a
+  ``gamma`` that is not finite or not above 1, NaN or Inf in W.  Values are not checked while ``torch.compile`` traces.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from .. import folds
 from .._utils.dtypes import compute_dtype
-from ..distributed.collectives import agreed
-from ..distributed.dtensor import device_of, groups_of, local
 from ..ops.svt import differentiable_svt
-from ..ops.validation import check_center, checked, checked_list, checked_tau
-from . import error_bounds, solver
-from .cuda import backend as gpu
-from .record import Record
-from .shrinkage import shrink_elements_, shrink_elements_and_rows_, shrink_neurons_
-from .spectral_functions import SoftThreshold, Truncate, WeightedThreshold
+from ..ops.validation import (
+    check_above_one,
+    checked,
+    checked_tau,
+)
+from . import error_bounds
+from .spectral_functions import FirmThreshold
 from .svt_info import SvtInfo
-from .warm_state import WarmState
 
 
 @overload
@@ -68,6 +56,44 @@ def svt(W: Tensor, tau: float | Tensor, *, return_info: bool = False) -> Tensor 
     W, tau = checked(W, tau)
     P, s = differentiable_svt(W, tau)
     return (P, _svt_info(s.detach(), W, tau.detach())) if return_info else P
+
+
+def firm_svt(
+    W: Tensor, tau: float | Tensor, gamma: float | Tensor, *, return_info: bool = False
+) -> Tensor | tuple[Tensor, SvtInfo]:
+    """Firm singular value thresholding: the large singular values stay, as no :func:`svt` leaves them.
+
+    ``F(W) = U f(S) V^T``, ``f(s) = max(min(gamma / (gamma - 1) (s - tau), s), 0)``,  ``W = U S V^T``:  0 up to tau, s
+    above gamma tau.  It is the proximal operator of the minimax concave penalty (MCP) of the singular values, and, by
+    which it is computed, ``(gamma svt(W, tau) - svt(W, gamma tau)) / (gamma - 1)``: two decompositions.
+
+    Args:
+        W: ``[..., m, n]``, fp64, fp32, bf16 or fp16 (half types are computed in fp32).
+        tau: threshold >= 0, in the units of W: a number, or a tensor of shape ``W.shape[:-2]``.
+        gamma: > 1, as tau; the larger, the nearer to :func:`svt`, and the nearer to 1, the nearer to a hard threshold.
+        return_info: also return a :class:`SvtInfo`.
+
+    Returns:
+        ``P`` ``[..., m, n]`` in the dtype of W, and the info if asked for.
+
+    Twice differentiable in W, tau and gamma, as :func:`svt`, except where a singular value is tau or gamma tau.
+
+    Source: Gao & Bruce, WaveShrink with firm shrinkage, Statistica Sinica 7, 1997; Zhang, Nearly unbiased variable
+    selection under minimax concave penalty, Ann. Stat. 38(2), 2010.
+    """
+    W, tau = checked(W, tau)
+    function = FirmThreshold(tau, checked_tau(gamma, W, "gamma", check_above_one))
+    P, s = _sum_of_svt(W, function.pieces)
+    return (P, _svt_info(s.detach(), W, tau.detach(), function.slope.detach())) if return_info else P
+
+
+def _sum_of_svt(W: Tensor, pieces: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """``sum_i weight_i svt(W, tau_i)``, and its singular values, in the compute dtype up to the sum."""
+    X, batch = W.to(compute_dtype(W.dtype)), W.shape[:-2]
+    weights, taus = (torch.stack([x.expand(batch) for x in each]) for each in zip(*pieces, strict=True))
+    taus = taus.clamp_max(torch.finfo(taus.dtype).max)
+    P, s = differentiable_svt(X.expand(len(taus), *X.shape), taus)
+    return (weights[..., None, None] * P).sum(0).to(W.dtype), (weights[..., None] * s).sum(0)
 
 
 def group_shrink(W: Tensor, tau: float | Tensor) -> Tensor:
@@ -113,267 +139,14 @@ def sparse_group_shrink(W: Tensor, l1: float | Tensor, tau: float | Tensor) -> T
     return torch.ops.compaware.sparse_group_shrink(W, l1, checked_tau(tau, W))
 
 
-@torch.no_grad()
-def svt_(
-    weights: Sequence[Tensor],
-    tau: float | Sequence[float] | Tensor,
-    *,
-    state: WarmState | None = None,
-    tol: float = 1e-3,
-    center: Sequence[Tensor] | None = None,
-    fold: str | None = "paper",
-    groups: Sequence[int] | None = None,
-    names: Sequence[str] | None = None,
-) -> list[SvtInfo]:
-    """Singular value soft-thresholding of every layer, in place, in one call.
-
-    ``W <- C + prox(W - C)``, ``prox(X) = U max(S - tau, 0) V^T``, ``X = U S V^T``
-
-    Each matrix takes the route that is fastest for its shape, its rank and the accuracy asked for; the report says
-    which, and bounds the error.
-
-    Args:
-        weights: layer weights, ragged.  Linear ``[O, I]`` and convolution ``[O, C/G, *K]`` weights are folded to
-            matrices by ``fold``; with ``fold=None`` each weight is taken as it is, ``[..., m, n]``.
-        tau: threshold >= 0: a number, or one per layer.
-        state: what is remembered from one call to the next; with it, later calls cost less.  Layers are
-            told apart by their names, or else by their place in the list.
-        tol: how far the computed result may be from the exact one, relative to tau, in the spectral norm, before it
-            is rounded to the dtype of the weight.  Judged from probes; ``error_bound`` is the bound.
-        center: ``C``, one tensor per weight (default: 0): the prox of ``tau ||W - C||_*``.
-        groups: the convolutions' groups, one per layer (default: all 1).
-        names: layer names for errors, the report and the state.
-
-    Returns:
-        one :class:`SvtInfo` per layer, its tensors of shape ``[G, ...]`` (or the batch shape with ``fold=None``).
-
-    All or nothing: if any layer is refused, every weight, and the state, is as it was.
-
-    Sources: as :func:`svt`; around a centre: Alvarez & Salzmann, NIPS 2017, and Moreau's translation rule.
-    """
-    tau = _checked(weights, tau, names, finite=not gpu.on_gpu(weights))
-    if torch.compiler.is_compiling():
-        return _svt_traced(weights, tau, state, tol, center, fold, groups, names)
-    functions = [SoftThreshold(t) for t in tau.tolist()]
-    return _shrink(weights, functions, state, tol, fold, groups, names, center)
-
-
-def weighted_svt_(
-    weights: Sequence[Tensor],
-    sigma_weights: Sequence[Sequence[float] | Tensor],
-    *,
-    state: WarmState | None = None,
-    tol: float = 1e-3,
-    fold: str | None = "paper",
-    groups: Sequence[int] | None = None,
-    names: Sequence[str] | None = None,
-) -> list[SvtInfo]:
-    """Weighted singular value thresholding of every layer, in place: ``max(sigma_i - w_i, 0)``.
-
-    The proximal operator of ``sum_i w_i sigma_i(W)`` with ``0 <= w_1 <= w_2 <= ...`` (large singular values, which
-    come first, are shrunk less; other orders are refused: the formula would not be the minimiser).
-
-    Args:
-        sigma_weights: per layer ``[min(m, n)]`` weights, ascending, in the units of the singular values.
-
-    The rest as :func:`svt_`; ``tol`` is relative to w_1 (all in fp64 where that is 0).  The operator is not continuous
-    where singular values of different weights meet: there ``error_bound`` is inf.
-
-    Source: Gu, Zhang, Zuo & Feng, CVPR 2014.
-    """
-    _checked(weights, 0.0, names)
-    if len(sigma_weights) != len(weights):
-        raise ValueError(f"sigma_weights: wanted {len(weights)}, one sequence per weight; got {len(sigma_weights)}")
-    functions = []
-    shapes = [torch.empty(W.shape, device="meta") for W in weights]
-    for record, w in zip(_records(shapes, names, fold=fold, groups=groups), sigma_weights, strict=True):
-        W = record.matrices()
-        w = torch.as_tensor(w, dtype=torch.float64, device="cpu")
-        if w.shape != (min(W.shape[-2:]),) or not (w.isfinite().all() and (w >= 0).all() and (w.diff() >= 0).all()):
-            what = record.name or f"sigma_weights[{record.index}]"
-            raise ValueError(f"{what}: wanted {min(W.shape[-2:])} weights, 0 <= w_1 <= w_2 <= ...; got {w.tolist()}")
-        functions.append(WeightedThreshold(w))
-    return _shrink(weights, functions, state, tol, fold, groups, names)
-
-
-def truncate_(
-    weights: Sequence[Tensor],
-    rank: int | Sequence[int],
-    *,
-    state: WarmState | None = None,
-    tol: float = 1e-3,
-    fold: str | None = "paper",
-    groups: Sequence[int] | None = None,
-    names: Sequence[str] | None = None,
-) -> list[SvtInfo]:
-    """Hard rank projection of every layer, in place: the nearest matrix of rank at most ``rank``.
-
-    ``W <- sum_{i <= rank} sigma_i u_i v_i^T``
-
-    Args:
-        rank: a number >= 0, or one per layer.
-
-    The rest as :func:`svt_`; ``tol`` is relative to sigma_rank.  The projection is unique only where
-    ``sigma_rank > sigma_{rank+1}``: where the two cannot be told apart, ``error_bound`` is inf.
-
-    Source: Eckart & Young, Psychometrika 1(3), 1936.
-    """
-    _checked(weights, 0.0, names)
-    ranks = [rank] * len(weights) if isinstance(rank, int) else list(rank)
-    if len(ranks) != len(weights) or any(not isinstance(r, int) or r < 0 for r in ranks):
-        raise ValueError(f"rank: wanted a whole number >= 0, or {len(weights)}, one per weight; got {rank!r}")
-    return _shrink(weights, [Truncate(r) for r in ranks], state, tol, fold, groups, names)
-
-
-def spectral_ball_(
-    weights: Sequence[Tensor],
-    radius: float | Sequence[float] | Tensor,
-    *,
-    state: WarmState | None = None,
-    tol: float = 1e-3,
-    fold: str | None = "paper",
-    groups: Sequence[int] | None = None,
-    names: Sequence[str] | None = None,
-) -> list[SvtInfo]:
-    """Projection of every layer, in place, on the matrices of spectral norm at most ``radius``.
-
-    ``W <- U min(S, radius) V^T = W - svt(W, radius)``  (Moreau)
-
-    Args:
-        radius: a number >= 0, or one per layer.
-
-    The rest as :func:`svt_`; ``tol`` is relative to the radius.
-
-    Source: Moreau, Bull. Soc. Math. France 93, 1965; Parikh & Boyd, Proximal Algorithms, 2014, 6.7.2.
-    """
-    radius = _checked(weights, radius, names, "radius")
-    functions = [SoftThreshold(t) for t in radius.tolist()]
-    return _shrink(weights, functions, state, tol, fold, groups, names, ball=True)
-
-
-def _checked(weights, tau, names, what: str = "tau", axes: int = 2, finite: bool = True) -> Tensor:
-    """Check what lies here; where a process refuses its part of a weight, all do."""
-    return _agreed(lambda: checked_list(_here(weights), tau, names, what, axes, finite), weights)
-
-
-def _agreed(check, weights: Sequence[Tensor]):
-    return agreed(check, groups_of(weights, replicas=False), device_of(weights))
-
-
-def _here(weights: Sequence[Tensor]) -> Sequence[Tensor]:
-    return weights if isinstance(weights, Tensor) else [local(W) for W in weights]
-
-
-@torch.no_grad()
-def _shrink(weights, functions, state, tol, fold, groups, names, center=None, ball=False) -> list[SvtInfo]:
-    if not (isinstance(tol, float | int) and 0 < tol < math.inf):
-        raise ValueError(f"tol: wanted a number > 0; got {tol!r}")
-    if state is not None and not isinstance(state, WarmState):
-        raise TypeError(f"state: wanted a WarmState; got {type(state).__name__}")
-    if center is not None:
-        _agreed(lambda: check_center(_here(center), _here(weights), names), weights)
-    records = _records(weights, names, fold=fold, groups=groups, center=center)
-    infos = solver.shrink_(records, functions, tol=tol, state=state, ball=ball)
-    if state:
-        state.advance()
-    return infos
-
-
-def _records(
-    weights: Sequence[Tensor], names: Sequence[str] | None, fold: str | None = "paper", **lists
-) -> list[Record]:
-    """One record per weight; ``lists``: of what else belongs to each weight, or None."""
-    given = {what: values for what, values in lists.items() if values is not None} | ({"name": names} if names else {})
-    for what, values in given.items():
-        if len(values) != len(weights):
-            raise ValueError(f"{what} must have one entry per weight: wanted {len(weights)}, got {len(values)}")
-    return [Record(W, index=i, fold=fold, **{what: values[i] for what, values in given.items()})
-            for i, W in enumerate(weights)]  # fmt: skip
-
-
-def _svt_traced(weights, tau, state, tol, center, fold, groups, names) -> list[SvtInfo]:
-    """As one op, which a compiler can put in its graph; without what only a program can do."""
-    if state is not None or center is not None:
-        raise ValueError("svt_: state and center are not available inside torch.compile")
-    mats = [record.matrices() for record in _records(weights, names, fold=fold, groups=groups)]
-    spectra, bounds = torch.ops.compaware.svt_(mats, tau, tol)
-    for W, M in zip(weights, mats, strict=True):
-        if fold is not None:
-            W.copy_(folds.from_matrix(M, W.shape, fold))
-    batches = [M.shape[:-2] for M in mats]
-    sizes = [batch.numel() * min(M.shape[-2:]) for batch, M in zip(batches, mats, strict=True)]
-    bounds = bounds.split([batch.numel() for batch in batches])
-    parts = zip(spectra.split(sizes), bounds, mats, names or [None] * len(mats), strict=True)
-    infos = []
-    for s, bound, M, name in parts:
-        s = s.reshape(*M.shape[:-2], min(M.shape[-2:]))
-        infos.append(SvtInfo((s > 0).sum(-1), s, bound.reshape(M.shape[:-2]), "traced", "", name))
-    return infos
-
-
-@torch.no_grad()
-def group_shrink_(
-    weights: Sequence[Tensor],
-    tau: float | Sequence[float] | Tensor,
-    *,
-    biases: Sequence[Tensor | None] | None = None,
-    names: Sequence[str] | None = None,
-) -> None:
-    """Group lasso shrinkage of every layer's rows (neurons: ``W[o]``, whatever the trailing axes), in place.
-
-    ``w <- max(1 - tau / ||w||_2, 0) w``, ``w = W[o]`` or, with its bias, ``w = (W[o], b[o])``.
-
-    Args:
-        biases: per layer ``[O]``, of the weight's dtype and divided as its rows are, or None.
-
-    The rest, and errors, as :func:`svt_`; all or nothing.
-    """
-    _check_biases(biases, weights, names)
-    tau = _checked(weights, tau, names)
-    shrink_neurons_(_records(weights, names, bias=biases), tau)
-
-
-@torch.no_grad()
-def soft_threshold_(
-    weights: Sequence[Tensor], tau: float | Sequence[float] | Tensor, *, names: Sequence[str] | None = None
-) -> None:
-    """Elementwise soft-thresholding of every tensor, in place; arguments and errors as :func:`svt_`, all or nothing."""
-    shrink_elements_(weights, _checked(weights, tau, names, axes=0))
-
-
-@torch.no_grad()
-def sparse_group_shrink_(
-    weights: Sequence[Tensor],
-    l1: float | Sequence[float] | Tensor,
-    tau: float | Sequence[float] | Tensor,
-    *,
-    names: Sequence[str] | None = None,
-) -> None:
-    """Sparse group lasso shrinkage of every layer, in place: L1 with ``l1``, then rows with ``tau``; all or nothing."""
-    l1, tau = _checked(weights, l1, names, "l1"), _checked(weights, tau, names)
-    shrink_elements_and_rows_(weights, l1, tau)
-
-
-def _check_biases(biases, weights: Sequence[Tensor], names: Sequence[str] | None) -> None:
-    if biases is None:
-        return
-    if len(biases) != len(weights):
-        raise ValueError(f"biases: wanted {len(weights)}, one per weight; got {len(biases)}")
-    names = names or [f"biases[{i}]" for i in range(len(biases))]
-    given = [(b, W, name) for b, W, name in zip(biases, weights, names, strict=True) if b is not None]
-    for b, W, name in given:
-        if b.shape != W.shape[:1] or b.dtype != W.dtype or b.device != W.device:
-            raise ValueError(f"{name}: wanted a bias {W.dtype} {list(W.shape[:1])} on {W.device}; "
-                             f"got {b.dtype} {list(b.shape)} on {b.device}")  # fmt: skip
-    _checked([b for b, _, _ in given], 0.0, [name for _, _, name in given], axes=1)
-
-
-def _svt_info(s: Tensor, W: Tensor, tau: Tensor, name: str | None = None) -> SvtInfo:
+def _svt_info(s: Tensor, W: Tensor, tau: Tensor, slope: float | Tensor = 1.0) -> SvtInfo:
+    """slope: of two SVTs, slope of one and 1 - slope of the other have been added up."""
     m, n = W.shape[-2:]
     k, s64 = min(m, n), s.double()
     norm_P = s64.square().sum(-1).sqrt()
-    norm_W = norm_P + tau.double() * k**0.5  # every discarded singular value is at most tau
-    bound = error_bounds.svd_loss(compute_dtype(W.dtype), m, n) * norm_W + torch.finfo(W.dtype).eps * norm_P
+    norm_W = norm_P + tau.double() * k**0.5  # no singular value is lowered by more than tau
+    loss = (2 * slope - 1) * error_bounds.svd_loss(compute_dtype(W.dtype), m, n)
+    bound = loss * norm_W + torch.finfo(W.dtype).eps * norm_P
     if W.dtype != torch.float64:  # subnormals round absolutely
         bound = bound + (m * n) ** 0.5 * torch.finfo(W.dtype).smallest_normal * torch.finfo(W.dtype).eps
-    return SvtInfo(rank=(s > 0).sum(-1), s=s, error_bound=bound, name=name)
+    return SvtInfo(rank=(s > 0).sum(-1), s=s, error_bound=bound)

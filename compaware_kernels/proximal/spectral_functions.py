@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-__all__ = ["SoftThreshold", "Spectral", "Truncate", "WeightedThreshold", "batched"]
+__all__ = ["FirmThreshold", "SoftThreshold", "Spectral", "Truncate", "WeightedThreshold", "batched"]
 
 
 class Spectral(ABC):
@@ -96,6 +96,42 @@ class SoftThreshold(Spectral):
     def gain(self, s: Tensor, below: float) -> Tensor:
         """``f(s_i) / (s_i - s_j)``, the divided difference to what is mapped to 0; 1/2 at least, for second order."""
         return ((s - self.tau) / (s - below).clamp_min(1e-300)).clamp(0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class FirmThreshold(Spectral):
+    """``max(min(slope (s - tau), s), 0)``, ``slope = gamma / (gamma - 1)``: the proximal operator of MCP, gamma > 1.
+
+    0 up to tau, s itself above gamma tau, linear in between. The minimax concave penalty of a singular value s is
+    ``tau s - s^2 / (2 gamma)`` up to gamma tau, and constant from there on.
+
+    Source: Gao & Bruce, Statistica Sinica 7, 1997 (firm shrinkage); Zhang, Ann. Stat. 38(2), 2010 (MCP).
+    """
+
+    tau: float
+    gamma: float
+    gram = True
+
+    @property
+    def floor(self) -> float:
+        return self.tau
+
+    @property
+    def slope(self) -> float:
+        return self.gamma / (self.gamma - 1)
+
+    @property
+    def pieces(self) -> tuple[tuple[float, float], ...]:
+        """(weight, threshold) of the soft thresholds whose sum it is, from which the gradient follows:
+        ``(gamma soft(tau) - soft(gamma tau)) / (gamma - 1)``."""
+        return (self.slope, self.tau), (1 - self.slope, self.gamma * self.tau)
+
+    def __call__(self, s: Tensor) -> Tensor:
+        return torch.minimum(self.slope * (s - self.tau), s).clamp_min(0)
+
+    def gain(self, s: Tensor, below: float) -> Tensor:
+        """As that of the soft threshold, where it is linear; less above."""
+        return (torch.minimum(s - self.tau, s / self.slope) / (s - below).clamp_min(1e-300)).clamp(0.5, 1.0)
 
 
 @dataclass(frozen=True)

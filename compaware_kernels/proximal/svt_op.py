@@ -1,4 +1,5 @@
-"""``compaware::svt_``: the proximal step of a list of matrices as one op, which a compiler can put in its graph."""
+"""``compaware::svt_``, ``firm_svt_``: the proximal step of a list of matrices as one op, which a compiler can put in a
+graph. They return the new singular values and the error bounds of all matrices, concatenated, fp64, on their device."""
 
 from __future__ import annotations
 
@@ -7,13 +8,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .functional import svt_ as functional_svt_
+from . import inplace
+from .svt_info import SvtInfo
 
 
 @torch.library.custom_op("compaware::svt_", mutates_args={"weights"})
 def svt_(weights: Sequence[Tensor], tau: Tensor, tol: float) -> tuple[Tensor, Tensor]:
-    """Returns the shrunk singular values and the error bounds of all matrices, concatenated, fp64, on their device."""
-    infos, like = functional_svt_(weights, tau, tol=tol, fold=None), weights[0] if weights else tau
+    return _concatenated(inplace.svt_(weights, tau, tol=tol, fold=None), weights[0] if weights else tau)
+
+
+@torch.library.custom_op("compaware::firm_svt_", mutates_args={"weights"})
+def firm_svt_(weights: Sequence[Tensor], tau: Tensor, gamma: Tensor, tol: float) -> tuple[Tensor, Tensor]:
+    return _concatenated(inplace.firm_svt_(weights, tau, gamma, tol=tol, fold=None), weights[0] if weights else tau)
+
+
+def _concatenated(infos: Sequence[SvtInfo], like: Tensor) -> tuple[Tensor, Tensor]:
     empty = like.new_empty(0, dtype=torch.float64)
     found = ([getattr(info, what).flatten().to(like.device) for info in infos] for what in ("s", "error_bound"))
     return tuple(torch.cat([empty, *parts]) for parts in found)
@@ -25,3 +34,8 @@ def _(weights, tau, tol):
     spectra = sum(count * min(W.shape[-2:]) for W, count in zip(weights, batches, strict=True))
     like = weights[0] if weights else tau
     return like.new_empty(spectra, dtype=torch.float64), like.new_empty(sum(batches), dtype=torch.float64)
+
+
+@firm_svt_.register_fake
+def _(weights, tau, gamma, tol):
+    return svt_._abstract_fn(weights, tau, tol)

@@ -9,6 +9,13 @@ def svt(W, tau):
     return (U * np.maximum(s - tau, 0)) @ Vh
 
 
+def firm_svt(W, tau, gamma):
+    """Singular values up to tau go, those above gamma tau stay as they are, between them they rise in proportion."""
+    U, s, Vh = np.linalg.svd(W, full_matrices=False)
+    between = gamma / (gamma - 1) * (s - tau)
+    return (U * np.where(s <= tau, 0, np.where(s <= gamma * tau, between, s))) @ Vh
+
+
 def soft_threshold(W, tau):
     return np.sign(W) * np.maximum(np.abs(W) - tau, 0)
 

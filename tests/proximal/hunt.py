@@ -1,6 +1,6 @@
 """Search for violations of the SVT solver's error bounds and tolerance, over seeded random cases.
 
-    python -m tests.proximal.hunt 20000 --seed 0 [--family "tau +- 1 ulp"]
+    python -m tests.proximal.hunt 20000 --seed 0 [--family "tau +- 1 ulp"] [--op firm_svt_]
 
 ``case(seed)`` makes a case, ``check`` compares it with the fp64 truth. Whatever the matrix, the scale and the state:
 the bounds hold, the tolerance is met, ``s`` and ``rank`` are those of the result, a repeated call gives the same bits,
@@ -149,10 +149,11 @@ def _next(W: np.ndarray, how: str, rng) -> np.ndarray:
     }[how]
 
 
-def case(seed: int, family: str | None = None) -> Case:
+def case(seed: int, family: str | None = None, wanted: str | None = None) -> Case:
     """The case of this seed: the same on every machine."""
     rng = np.random.default_rng(seed)
     op = str(rng.choice(["svt_", "spectral_ball_", "weighted_svt_", "truncate_"], p=[0.7, 0.1, 0.1, 0.1]))
+    op = op if wanted is None else wanted.replace("firm_", "")
     names, A, taus, shape = [], [], [], (_dim(rng), _dim(rng))
     for _ in range(1 if rng.random() < 0.7 else int(rng.integers(2, 5))):
         if rng.random() < 0.5:
@@ -190,6 +191,9 @@ def case(seed: int, family: str | None = None) -> Case:
     made = Case(" + ".join(names), op, calls, parameter, kwargs, forced=bool(rng.random() < 0.6))
     made.first, made.state = int(rng.choice([1, 8, 32])), ck.WarmState(int(rng.integers(99))) if warm else None
     made.wrong = int(rng.integers(1, 2**32)) if warm and rng.random() < 0.3 else None
+    if wanted == "firm_svt_" or (wanted is None and op == "svt_" and rng.random() < 0.2):
+        made.op = "firm_svt_"
+        kwargs["gamma"] = float(rng.choice([1.5, 2, 3, 1 + 10 ** rng.uniform(-1, 1), 1 + 10 ** rng.uniform(-4, 4)]))
     return made
 
 
@@ -227,9 +231,13 @@ def measure(case: Case) -> Iterator[Measured]:
                 yield got
 
 
-def _truncated(X: np.ndarray, rank: int) -> np.ndarray:
+def _truth(op: str, X: np.ndarray, parameter, gamma: float) -> np.ndarray:
+    if op == "firm_svt_":
+        return oracle.firm_svt(X, parameter, gamma)
+    if op != "truncate_":
+        return oracle.svt(X, parameter)
     U, s, Vh = np.linalg.svd(X, full_matrices=False)
-    return U[:, :rank] * s[:rank] @ Vh[:rank]
+    return U[:, :parameter] * s[:parameter] @ Vh[:parameter]
 
 
 def _compare(case: Case, W, R, C, s, bound: float, parameter) -> Measured:
@@ -241,10 +249,11 @@ def _compare(case: Case, W, R, C, s, bound: float, parameter) -> Measured:
     e = -int(np.frexp(max(abs(W).max(), abs(C).max()))[1])
     W, R, C, s, bound = (np.ldexp(x, e) for x in (W, R, C, s, bound))
     t = parameter if case.op == "truncate_" else np.ldexp(np.asarray(parameter), e)
-    shrunk = (_truncated if case.op == "truncate_" else oracle.svt)(W - C, t)
+    gamma = case.kwargs.get("gamma", math.inf)
+    shrunk = _truth(case.op, W - C, t, gamma)
     exact = W - shrunk if case.op == "spectral_ball_" else C + shrunk
     norm, error = np.linalg.norm(W - C), np.linalg.norm(R - exact)
-    noise = 50 * np.finfo(float).eps * (norm + np.linalg.norm(C))  # of the truth
+    noise = 50 * np.finfo(float).eps * (norm + np.linalg.norm(C)) / (1 - 1 / gamma)  # of the truth
     got.ratio = bound / error if error > noise else math.inf
     wrong = np.linalg.norm(s - np.linalg.svd(shrunk, compute_uv=False))
     about = f"||X|| = {norm:.2e}, parameter {np.ravel(t)[0]:.3e}, tol {case.kwargs['tol']}, scale 2^{-e}"
@@ -252,7 +261,7 @@ def _compare(case: Case, W, R, C, s, bound: float, parameter) -> Measured:
         got.problems.append(f"bound {bound:.3e} < error {error:.3e}, {about}")
     elif not wrong <= bound + noise:
         got.problems.append(f"s is off by {wrong:.3e}, bound {bound:.3e}, {about}")
-    if case.op in ("svt_", "spectral_ball_") and t > 0:
+    if case.op in ("svt_", "firm_svt_", "spectral_ball_") and t > 0:
         stored = info.eps * np.linalg.norm(exact) + math.sqrt(W.size) * np.ldexp(info.smallest_normal * info.eps, e)
         got.use = max(0.0, np.linalg.norm(R - exact, 2) - stored - noise) / (case.kwargs["tol"] * t)
         if got.use > 1:
@@ -273,12 +282,12 @@ def check(case: Case, found: list[Measured] | None = None) -> tuple[bool, float,
     return not problems, min((got.ratio for got in found), default=math.inf), "; ".join(problems)
 
 
-def main(cases: int, seed: int = 0, family: str | None = None, show: int = 30) -> None:
+def main(cases: int, seed: int = 0, family: str | None = None, op: str | None = None, show: int = 30) -> None:
     """Check the cases of so many seeds; exit with 1 if anything does not hold."""
     torch.set_num_threads(1)
     count, ratio, use, bad = Counter(), defaultdict(lambda: math.inf), defaultdict(float), []
     for at in track(range(seed, seed + cases), "Hunting"):
-        made, found = case(at, family), []
+        made, found = case(at, family, op), []
         holds, _, message = check(made, found)
         for got in found:
             route = "several in one batch" if " + " in got.route else got.route

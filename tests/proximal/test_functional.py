@@ -239,10 +239,11 @@ def test_opcheck(name, dtype):
     compute = compute_dtype(dtype)
     weights = [torch.randn(3, 4).to(dtype), torch.randn(2, 5, 3).to(dtype), torch.randn(4, 6).to(dtype).mT]
     given = {
-        "weights": weights if name != "svt_" else [W.contiguous() for W in weights],
+        "weights": weights if name not in ("svt_", "firm_svt_") else [W.contiguous() for W in weights],
         "W": torch.randn(2, 5, 4).to(compute if name == "small_svd" else dtype).requires_grad_(),
         "tau": torch.tensor([0.1, 0.2], dtype=compute),
         "tol": 1e-3,
+        "gamma": torch.tensor([1.5, 2.0, 3.0], dtype=torch.float64),
         "biases": [torch.randn(W.shape[:-1]).to(dtype) for W in weights],
     }
     given["l1"] = given["tau"]

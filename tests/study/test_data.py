@@ -76,6 +76,7 @@ def test_photographs(photos):
     assert Folder(photos, replace(PHOTOS, network="dec")).shape == (3, 32, 32)
 
 
+@pytest.mark.slow
 def test_a_study_of_photographs(photos, tmp_path, monkeypatch):
     """A whole study, and a training that is stopped and resumed: bit-identical."""
     monkeypatch.setattr(fit, "SAVE_EVERY", 0)

@@ -37,6 +37,17 @@ plain = [{}]
 nuclear = [2, 8]
 group = [0.1]
 """
+SMALL = """
+epochs = 1
+seeds = 1
+lr = 0.02
+tune_epochs = 1
+rules = ["energy:0.9", "energy:0.999"]
+sparsities = [0.5]
+[arms]
+plain = [{}]
+"nuclear+group" = [{ nuclear = 2, group = 0.1 }]
+"""
 
 
 ORPHAN = """
@@ -75,6 +86,21 @@ def stamps(folder, pattern="runs/**/*.json"):
 # --- a whole study --------------------------------------------------------------------------------------------------
 
 
+def test_from_the_command_to_the_report(tmp_path):
+    """Two trainings; test_killed_and_resumed has more of everything."""
+    config, out = tmp_path / "small.toml", tmp_path / "out"
+    config.write_text(SMALL)
+    done = command(config, "--out", out, "--processes", 1)
+    assert done.returncode == 0, done.stderr
+    assert "2 trainings, 2 left" in done.stdout and "nuclear+group" in done.stdout and "Written:" in done.stdout
+    page, results = (out / "report.html").read_text(), json.loads((out / "results.json").read_text())
+    assert page.count("<svg") >= 8 and "nan" not in page.lower()
+    assert (out / "curves.svg").read_text().startswith("<svg")
+    assert len(results["records"]) == 2 and results["config"]["epochs"] == 1
+    assert all(r["points"][0]["milliseconds"] > 0 for r in results["records"])
+
+
+@pytest.mark.slow
 def test_killed_and_resumed(config, tmp_path):
     """SIGKILL in the middle: child processes end, finished trainings stay; the next run does the rest, and a third one
     nothing. While one run holds the folder, another refuses to start."""
@@ -129,6 +155,7 @@ def wait(until, seconds):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_parent(tmp_path):
     """They end in the middle of a training, before they save anything."""
     script = tmp_path / "orphan.py"
@@ -296,10 +323,10 @@ def test_a_failed_training_does_not_stop_the_others(tmp_path, monkeypatch):
     assert study.left == [key("plain")]
 
 
-def test_errors_are_one_line(tmp_path):
+def test_errors_are_one_line(tmp_path, command_line):
     """They come before anything is written."""
     path = tmp_path / "wrong.toml"
     path.write_text("epoch = 3")
-    done = command(path, "--out", tmp_path / "out")
-    assert done.returncode == 1 and "unknown settings: epoch" in done.stderr and len(done.stderr.splitlines()) == 1
+    done = command_line("study", path, "--out", tmp_path / "out")
+    assert done.returncode == 1 and "unknown settings: epoch" in done.err and len(done.err.splitlines()) == 1
     assert not (tmp_path / "out").exists()

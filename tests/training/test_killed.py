@@ -5,6 +5,7 @@ import runpy
 import time
 from pathlib import Path
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import nn
@@ -70,6 +71,7 @@ def run(context, folder, kill=None, wait=0.0):
     return int(at[0])
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(tmp_path):
     context, chance, seen, before = mp.get_context("forkserver"), random.Random(0), set(), 0
     context.set_forkserver_preload(["torch", "compaware_kernels", "torch.distributed.checkpoint"])

@@ -136,6 +136,29 @@ def test_grouped_convolutions_are_shrunk_per_group(fold):
         torch.testing.assert_close(module.weight.detach(), ck.folds.from_matrix(wanted, W.shape, fold))
 
 
+@pytest.mark.parametrize("fold", ck.folds.FOLDS)
+def test_firm_penalty(fold):
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Linear(9, 7)).double()
+    before = [m.weight.detach().clone() for m in model]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    prox = ck.ProximalStep(model, optimizer, firm=0.6, gamma=1.8, fold=fold)
+    assert prox.thresholds()["0"] == {"nuclear": 0.0, "firm": 0.3, "group": 0.0, "l1": 0.0}
+    prox.step()
+    for module, W in zip(model, before, strict=True):
+        wanted = ck.firm_svt(ck.folds.to_matrix(W, fold, getattr(module, "groups", 1)), 0.3, 1.8)
+        torch.testing.assert_close(module.weight.detach(), ck.folds.from_matrix(wanted, W.shape, fold))
+
+
+def test_the_order_may_name_a_subset():
+    first, second = network(), network()
+    for model, order in ((first, ("l1", "nuclear")), (second, ("l1", "group", "nuclear"))):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        ck.ProximalStep(model, optimizer, nuclear=0.3, l1=0.05, order=order).step()
+    wanted = ck.svt(ck.soft_threshold(network()[0].weight.detach(), 0.05), 0.3)
+    torch.testing.assert_close(first[0].weight.detach(), wanted)
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+
+
 def test_remove_detaches():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -177,6 +200,7 @@ def test_report():
         ({"every": 0}, "every must be"),
         ({"fold": "crane"}, "got 'crane'"),
         ({"order": ("l1", "l1")}, "each at most once"),
+        ({"gamma": 1.0}, "gamma: wanted"),
         ({"order": ("l1", "trace")}, "order: wanted some of"),
         ({"nuclear": 1.0, "order": ("l1",)}, "order: wanted nuclear in it"),
     ],

@@ -1,0 +1,323 @@
+"""The proximal operators in place: the layers of a network as a ragged list, changed in one call, all of them or none.
+
+Every function raises, before anything is changed:
+
+* ``TypeError``: not a list of tensors, or not fp64, fp32, bf16 or fp16; a state that is no :class:`WarmState`;
+* ``ValueError``: fewer axes than a matrix has, a threshold that is negative, not finite or of the wrong shape, a
+  ``gamma`` that is not finite or not above 1, NaN or Inf in a weight (named by its layer), a tolerance that is no
+  positive number, a center that is not like its weight, a state or a center under ``torch.compile``.  Values are not
+  checked while ``torch.compile`` traces.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import folds
+from ..distributed.collectives import synchronize_errors
+from ..distributed.dtensor import communication_device, local, process_groups
+from ..ops.validation import (
+    check_above_one,
+    check_center,
+    checked_list,
+    one_per_weight,
+)
+from . import solver
+from .cuda import backend as gpu
+from .record import Record
+from .shrinkage import shrink_elements_, shrink_elements_and_rows_, shrink_neurons_
+from .spectral_functions import FirmThreshold, SoftThreshold, Truncate, WeightedThreshold
+from .svt_info import SvtInfo
+from .warm_state import WarmState
+
+
+@torch.no_grad()
+def svt_(
+    weights: Sequence[Tensor],
+    tau: float | Sequence[float] | Tensor,
+    *,
+    state: WarmState | None = None,
+    tol: float = 1e-3,
+    center: Sequence[Tensor] | None = None,
+    fold: str | None = "paper",
+    groups: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+) -> list[SvtInfo]:
+    """Singular value soft-thresholding of every layer, in place, in one call.
+
+    ``W <- C + prox(W - C)``, ``prox(X) = U max(S - tau, 0) V^T``, ``X = U S V^T``
+
+    Each matrix takes the route that is fastest for its shape, its rank and the accuracy asked for; the report says
+    which, and bounds the error.
+
+    Args:
+        weights: layer weights, ragged.  Linear ``[O, I]`` and convolution ``[O, C/G, *K]`` weights are folded to
+            matrices by ``fold``; with ``fold=None`` each weight is taken as it is, ``[..., m, n]``.
+        tau: threshold >= 0: a number, or one per layer.
+        state: what is remembered from one call to the next; with it, later calls cost less.  Layers are
+            told apart by their names, or else by their place in the list.
+        tol: how far the computed result may be from the exact one, relative to tau, in the spectral norm, before it
+            is rounded to the dtype of the weight.  Judged from probes; ``error_bound`` is the bound.
+        center: ``C``, one tensor per weight (default: 0): the prox of ``tau ||W - C||_*``.
+        groups: the convolutions' groups, one per layer (default: all 1).
+        names: layer names for errors, the report and the state.
+
+    Returns:
+        one :class:`SvtInfo` per layer, its tensors of shape ``[G, ...]`` (or the batch shape with ``fold=None``).
+
+    All or nothing: if any layer is refused, every weight, and the state, is as it was.
+
+    Sources: as :func:`svt`; around a centre: Alvarez & Salzmann, NIPS 2017, and Moreau's translation rule.
+    """
+    tau = _checked(weights, tau, names, finite=not gpu.on_gpu(weights))
+    if torch.compiler.is_compiling():
+        return _traced("svt_", weights, [tau], state, tol, center, fold, groups, names)
+    functions = [SoftThreshold(t) for t in tau.tolist()]
+    return _shrink(weights, functions, state, tol, fold, groups, names, center)
+
+
+@torch.no_grad()
+def firm_svt_(
+    weights: Sequence[Tensor],
+    tau: float | Sequence[float] | Tensor,
+    gamma: float | Sequence[float] | Tensor,
+    *,
+    state: WarmState | None = None,
+    tol: float = 1e-3,
+    center: Sequence[Tensor] | None = None,
+    fold: str | None = "paper",
+    groups: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+) -> list[SvtInfo]:
+    """Firm singular value thresholding of every layer, in place, in one call: :func:`firm_svt`.
+
+    ``W <- C + F(W - C)``, ``F(X) = U max(min(gamma / (gamma - 1) (S - tau), S), 0) V^T``, ``X = U S V^T``
+
+    Args:
+        gamma: > 1: a number, or one per layer.
+
+    The rest, the report and errors as :func:`svt_`; all or nothing.  F may move ``gamma / (gamma - 1)`` times as far as
+    W: by as much the tolerance of what is computed of W is smaller, and the error bound larger.
+
+    Sources: as :func:`firm_svt`.
+    """
+    tau = _checked(weights, tau, names, finite=not gpu.on_gpu(weights))
+    gamma = _agreed(lambda: one_per_weight(gamma, len(weights), "gamma", check_above_one), weights)
+    if torch.compiler.is_compiling():
+        return _traced("firm_svt_", weights, [tau, gamma], state, tol, center, fold, groups, names)
+    functions = [FirmThreshold(*each) for each in zip(tau.tolist(), gamma.tolist(), strict=True)]
+    return _shrink(weights, functions, state, tol, fold, groups, names, center)
+
+
+def weighted_svt_(
+    weights: Sequence[Tensor],
+    sigma_weights: Sequence[Sequence[float] | Tensor],
+    *,
+    state: WarmState | None = None,
+    tol: float = 1e-3,
+    fold: str | None = "paper",
+    groups: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+) -> list[SvtInfo]:
+    """Weighted singular value thresholding of every layer, in place: ``max(sigma_i - w_i, 0)``.
+
+    The proximal operator of ``sum_i w_i sigma_i(W)`` with ``0 <= w_1 <= w_2 <= ...`` (large singular values, which
+    come first, are shrunk less; other orders are refused: the formula would not be the minimiser).
+
+    Args:
+        sigma_weights: per layer ``[min(m, n)]`` weights, ascending, in the units of the singular values.
+
+    The rest as :func:`svt_`; ``tol`` is relative to w_1 (all in fp64 where that is 0).  The operator is not continuous
+    where singular values of different weights meet: there ``error_bound`` is inf.
+
+    Source: Gu, Zhang, Zuo & Feng, CVPR 2014.
+    """
+    _checked(weights, 0.0, names)
+    if len(sigma_weights) != len(weights):
+        raise ValueError(f"sigma_weights: wanted {len(weights)}, one sequence per weight; got {len(sigma_weights)}")
+    functions = []
+    shapes = [torch.empty(W.shape, device="meta") for W in weights]
+    for record, w in zip(_records(shapes, names, fold=fold, groups=groups), sigma_weights, strict=True):
+        W = record.matrices()
+        w = torch.as_tensor(w, dtype=torch.float64, device="cpu")
+        if w.shape != (min(W.shape[-2:]),) or not (w.isfinite().all() and (w >= 0).all() and (w.diff() >= 0).all()):
+            what = record.name or f"sigma_weights[{record.index}]"
+            raise ValueError(f"{what}: wanted {min(W.shape[-2:])} weights, 0 <= w_1 <= w_2 <= ...; got {w.tolist()}")
+        functions.append(WeightedThreshold(w))
+    return _shrink(weights, functions, state, tol, fold, groups, names)
+
+
+def truncate_(
+    weights: Sequence[Tensor],
+    rank: int | Sequence[int],
+    *,
+    state: WarmState | None = None,
+    tol: float = 1e-3,
+    fold: str | None = "paper",
+    groups: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+) -> list[SvtInfo]:
+    """Hard rank projection of every layer, in place: the nearest matrix of rank at most ``rank``.
+
+    ``W <- sum_{i <= rank} sigma_i u_i v_i^T``
+
+    Args:
+        rank: a number >= 0, or one per layer.
+
+    The rest as :func:`svt_`; ``tol`` is relative to sigma_rank.  The projection is unique only where
+    ``sigma_rank > sigma_{rank+1}``: where the two cannot be told apart, ``error_bound`` is inf.
+
+    Source: Eckart & Young, Psychometrika 1(3), 1936.
+    """
+    _checked(weights, 0.0, names)
+    ranks = [rank] * len(weights) if isinstance(rank, int) else list(rank)
+    if len(ranks) != len(weights) or any(not isinstance(r, int) or r < 0 for r in ranks):
+        raise ValueError(f"rank: wanted a whole number >= 0, or {len(weights)}, one per weight; got {rank!r}")
+    return _shrink(weights, [Truncate(r) for r in ranks], state, tol, fold, groups, names)
+
+
+def spectral_ball_(
+    weights: Sequence[Tensor],
+    radius: float | Sequence[float] | Tensor,
+    *,
+    state: WarmState | None = None,
+    tol: float = 1e-3,
+    fold: str | None = "paper",
+    groups: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+) -> list[SvtInfo]:
+    """Projection of every layer, in place, on the matrices of spectral norm at most ``radius``.
+
+    ``W <- U min(S, radius) V^T = W - svt(W, radius)``  (Moreau)
+
+    Args:
+        radius: a number >= 0, or one per layer.
+
+    The rest as :func:`svt_`; ``tol`` is relative to the radius.
+
+    Source: Moreau, Bull. Soc. Math. France 93, 1965; Parikh & Boyd, Proximal Algorithms, 2014, 6.7.2.
+    """
+    radius = _checked(weights, radius, names, "radius")
+    functions = [SoftThreshold(t) for t in radius.tolist()]
+    return _shrink(weights, functions, state, tol, fold, groups, names, ball=True)
+
+
+def _checked(weights, tau, names, what: str = "tau", axes: int = 2, finite: bool = True) -> Tensor:
+    """Check what lies here; where a process refuses its part of a weight, all do."""
+    return _agreed(lambda: checked_list(_here(weights), tau, names, what, axes, finite), weights)
+
+
+def _agreed(check, weights: Sequence[Tensor]):
+    return synchronize_errors(check, process_groups(weights, replicas=False), communication_device(weights))
+
+
+def _here(weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    return weights if isinstance(weights, Tensor) else [local(W) for W in weights]
+
+
+@torch.no_grad()
+def _shrink(weights, functions, state, tol, fold, groups, names, center=None, ball=False) -> list[SvtInfo]:
+    if not (isinstance(tol, float | int) and 0 < tol < math.inf):
+        raise ValueError(f"tol: wanted a number > 0; got {tol!r}")
+    if state is not None and not isinstance(state, WarmState):
+        raise TypeError(f"state: wanted a WarmState; got {type(state).__name__}")
+    if center is not None:
+        _agreed(lambda: check_center(_here(center), _here(weights), names), weights)
+    records = _records(weights, names, fold=fold, groups=groups, center=center)
+    infos = solver.shrink_(records, functions, tol=tol, state=state, ball=ball)
+    if state:
+        state.advance()
+    return infos
+
+
+def _records(
+    weights: Sequence[Tensor], names: Sequence[str] | None, fold: str | None = "paper", **lists
+) -> list[Record]:
+    """One record per weight; ``lists``: of what else belongs to each weight, or None."""
+    given = {what: values for what, values in lists.items() if values is not None} | ({"name": names} if names else {})
+    for what, values in given.items():
+        if len(values) != len(weights):
+            raise ValueError(f"{what} must have one entry per weight: wanted {len(weights)}, got {len(values)}")
+    return [Record(W, index=i, fold=fold, **{what: values[i] for what, values in given.items()})
+            for i, W in enumerate(weights)]  # fmt: skip
+
+
+def _traced(op: str, weights, parameters, state, tol, center, fold, groups, names) -> list[SvtInfo]:
+    """As one op, which a compiler can put in its graph; without what only a program can do."""
+    if state is not None or center is not None:
+        raise ValueError(f"{op}: state and center are not available inside torch.compile")
+    mats = [record.matrices() for record in _records(weights, names, fold=fold, groups=groups)]
+    spectra, bounds = getattr(torch.ops.compaware, op)(mats, *parameters, tol)
+    for W, M in zip(weights, mats, strict=True):
+        if fold is not None:
+            W.copy_(folds.from_matrix(M, W.shape, fold))
+    batches = [M.shape[:-2] for M in mats]
+    sizes = [batch.numel() * min(M.shape[-2:]) for batch, M in zip(batches, mats, strict=True)]
+    bounds = bounds.split([batch.numel() for batch in batches])
+    parts = zip(spectra.split(sizes), bounds, mats, names or [None] * len(mats), strict=True)
+    infos = []
+    for s, bound, M, name in parts:
+        s = s.reshape(*M.shape[:-2], min(M.shape[-2:]))
+        infos.append(SvtInfo((s > 0).sum(-1), s, bound.reshape(M.shape[:-2]), "traced", "", name))
+    return infos
+
+
+@torch.no_grad()
+def group_shrink_(
+    weights: Sequence[Tensor],
+    tau: float | Sequence[float] | Tensor,
+    *,
+    biases: Sequence[Tensor | None] | None = None,
+    names: Sequence[str] | None = None,
+) -> None:
+    """Group lasso shrinkage of every layer's rows (neurons: ``W[o]``, whatever the trailing axes), in place.
+
+    ``w <- max(1 - tau / ||w||_2, 0) w``, ``w = W[o]`` or, with its bias, ``w = (W[o], b[o])``.
+
+    Args:
+        biases: per layer ``[O]``, of the weight's dtype and divided as its rows are, or None.
+
+    The rest, and errors, as :func:`svt_`; all or nothing.
+    """
+    _check_biases(biases, weights, names)
+    tau = _checked(weights, tau, names)
+    shrink_neurons_(_records(weights, names, bias=biases), tau)
+
+
+@torch.no_grad()
+def soft_threshold_(
+    weights: Sequence[Tensor], tau: float | Sequence[float] | Tensor, *, names: Sequence[str] | None = None
+) -> None:
+    """Elementwise soft-thresholding of every tensor, in place; arguments and errors as :func:`svt_`, all or nothing."""
+    shrink_elements_(weights, _checked(weights, tau, names, axes=0))
+
+
+@torch.no_grad()
+def sparse_group_shrink_(
+    weights: Sequence[Tensor],
+    l1: float | Sequence[float] | Tensor,
+    tau: float | Sequence[float] | Tensor,
+    *,
+    names: Sequence[str] | None = None,
+) -> None:
+    """Sparse group lasso shrinkage of every layer, in place: L1 with ``l1``, then rows with ``tau``; all or nothing."""
+    l1, tau = _checked(weights, l1, names, "l1"), _checked(weights, tau, names)
+    shrink_elements_and_rows_(weights, l1, tau)
+
+
+def _check_biases(biases, weights: Sequence[Tensor], names: Sequence[str] | None) -> None:
+    if biases is None:
+        return
+    if len(biases) != len(weights):
+        raise ValueError(f"biases: wanted {len(weights)}, one per weight; got {len(biases)}")
+    names = names or [f"biases[{i}]" for i in range(len(biases))]
+    given = [(b, W, name) for b, W, name in zip(biases, weights, names, strict=True) if b is not None]
+    for b, W, name in given:
+        if b.shape != W.shape[:1] or b.dtype != W.dtype or b.device != W.device:
+            raise ValueError(f"{name}: wanted a bias {W.dtype} {list(W.shape[:1])} on {W.device}; "
+                             f"got {b.dtype} {list(b.shape)} on {b.device}")  # fmt: skip
+    _checked([b for b, _, _ in given], 0.0, [name for _, _, name in given], axes=1)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._utils.dtypes import compute_dtype
+from ._utils.dtypes import compute_dtype, nearest_tf32
 from .ops import backends, cuda_launcher, quarantine, shrinkage
 from .proximal.spectral_functions import SoftThreshold
 
@@ -58,7 +58,9 @@ def record(device: torch.device, rows: list[Row]) -> Path:
     """Keep what was found, for this process and later ones: a family with one that failed is not used."""
     tested = [row.family for row in rows if not row.skipped]
     failed = {row.family: f"{row.name}: {row.failed}" for row in reversed(rows) if row.failed}
-    return quarantine.record(device, {family: failed.get(family, "") for family in tested})
+    file = quarantine.record(device, {family: failed.get(family, "") for family in tested})
+    backends.replace_shrink()
+    return file
 
 
 def _in_process(family: str, device: int) -> list[Row]:
@@ -86,7 +88,7 @@ def parse(family: str, output: str, end: str) -> list[Row]:
 
 def check(family: str, device: torch.device) -> Iterator[Row]:
     """The cases of a family, here and now."""
-    if reason := MISSING[family](device):
+    if reason := missing(family, device):
         yield Row(family, "all", skipped=reason)
         return
     for name, make in CASES[family].items():
@@ -342,39 +344,35 @@ def _fused(name: str, args: list[Tensor], precision: str, first, second, geometr
 
     def judge(got: Tensor) -> float:
         with _precision("ieee"):
-            plain = two_steps(*args, rounded=_tf32 if precision == "tf32" else lambda t: t)
+            plain = two_steps(*args, rounded=nearest_tf32 if precision == "tf32" else lambda t: t)
             return _as_good(got, two_steps(*(t.double() for t in args)), plain)
 
     return Case(work, judge)
 
 
-def _tf32(t: Tensor) -> Tensor:
-    return ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-
-
 # --- all --------------------------------------------------------------------------------------------------------------
 
 
-def _no_shrink(device: torch.device) -> str:
-    here = torch._C._dispatch_has_kernel_for_dispatch_key("compaware::soft_threshold", device.type.upper())
-    return "" if here else "not in the library: plain PyTorch"
+OPS = {quarantine.SHRINK: "soft_threshold", quarantine.STEP: "svt_", quarantine.LOW_RANK: "lowrank_linear"}
 
 
-MISSING: dict[str, Callable[[torch.device], str]] = {
-    quarantine.SHRINK: _no_shrink,
-    quarantine.STEP: lambda device: backends.missing() or cuda_launcher.missing(device),
-    quarantine.LOW_RANK: lambda device: backends.missing(),
-}
+def missing(family: str, device: torch.device) -> str:
+    """Why there are no kernels of the family to be tested."""
+    backend = next(backend for backend in backends.TABLE[OPS[family]]["cuda"] if backend.family == family)
+    return backend.missing(device) or (cuda_launcher.missing(device) if family == quarantine.STEP else "")
+
+
 _ROUTES = {
     "small": partial(_step, SMALL, 1, ""),
     "cold": partial(_step, LARGE, 1, "products"),
     "warm": partial(_step, LARGE, 4, "subspace"),
     "NaN": _nothing_changes,
 }
+_SHRINK_OPS = ("soft_threshold", "group_shrink", "sparse_group_shrink")  # each with its form in place
 _SHRINK_DTYPES = DTYPES | {"fp64": torch.float64}
 CASES: dict[str, dict[str, Callable[[torch.device], Case]]] = {
     quarantine.SHRINK: {f"{op}, {name}": partial(_shrink, op, dtype)
-                      for op in quarantine.SHRINK_OPS for name, dtype in _SHRINK_DTYPES.items()}
+                      for op in _SHRINK_OPS for name, dtype in _SHRINK_DTYPES.items()}
                      | {f"neuron_shrink_, {name}": partial(_neurons, dtype) for name, dtype in _SHRINK_DTYPES.items()},
     quarantine.STEP: {f"matrix program, {how}, {name}": partial(_products, precision, how == "fp64", dtype)
                     for how, precision in (("ieee", "ieee"), ("tf32x3", "tf32x3"), ("fp64", "tf32x3"))

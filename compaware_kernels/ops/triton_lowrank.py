@@ -153,8 +153,6 @@ def why_not(x: Tensor, V: Tensor, U: Tensor, groups: int = 1, fold: str = "paper
     (r, C), O = V.shape[:2], U.shape[0]
     if x.device.type != "cuda":
         return f"a CUDA device is wanted; x is on {x.device}"
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
-        return f"sm_80 or later is wanted; {x.device} is older"
     if not x.dtype == V.dtype == U.dtype or x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"one dtype of fp16, bf16 and fp32 is wanted; got {x.dtype}, {V.dtype}, {U.dtype}"
     if groups != 1 or fold != "paper":

@@ -37,10 +37,9 @@ def on_cpu(monkeypatch):
         with triton_sim.register(*self.tensors):
             run(self, counters)
 
-    token = cuda_launcher.instead.set(launch)
     monkeypatch.setattr(plan.Program, "run", program)
-    yield
-    cuda_launcher.instead.reset(token)
+    with cuda_launcher.registered(launch):
+        yield
 
 
 def network(call=0, dtype=torch.float32):

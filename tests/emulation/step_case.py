@@ -1,7 +1,6 @@
 """Proximal step of csrc/cuda/step.cuh on the CPU: its kernels in the emulator, its Triton programs by torch."""
 
 import math
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -37,24 +36,13 @@ def multiply(listed: matmul_program.Program, *_) -> None:
         product.C.copy_(total)
 
 
-def on_emulator(kernel, grid, block, shared, device, stream, numbers) -> None:
-    emulator.launch(kernel, grid, block, shared, numbers)
-
-
-@contextmanager
-def launched_by(launcher):
-    token = cuda_launcher.instead.set(launcher)
-    yield
-    cuda_launcher.instead.reset(token)
-
-
 def sanitized(made: plan.Plan, sanitizer: str):
     """Launcher that runs each launch in a process of its own under a sanitizer."""
 
     def launcher(kernel, grid, block, shared, device, stream, numbers):
         emulator.sanitize(sanitizer, [Launch(kernel, grid, block, shared, numbers)], tensors(made))
 
-    return launched_by(launcher)
+    return cuda_launcher.registered(launcher)
 
 
 def make(weights, widths, tau=1.0, known=False) -> plan.Plan:

@@ -21,9 +21,9 @@ needs_built = pytest.mark.skipif(bool(cuda_launcher.Built.why_not()), reason=cud
 @pytest.fixture(autouse=True)
 def nothing_chosen_yet(monkeypatch):
     monkeypatch.delenv("COMPAWARE_CUDA", raising=False)
-    cuda_launcher._ready.cache_clear()
+    cuda_launcher._tried.clear()
     yield
-    cuda_launcher._ready.cache_clear()
+    cuda_launcher._tried.clear()
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_launch_by_cupy(gpus, cupy, without_library, older):
 @needs_nvrtc
 def test_compiled_kernels_are_cached(gpus, cupy, without_library, tmp_path, monkeypatch):
     for _ in range(2):  # the second pass is what another process would find
-        cuda_launcher._ready.cache_clear()
+        cuda_launcher._tried.clear()
         assert cuda_launcher.missing(SECOND) == ""
     assert len(cupy.compiled) == 1 and "-arch=sm_90" in cupy.compiled[0]
     assert not any("fast" in option or "ftz" in option for option in cupy.compiled[0])
@@ -160,13 +160,15 @@ def test_library_errors_are_raised(gpus, monkeypatch):
 @pytest.mark.skipif(bool(emulator.missing), reason=emulator.missing)
 def test_replacement_launcher():
     count = torch.zeros(1, dtype=torch.int32)
-    token = cuda_launcher.instead.set(lambda *launch: emulator.launch(*launch[:4], launch[-1]))
-    try:
-        assert cuda_launcher.missing() == ""
+    with cuda_launcher.registered(emulator.launcher):
+        assert cuda_launcher.missing(count.device) == ""
         cuda_launcher.launch("ck_planted_count", 3, 64, 0, [count, 0])
-    finally:
-        cuda_launcher.instead.reset(token)
-    assert count.item() == 3 * 64 and cuda_launcher.missing()
+        with cuda_launcher.registered(None):
+            assert cuda_launcher.missing(count.device)
+        assert cuda_launcher.missing(count.device) == ""
+    assert count.item() == 3 * 64 and cuda_launcher.missing(count.device) == "nothing launches kernels on cpu"
+    with pytest.raises(RuntimeError, match="ck_planted_count: nothing launches kernels on cpu"):
+        cuda_launcher.launch("ck_planted_count", 3, 64, 0, [count, 0])
 
 
 @pytest.mark.gpu

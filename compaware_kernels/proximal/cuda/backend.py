@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import accumulate
 from weakref import WeakKeyDictionary
 
@@ -35,31 +34,42 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def on_gpu(weights: Sequence[Tensor]) -> bool:
-    """Whether they are where this route is, if anything launches its kernels."""
-    instead = cuda_launcher.instead.get() is not None
-    return len(weights) > 0 and all(isinstance(W, Tensor) and (W.is_cuda or instead) for W in weights)
+    """Whether all are where kernels are launched."""
+    return len(weights) > 0 and all(isinstance(W, Tensor) and W.device.type in cuda_launcher.LAUNCHERS for W in weights)
 
 
 def takes(weights: Sequence[Tensor], functions: Sequence[Spectral], plain: bool) -> bool:
-    """Whether this route does all of them; ``plain``: no center, no ball, nothing sharded."""
-    if not weights or not plain or any(function.ramp is None for function in functions):
-        return False
-    if len({W.device for W in weights}) > 1 or len({W.dtype for W in weights}) > 1 or weights[0].dtype not in DTYPES:
+    """Whether this step does all of them; ``plain``: no center, no ball, nothing sharded."""
+    if not on_gpu(weights):
         return False
     device = weights[0].device
-    if not on_gpu(weights) or any(not W.numel() for W in weights):
-        return False
-    reason = backends.missing() or cuda_launcher.missing(device) or quarantine.refused(quarantine.STEP, device)
+    backend, reason = backends.choose("svt_", device, weights, functions, plain, kind="cuda")
     if reason:
-        _log_once(reason)
-    return not reason
+        level = logging.WARNING if STEP.why_not(device) else logging.INFO
+        backends.log_once("svt_", "layer by layer in plain PyTorch, not in one launch", reason, level)
+    return backend is STEP
 
 
-@cache
-def _log_once(reason: str) -> None:
-    logging.getLogger("compaware_kernels").warning(
-        "svt_: layer by layer in plain PyTorch, not in one launch: %s", reason
-    )
+def _missing(device: torch.device) -> str:
+    return backends.triton_missing() or cuda_launcher.missing(device, compiled=False)
+
+
+def _declines(weights: Sequence[Tensor], functions: Sequence[Spectral], plain: bool) -> str:
+    """Why not these weights; last, why the kernels for them do not compile."""
+    if not plain:
+        return "a center, a ball or shards are for the solver"
+    if any(function.ramp is None for function in functions):
+        return "a function of the singular values is no ramp"
+    if len({W.device for W in weights}) > 1 or len({W.dtype for W in weights}) > 1 or weights[0].dtype not in DTYPES:
+        return "one device and one dtype of fp32, bf16 and fp16 are wanted"
+    if any(not W.numel() for W in weights):
+        return "a weight is empty"
+    return cuda_launcher.missing(weights[0].device)
+
+
+STEP = backends.Backend("GPU step: all layers in 13 launches", _missing, _declines, quarantine.STEP)
+for _op in backends.SPECTRAL:
+    backends.TABLE[_op]["cuda"].insert(0, STEP)
 
 
 class DeviceInfo(SvtInfo):

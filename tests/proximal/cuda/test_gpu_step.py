@@ -17,7 +17,7 @@ from compaware_kernels.proximal.cuda import backend
 from tests.helpers import solver_checks as checks
 
 missing = (
-    (backends.missing() or cuda_launcher.missing())
+    (backends.triton_missing() or cuda_launcher.missing())
     if torch.cuda.is_available()
     else "torch.cuda.is_available() is False"
 )

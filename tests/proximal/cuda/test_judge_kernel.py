@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from compaware_kernels.ops import cuda_launcher
 from compaware_kernels.proximal.cuda import device_structs, matmul_program, step, subspace_iteration
 from compaware_kernels.proximal.cuda.polar_express import schedule
 from tests.emulation import emulator, step_case
@@ -34,7 +35,7 @@ HALVES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch):
     monkeypatch.setattr(matmul_program.Program, "run", step_case.multiply)
-    with step_case.launched_by(step_case.on_emulator):
+    with cuda_launcher.registered(emulator.launcher):
         yield
 
 

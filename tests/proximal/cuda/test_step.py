@@ -30,9 +30,8 @@ def launches(weights, widths, monkeypatch) -> list[str]:
     """Kernels that one step launches; nothing is computed."""
     found = []
     monkeypatch.setattr(plan.Program, "run", lambda self, counters: found.append("program"))
-    token = cuda_launcher.instead.set(lambda kernel, *rest: found.append(kernel))
-    step.run(plan.Plan(weights, widths), 1e-3)
-    cuda_launcher.instead.reset(token)
+    with cuda_launcher.registered(lambda kernel, *rest: found.append(kernel), "meta"):
+        step.run(plan.Plan(weights, widths), 1e-3)
     return found
 
 

@@ -16,6 +16,8 @@ from ..nn.module_surgery import NORMS, replace, resized, sizes
 from ..nn.registry import LOW_RANK, low_rank_type
 from ..nn.unwrap import without_wrappers
 
+__all__ = ["CheckpointError", "load", "restructured", "save", "structure_of"]
+
 FORMAT = "compaware_kernels/1"
 
 

@@ -19,6 +19,8 @@ from ..nn.module_surgery import NORMS, is_plain, is_shared, resized, sizes, to_c
 from ..nn.registry import LOW_RANK
 from .fx_trace import is_in_place, same_outputs, trace
 
+__all__ = ["fuse"]
+
 DENSE = (nn.Linear, *CONVS, *TRANSPOSED)
 LAYERS = (*DENSE, *LOW_RANK.values())
 CALLS = {

@@ -27,6 +27,8 @@ from ..nn.unwrap import without_wrappers
 from ..ranks import break_even
 from .compress import RankRule
 
+__all__ = ["LoraLayer", "LoraReport", "export_lora", "noise_floor"]
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's own, of every name in the file
 LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # which PEFT cannot wrap

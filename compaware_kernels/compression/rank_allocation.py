@@ -23,6 +23,8 @@ from ..ops.validation import check_finite
 from .calibration import Calibration
 from .macs import count_macs
 
+__all__ = ["allocate"]
+
 
 @dataclass(frozen=True)
 class _Layer:

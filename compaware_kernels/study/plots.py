@@ -14,6 +14,8 @@ from .arms import ARMS
 from .curves import Arms, Choice, curve, need, needs, sizes
 from .runs import Record
 
+__all__ = ["chosen", "curves", "least", "over_time", "sensitivity", "spectra", "totals"]
+
 _COLOURS = ("#444444", "#d1495b", "#d1495b", "#8f1d2c", "#8f1d2c", "#2a7f9e", "#2a7f9e", "#e0a100", "#e0a100",
             "#6f4ba0", "#6f4ba0", "#3a8f4d", "#8a8a8a", "#3a8f4d")  # fmt: skip
 _LINES = ("-", "-", "--", "-", "--", "-", "--", "-", "--", "-", "--", "-", "--", "--")

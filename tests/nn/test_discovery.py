@@ -142,7 +142,7 @@ def test_layers_that_do_not_fold_are_listed_with_a_reason():
     assert [layer.name for layer in layers] == ["conv", "attention.out_proj", "a"]
     assert set(skipped) == {"table", "pairs", "lstm", "attention", "b", "para", "lazy", "head"}
     assert skipped["b"] == "shares its weight with a" and skipped["head"] == "skipped by name"
-    assert "parametrized" in skipped["para"] and "not initialised" in skipped["lazy"]
+    assert "parametrized" in skipped["para"] and "not initialized" in skipped["lazy"]
     assert skipped["pairs"] == "Bilinear: only Linear and (transposed) convolutions fold to matrices"
 
 

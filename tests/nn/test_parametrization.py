@@ -130,7 +130,7 @@ UNSUPPORTED = {
     "weight_norm by a hook": (quietly(nn.utils.weight_norm), "made by a hook"),
     "spectral_norm by a hook": (quietly(nn.utils.spectral_norm), "made by a hook"),
     "pruned": (lambda layer: prune.random_unstructured(layer, "weight", 0.5), "made by a hook"),
-    "lazy": (lambda layer: nn.LazyLinear(6), "not initialised yet"),
+    "lazy": (lambda layer: nn.LazyLinear(6), "not initialized yet"),
     "recurrent": (lambda layer: nn.LSTM(6, 6), "only Linear and"),
 }
 

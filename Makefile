@@ -3,9 +3,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py $(shell find csrc -type f)
-# JOBS=n tests at a time. A file stays with one process, which makes its fixtures once.
+# JOBS=n tests at a time.
 JOBS ?= 2
-PYTEST = $(BIN)/pytest -n $(JOBS) --dist loadfile --durations=20
+PYTEST = $(BIN)/pytest -n $(JOBS) --durations=20
 # What glibc must be told before a process starts: to keep what was freed, or each call pays for its pages again.
 KEEP := glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.malloc.top_pad=268435456
 
@@ -15,17 +15,17 @@ KEEP := glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.ma
 demo: .venv/built
 	$(BIN)/compaware demo
 
-# Every public behavior, in minutes.
+# Every public behavior, in minutes. A file stays with one process, which makes its fixtures once.
 test: .venv/built
-	$(PYTEST) -m "not slow and not emulation and not gpu"
+	$(PYTEST) --dist loadfile -m "not slow and not emulation and not gpu"
 
 # And what takes long: emulators, sanitizers, interpreter, compilers for GPUs, studies; on a GPU, where there is one.
 test-all: test test-rest
 
 test-rest: .venv/built
 	@failed=0; \
-	$(PYTEST) -m "slow or emulation or gpu" || failed=1; \
-	TRITON_INTERPRET=1 $(PYTEST) -m emulation || failed=1; \
+	$(PYTEST) --dist worksteal -m "slow or emulation or gpu" || failed=1; \
+	TRITON_INTERPRET=1 $(PYTEST) --dist worksteal -m emulation || failed=1; \
 	exit $$failed
 
 # The proximal ops; inference has a target of its own.
@@ -78,8 +78,8 @@ docs: .venv/built .venv/docs
 # That a marker selects nothing is an error of pytest's.
 gpu-check: .venv/built
 	@failed=0; \
-	$(PYTEST) -m emulation || failed=1; \
-	TRITON_INTERPRET=1 $(PYTEST) -m emulation || failed=1; \
+	$(PYTEST) --dist worksteal -m emulation || failed=1; \
+	TRITON_INTERPRET=1 $(PYTEST) --dist worksteal -m emulation || failed=1; \
 	$(BIN)/pytest -m gpu -rs || failed=1; \
 	echo; echo "Run on any machine: Triton kernels interpreted; CUDA kernels emulated, also under sanitizers; both compiled"; \
 	echo "for every GPU, without one."; \

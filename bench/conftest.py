@@ -1,4 +1,4 @@
-"""Interleaved timing, and the tables at the end of a benchmark run."""
+"""Benchmark fixtures: interleaved timing of an op and its baselines, and the tables printed at the end of a run."""
 
 import os
 import resource
@@ -11,9 +11,9 @@ from bench.common import workloads
 from bench.nn import inference_tables
 from compaware_kernels.environment import info
 
-SLOW, VERY_SLOW = 1e3, 3.5e3  # ms: peers this slow run three times, or once
-SAMPLE = 1e-3  # s: calls that take less are repeated
-LOAD = os.getloadavg()[0]  # before anything ran
+SLOW, VERY_SLOW = 1e3, 3.5e3  # ms: baselines slower than this run three times, or once
+SAMPLE = 1e-3  # s: shorter calls are repeated until they add up to this
+LOAD = os.getloadavg()[0]  # load average before the benchmarks start
 
 shrink_rows: list[tuple[str, str, float, float]] = []  # op, name, median ms, ratio to the floor
 svt_rows: list[tuple] = []  # case, name, median ms, ratio to the SVD loop, to the floor, error, bound, correct
@@ -22,15 +22,18 @@ training_rows: list[tuple] = []  # regime, ms of a training step, of a proximal 
 
 
 def timed(function, *args) -> tuple[float, object]:
-    """Milliseconds, and the result."""
+    """Milliseconds of one call, and its result."""
     results = []
     return 1e3 * workloads.seconds(lambda: results.append(function(*args))), results[0]
 
 
 @pytest.fixture
 def race(benchmark):
-    """race(op, ours, peers, reset, floor): every round runs each peer and the floor once, then ours, so that all see
-    the same machine. ``floor`` is a pass over the same bytes that does next to nothing."""
+    """race(op, ours, peers, reset, floor): interleaved timing of an op in place.
+
+    Every round runs each baseline in ``peers`` and the floor once, then ours, so that all meet the same state of the
+    machine. ``floor``: a pass over the same bytes with hardly any arithmetic.
+    """
 
     def run(op, ours, peers, reset, floor, rounds=15):
         times = {name: [] for name in ("compaware", *peers, "floor")}
@@ -53,7 +56,8 @@ def race(benchmark):
 
 @pytest.fixture
 def svt_race(benchmark):
-    """svt_race(case, weights, truths, ours, peers, floor): as ``race``; the results of each are checked, first."""
+    """svt_race(case, weights, truths, ours, peers, floor): as ``race``, after checking each result against the
+    truth."""
 
     def run(case, weights, truths, ours, peers, floor, rounds=7):
         work, times, checks, infos = {**peers, **ours}, {}, {}, {}
@@ -91,15 +95,17 @@ def svt_race(benchmark):
 
 @pytest.fixture
 def show_gpu_rows():
-    """show_gpu_rows(case, table): shows the rows of gpu_race.table at the end."""
+    """show_gpu_rows(case, table): adds the rows of gpu_race.table to the tables printed at the end."""
     return lambda case, table: gpu_rows.extend((case, name, row) for name, row in table.items())
 
 
 @pytest.fixture
 def training_race(benchmark):
-    """training_race(regime, results, truths, step, reset, prox, steps, every): every round takes a training step, then,
-    after ``reset``, a proximal step: its share of an epoch of so many steps, and of one step when it comes after every
-    ``every``-th."""
+    """training_race(regime, results, truths, step, reset, prox, steps, every): cost of a proximal step in training.
+
+    Every round times a training step and, after ``reset``, a proximal step. Reported: the proximal step's share of an
+    epoch of ``steps`` training steps, and of one training step if it is taken after each ``every``-th.
+    """
 
     def run(regime, results, truths, step, reset, prox, steps, every, rounds=9):
         error, _, correct = workloads.check(results, truths, None)
@@ -120,9 +126,12 @@ def training_race(benchmark):
 
 @pytest.fixture
 def inference_race(benchmark):
-    """inference_race(rows, verdicts, ours, seconds): every round runs each row, ours last; before that ``verdicts``
-    gets the outputs of all and returns the error of each and whether it is right. As many rounds as fit in the seconds,
-    3 to 15. Returns for each row its ms and page faults per call (medians), error and ok."""
+    """inference_race(rows, verdicts, ours, seconds): interleaved timing of inference.
+
+    First ``verdicts`` gets the outputs of all rows and returns for each its error and whether it is correct. Then every
+    round runs each row, ours last; as many rounds as fit in the seconds, 3 to 15. Returns for each row the medians of
+    ms and page faults per call, its error, and ok.
+    """
 
     def run(rows, verdicts, ours, seconds):
         checked = verdicts({name: function() for name, function in rows.items()})
@@ -150,7 +159,7 @@ def inference_race(benchmark):
 
 
 def sample(function, calls: int) -> tuple[float, float]:
-    """Milliseconds and minor page faults of one call."""
+    """Milliseconds and minor page faults per call, averaged over ``calls`` calls."""
 
     def repeat():
         for _ in range(calls):
@@ -162,7 +171,7 @@ def sample(function, calls: int) -> tuple[float, float]:
 
 
 def allocator() -> str:
-    """What was in force when the process started."""
+    """The allocator's settings at the start of this process, in words."""
     found = [f"{key}={os.environ[key]}" for key in ("GLIBC_TUNABLES", "LD_PRELOAD") if os.environ.get(key)]
     return ", ".join(found) or "the system's, as it comes"
 
@@ -197,7 +206,7 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """Results are published: keep the numbers and the facts, not the host's name nor every sample."""
+    """Results are published: numbers and facts of the machine are kept, its host name and raw samples are dropped."""
     output_json["machine_info"] = {key: value for key, value in info().items() if key != "library"}
     output_json["machine_info"] |= {"load": LOAD, "allocator": allocator()}
     output_json.pop("commit_info", None)

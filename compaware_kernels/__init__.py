@@ -1,6 +1,6 @@
-"""Compression-aware training: networks whose layers become low-rank while they learn, and then run small.
+"""Compression-aware training: layers become low-rank during training, and are then factorized for inference.
 
-weights --prox--> shrunk weights --ranks--> ranks --factorize--> two small weights --layers--> inference
+weights --proximal step--> low-rank weights --rank rule--> ranks --truncated SVD--> two factors --layers--> inference
 """
 
 from . import folds, ranks

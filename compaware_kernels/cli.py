@@ -1,4 +1,4 @@
-"""The command line: ``compaware demo | info | compress | study``, also ``python -m compaware_kernels``."""
+"""Command line: ``compaware demo | info | compress | study``, also ``python -m compaware_kernels``."""
 
 from __future__ import annotations
 
@@ -27,15 +27,17 @@ from .environment import info as gather_info
 from .ops import quarantine
 from .study import Stopped
 
+__all__ = ["app", "main"]
+
 app = typer.Typer(
-    help="Compression-aware training: networks that become low-rank while they learn, and then run small.",
+    help="Compression-aware training: networks become low-rank during training, and are then factorized.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 console = Console(stderr=True)
 
 
 def main() -> None:
-    """Run the command line.  Exit codes: 0 done, 1 it failed (one line says why), 2 wrong usage."""
+    """Run the command line. Exit codes: 0 success, 1 failure (one line on stderr says why), 2 wrong usage."""
     try:
         app()
     except (ValueError, TypeError, OSError, ImportError, Stopped) as error:
@@ -46,19 +48,19 @@ def main() -> None:
 
 @app.command()
 def demo(
-    data: Annotated[Path | None, typer.Option(help="Folder with IDX files (MNIST, Fashion-MNIST), gzipped or not. "
+    data: Annotated[Path | None, typer.Option(help="Folder of IDX files (MNIST, Fashion-MNIST), gzipped or not. "
                                                    "Default: scikit-learn's digits.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the report, the results and the models.")] = Path("out/demo"),
     seeds: Annotated[int, typer.Option(min=1, help="Networks trained per arm.")] = 3,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of training.")] = 30,
     tune_epochs: Annotated[int, typer.Option(min=0, help="Epochs of fine-tuning after compression; 0: none.")] = 3,
     nuclear: Annotated[float, typer.Option(min=0, help="Strength of the nuclear norm (low rank).")] = 2.0,
-    group: Annotated[float, typer.Option(min=0, help="Strength of the group lasso (whole neurons).")] = 0.05,
-    threads: Annotated[int, typer.Option(min=1, help="Threads; for the small digits one is fastest.")] = 1,
+    group: Annotated[float, typer.Option(min=0, help="Strength of the group lasso (neurons become 0).")] = 0.05,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads; for the small digits one is fastest.")] = 1,
 ) -> None:  # fmt: skip
-    """Train a small convolutional network plainly and compression-aware, compress both, and compare.
+    """Train a small convolutional network with and without the penalties, compress both, and compare.
 
-    Ends with a table, an HTML report with the accuracy-against-size curves, and the compressed network.
+    Prints a table, and writes an HTML report with curves of accuracy against size, the results and the networks.
     """
     from .demo import experiment, report
     from .study import images
@@ -89,16 +91,16 @@ def demo(
 
 @app.command()
 def study(
-    config: Annotated[str, typer.Argument(help="A study that comes with the package, or a TOML file.")] = "digits",
-    data: Annotated[str | None, typer.Option(help="Other data: digits, a folder of IDX files, or of images.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for everything. Default: out/study/CONFIG.")] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="Trainings at a time. Default: one for every GPU, else "
-                                                  "every core.")] = None,
+    config: Annotated[str, typer.Argument(help="Name of a study in the package, or a TOML file.")] = "digits",
+    data: Annotated[str | None, typer.Option(help="Other data: digits, or a folder of IDX files or images.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for all results. Default: out/study/CONFIG.")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Number of parallel trainings. Default: one per GPU, "
+                                                  "else one per core.")] = None,
 ) -> None:  # fmt: skip
-    """Accuracy against compression, for this method and for its rivals.
+    """Measure accuracy against compression, for this method and for others.
 
-    Trains every arm at every strength and seed, compresses all alike, fine-tunes, evaluates, measures. Stopped, or
-    killed, it goes on where it was when it is run again. Ends with a table, results as JSON and an HTML report.
+    Trains every method at every strength and seed, compresses all networks alike, fine-tunes and evaluates them. When
+    it was interrupted or killed, running it again continues it. Writes a table, results as JSON and an HTML report.
     """
     from .study import command
 
@@ -108,11 +110,11 @@ def study(
 @app.command()
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    selftest: Annotated[bool, typer.Option("--selftest", help="Run every kernel on the GPUs here against fp64. "
-                                           "One that fails is not used from then on, and the exit code is 1. Takes "
-                                           "minutes the first time, when Triton compiles.")] = False,
+    selftest: Annotated[bool, typer.Option("--selftest", help="Compare every kernel with fp64 on each GPU of this "
+                                           "machine. A kernel that fails is not used any more, and the exit code is 1. "
+                                           "The first run takes minutes, because Triton compiles.")] = False,
 ) -> None:  # fmt: skip
-    """Say which kernel runs which op here, and why."""
+    """Print which backend runs each op on this machine, and why."""
     if selftest:
         raise typer.Exit(_selftest())
     facts = gather_info() | {"self-test": quarantine.about()}
@@ -129,6 +131,7 @@ def info(
 
 
 def _selftest() -> int:
+    """Run the self-test on one GPU of each model, print its table, and return the exit code."""
     from . import selftest
 
     if not torch.cuda.is_available():
@@ -149,19 +152,19 @@ def compress(
     model: Annotated[str, typer.Option(help="How to build the dense network: MODULE:FUNCTION without arguments. "
                                             "The module is imported, so it runs: name only code you trust.")],
     input: Annotated[str, typer.Option(help="Shape of one input, for example 1,3,224,224.")],
-    out: Annotated[Path, typer.Option(help="Where to write the compressed model (.safetensors).")],
+    out: Annotated[Path, typer.Option(help="File for the compressed model (.safetensors).")],
     rank: Annotated[str, typer.Option(help="Rank rule: energy:0.99, nuclear:0.9, threshold:1e-3, relative:0.05, "
                                            "fixed:16, share:0.25.")] = "energy:0.99",
     fold: Annotated[str, typer.Option(help="Convolutions as matrices: paper, spatial, input or auto.")] = "paper",
-    goal: Annotated[str, typer.Option(help="speed: factorise only layers that get faster here; size: all that get "
-                                           "smaller.")] = "speed",
+    goal: Annotated[str, typer.Option(help="speed: factorize only layers that get faster on this machine; size: "
+                                           "all that get smaller.")] = "speed",
     measure: Annotated[bool, typer.Option(help="Measure layers on this machine instead of predicting.")] = False,
-    skip: Annotated[list[str] | None, typer.Option(help="Layers to leave alone (name pattern, repeatable).")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Name pattern of layers to leave alone (repeatable).")] = None,
     report: Annotated[Path | None, typer.Option(help="Also write the report as JSON.")] = None,
 ) -> None:  # fmt: skip
-    """Factorise the low-rank layers of a trained network, remove its dead neurons, and save the result.
+    """Factorize the low-rank layers of a trained network, remove its dead neurons, and save the result.
 
-    Read it back with ck.load(OUT, dense_model).  Files are read without executing code.
+    Load it with ck.load(OUT, dense_model). Weights are read without executing code.
     """
     rule, shape = ranks.parse(rank), _shape(input)
     network = _build(model)
@@ -169,12 +172,12 @@ def compress(
     try:
         network.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{weights}: does not fit {model}: {error}") from error
+        raise ValueError(f"{weights}: wanted a state dict of {model}; got {error}") from error
     try:
         with torch.no_grad():
             network.eval()(torch.zeros(shape))
     except (RuntimeError, IndexError) as error:
-        raise ValueError(f"--input {input}: {model} cannot run on it: {error}") from error
+        raise ValueError(f"--input: wanted a shape that {model} accepts; got {input}: {error}") from error
     small, summary = compress_model(
         network, rule, (torch.zeros(shape),), fold=fold, goal=goal, measure=measure, skip=skip or ()
     )
@@ -186,18 +189,20 @@ def compress(
 
 
 def _shape(text: str) -> tuple[int, ...]:
+    """Shape from comma-separated sizes, "1,3,224,224" -> (1, 3, 224, 224)."""
     try:
         shape = tuple(int(part) for part in text.split(","))
     except ValueError:
         shape = ()
     if not shape or min(shape) < 1:
         raise typer.BadParameter(
-            f"wanted whole numbers >= 1 with commas between, 1,3,224,224; got {text!r}", param_hint="--input"
+            f"wanted whole numbers >= 1 separated by commas, 1,3,224,224; got {text!r}", param_hint="--input"
         )
     return shape
 
 
 def _build(spec: str) -> nn.Module:
+    """The network that MODULE:FUNCTION returns; also finds modules in the working directory."""
     module, _, function = spec.partition(":")
     if not module or not function:
         raise typer.BadParameter(
@@ -214,7 +219,7 @@ def _build(spec: str) -> nn.Module:
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict, read without executing code."""
+    """State dict of a .safetensors file or of one that ``torch.save`` wrote, read without executing code."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -224,9 +229,10 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
             else torch.load(path, map_location="cpu", weights_only=True)
         )
     except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError, UnpicklingError) as error:
-        raise ValueError(f"{path}: not a readable state dict: {error}") from error
+        raise ValueError(f"{path}: wanted a readable state dict; got {error}") from error
 
 
 def _progress() -> Progress:
+    """Progress bar on stderr: description, finished of all units, time spent and left."""
     return Progress(TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                     TextColumn("left"), TimeRemainingColumn(), console=console)  # fmt: skip

@@ -1,6 +1,8 @@
 """What holds for all tests: one thread each, memory that is NaN until written, and which process runs which kernels."""
 
 import os
+import sys
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: pytest -n N keeps N cores busy, and numbers stay the same
 
@@ -45,3 +47,18 @@ def poisoned_empty():
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture
+def command_line(monkeypatch, capsys):
+    """command_line(*arguments): what ``compaware`` prints and returns, without a process of its own."""
+    from compaware_kernels import cli
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        monkeypatch.setattr(sys, "argv", ["compaware", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return SimpleNamespace(returncode=ended.value.code, **capsys.readouterr()._asdict())
+
+    return run

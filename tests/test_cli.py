@@ -5,14 +5,12 @@ import json
 import struct
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import compaware_kernels as ck
-from compaware_kernels import cli
 from compaware_kernels.demo.networks import small_convnet
 from compaware_kernels.ops.backends import TABLE
 
@@ -24,25 +22,11 @@ def run(*args):
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-@pytest.fixture
-def here(monkeypatch, capsys):
-    """As ``run``, in this process: it has imported everything."""
-
-    def call(*args):
-        monkeypatch.setattr(sys, "path", [*sys.path])
-        monkeypatch.setattr(sys, "argv", ["compaware", *map(str, args)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return SimpleNamespace(returncode=ended.value.code, **capsys.readouterr()._asdict())
-
-    return call
-
-
-def test_info(here):
+def test_info(command_line):
     facts = json.loads(run("info", "--json").stdout)
     assert set(facts["ops"]) == set(TABLE) and facts["version"] == ck.__version__
     assert facts["ops"] == ck.info()["ops"]
-    table = here("info").out
+    table = command_line("info").out
     assert all(f"compaware::{name} " in table for name in facts["ops"])
 
 
@@ -61,22 +45,24 @@ def test_compress_writes_a_model_that_loads(tmp_path):
     ("change", "words"),
     [
         ({"weights": "absent.pt"}, "absent.pt: no such file"),
-        ({"weights": "damaged.pt"}, "damaged.pt: not a readable state dict"),
-        ({"--rank": "magic:1"}, "rank rule is written"),
+        ({"weights": "damaged.pt"}, "damaged.pt: wanted a readable state dict"),
+        ({"--rank": "magic:1"}, "rank rule: wanted name:value"),
         ({"--fold": "crane"}, "got 'crane'"),
         ({"--goal": "fame"}, "got 'fame'"),
-        ({"--model": "torch.nn:Identity"}, "does not fit torch.nn:Identity"),
+        ({"--model": "torch.nn:Identity"}, "wanted a state dict of torch.nn:Identity"),
         ({"--model": "no_such_module:f"}, "No module named"),
         ({"--input": "1,3,8,8"}, "3 channels"),
     ],
     ids=str,
 )
-def test_errors_are_one_line(tmp_path, here, change, words):
+def test_errors_are_one_line(tmp_path, command_line, change, words):
     torch.save(small_convnet().state_dict(), tmp_path / "dense.pt")
     (tmp_path / "damaged.pt").write_bytes(b"garbage")
     options = dict(zip(NETWORK[::2], NETWORK[1::2], strict=True)) | {"--rank": "energy:0.9", "--fold": "paper"} | change
     weights = tmp_path / options.pop("weights", "dense.pt")
-    done = here("compress", weights, "--out", tmp_path / "out", *[x for option in options.items() for x in option])
+    done = command_line(
+        "compress", weights, "--out", tmp_path / "out", *[x for option in options.items() for x in option]
+    )
     assert done.returncode == 1 and done.err.count("\n") == 1, done.err
     assert done.err.startswith("compaware: error: ") and words in done.err
     assert not (tmp_path / "out").exists()
@@ -87,16 +73,16 @@ def test_errors_of_a_process():
     assert done.returncode == 1 and done.stderr == "compaware: error: absent.pt: no such file\n"
 
 
-def test_usage_errors_exit_2(here):
-    assert here("compress", "w.pt", "--out", "o", "--model", "nocolon", "--input", "1,2").returncode == 2
-    assert here("demo", "--seeds", "0").returncode == 2
+def test_usage_errors_exit_2(command_line):
+    assert command_line("compress", "w.pt", "--out", "o", "--model", "nocolon", "--input", "1,2").returncode == 2
+    assert command_line("demo", "--seeds", "0").returncode == 2
 
 
 def idx(array):
     return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
 
 
-def test_demo_on_idx_files_writes_report_results_and_models(tmp_path, here):
+def test_demo_on_idx_files_writes_report_results_and_models(tmp_path, command_line):
     rng = np.random.default_rng(0)
     for split, count in (("train", 40), ("t10k", 20)):
         images = rng.integers(0, 256, (count, 8, 8), dtype=np.uint8)
@@ -110,6 +96,12 @@ def test_demo_on_idx_files_writes_report_results_and_models(tmp_path, here):
     assert page.count("<svg") == 3 and "<script" not in page and "<link" not in page
     assert len(json.loads((out / "results.json").read_text())["runs"]) == 2
     (tmp_path / "t10k-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03")
-    assert "not an IDX file" in here("demo", "--data", tmp_path, "--threads", torch.get_num_threads(), "--out", out).err
+    assert (
+        "not an IDX file"
+        in command_line("demo", "--data", tmp_path, "--threads", torch.get_num_threads(), "--out", out).err
+    )
     (tmp_path / "t10k-images-idx3-ubyte").unlink()
-    assert "no such file" in here("demo", "--data", tmp_path, "--threads", torch.get_num_threads(), "--out", out).err
+    assert (
+        "no such file"
+        in command_line("demo", "--data", tmp_path, "--threads", torch.get_num_threads(), "--out", out).err
+    )

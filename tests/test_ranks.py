@@ -61,7 +61,7 @@ OUT_OF_RANGE = [
 
 @pytest.mark.parametrize("text", MALFORMED + OUT_OF_RANGE)
 def test_bad_rule(text):
-    with pytest.raises(ValueError, match=r"rank rule is written|ranks\.\w+ wants"):
+    with pytest.raises(ValueError, match=r"rank rule: wanted name:value|ranks\.\w+: wanted"):
         ck.ranks.parse(text)
 
 

@@ -1,6 +1,6 @@
-"""The networks whose inference is measured, in plain torch.nn: ResNets (He et al., 2016), VGG-16 without its
-classifier of 120 million weights (Simonyan & Zisserman, 2015), MobileNetV2 (Sandler et al., 2018), an encoder as BERT's
-(Devlin et al., 2019), and ViT-B/16 of such encoders (Dosovitskiy et al., 2021)."""
+"""Networks whose inference is benchmarked, in plain torch.nn: ResNet-18 and -50 (He et al., 2016), VGG-16 without its
+classifier of 120 million weights (Simonyan & Zisserman, 2015), MobileNetV2 (Sandler et al., 2018), a BERT encoder
+(Devlin et al., 2019), and ViT-B/16 (Dosovitskiy et al., 2021)."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from bench.common.workloads import BASIC, BOTTLENECK
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    """A convolution that keeps the size, and its batch norm."""
+    """Convolution with "same" padding, followed by batch norm."""
     return [
         nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False),
         nn.BatchNorm2d(outputs),
@@ -17,7 +17,7 @@ def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions (basic), or 1x1, 3x3 and 1x1 to four times the width, and a shortcut around them."""
+    """ResNet block: two 3x3 convolutions (basic), or 1x1, 3x3 and 1x1 to four times the width, with a shortcut."""
 
     def __init__(self, inputs: int, width: int, stride: int, basic: bool):
         super().__init__()
@@ -63,7 +63,7 @@ def vgg16() -> nn.Module:
 
 
 class Inverted(nn.Module):
-    """1x1 to six times the channels, 3x3 within each channel, 1x1 back."""
+    """Inverted residual of MobileNetV2: 1x1 to six times the channels, depthwise 3x3, 1x1 back."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
@@ -89,7 +89,7 @@ def mobilenet() -> nn.Module:
 
 
 class Encoder(nn.Module):
-    """One layer of an encoder: attention and two linear layers with GELU between, each with a shortcut and a norm."""
+    """Transformer encoder layer, post-norm: attention and an MLP with GELU, each with a residual connection."""
 
     def __init__(self, width: int = 768, heads: int = 12):
         super().__init__()
@@ -110,7 +110,7 @@ def bert(layers: int = 4) -> nn.Module:
 
 
 class Patches(nn.Module):
-    """An image as a row of 196 vectors, one for every 16 x 16 pixels."""
+    """Patch embedding: images [N, 3, 224, 224] -> [N, 196, width], one vector for each 16 x 16 pixels."""
 
     def __init__(self, width: int = 768):
         super().__init__()

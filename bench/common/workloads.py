@@ -1,11 +1,13 @@
-"""What is measured: layer shapes as data, and weights as training leaves them. Run as a script, prints this machine's
-device name for a file name.
+"""Benchmark workloads: layer shapes of networks, and weights with the spectra that proximal training produces.
 
-The drift between two proximal steps is modelled on a measurement: a small convolutional network on digits, SGD with
-momentum, a proximal step after every or every tenth optimizer step. In units of the threshold tau, before each step:
-singular values above it from 1 to 150 (every tenth step) or 1,500 (every step), evenly on a logarithmic scale; norm of
-what lies outside the old singular subspaces 0.35 to 0.9 (spectral), 0.6 to 2.2 (Frobenius); the old singular vectors
-moved by 0.15 to 0.5 divided by their singular value, all in a few directions, as gradients do.
+Run as a script, it prints this machine's device name in a form that is fit for a file name.
+
+:func:`drifted` models how weights change between two proximal steps. Its numbers were measured on a small convolutional
+network trained on digits by SGD with momentum, with a proximal step after every or every tenth optimizer step. In units
+of the threshold tau, before each proximal step: singular values above tau from 1 to 150 (every tenth step) or 1,500
+(every step), evenly spaced on a logarithmic scale; the part outside the previous singular subspaces has a norm of 0.35
+to 0.9 (spectral) and 0.6 to 2.2 (Frobenius); the previous singular vectors move by 0.15 to 0.5 divided by their
+singular value, all in a few directions, as gradients do.
 """
 
 import math
@@ -20,8 +22,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LARGEST = 300.0  # singular value, in units of tau
 OUTSIDE, TANGENT, DECAY = 0.6, 0.3, -0.7
 
-# ResNets, He et al. 2016: blocks, width, input channels of each stage. Basic blocks are two 3x3, bottlenecks 1x1, 3x3
-# and 1x1 to 4 x width.
+# ResNets, He et al. 2016: blocks, width, input channels of each stage. A basic block is two 3x3 convolutions, a
+# bottleneck 1x1, 3x3 and 1x1 to 4 x width.
 BASIC = ((2, 64, 64), (2, 128, 64), (2, 256, 128), (2, 512, 256))
 BOTTLENECK = ((3, 64, 64), (4, 128, 256), (6, 256, 512), (3, 512, 1024))
 
@@ -66,7 +68,7 @@ def lenet() -> list[tuple[int, int]]:
 
 
 def small(size: int, count: int = 1000) -> list[tuple[int, int]]:
-    """Many small square matrices."""
+    """Square matrices of this size, all alike in shape."""
     return [(size, size)] * count
 
 
@@ -75,19 +77,19 @@ def orthonormal(rows: int, columns: int) -> torch.Tensor:
 
 
 def low_rank(shapes: list[tuple[int, int]], share: float | int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Per shape U [m, r], V [n, r] of a weight of this share of the full rank (or of this rank)."""
+    """Bases U [m, r], V [n, r] of a low-rank weight for each shape [m, n]; share: r itself, or r over min(m, n)."""
     ranks = [share if isinstance(share, int) else max(1, round(share * min(shape))) for shape in shapes]
     return [(orthonormal(m, r), orthonormal(n, r)) for (m, n), r in zip(shapes, ranks, strict=True)]
 
 
 def shrunk(bases: list[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
-    """Weights as a proximal step with tau = 1 leaves them."""
+    """Low-rank weights as a proximal step with tau = 1 leaves them: singular values s - 1, s from 1.5 to LARGEST."""
     spectra = [torch.logspace(math.log10(1.5), math.log10(LARGEST), U.shape[1], device=DEVICE) for U, _ in bases]
     return [(U * (s - 1)) @ V.mT for (U, V), s in zip(bases, spectra, strict=True)]
 
 
 def drifted(weights: list[torch.Tensor], bases: list[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
-    """The same after some optimizer steps: what the prox took away is back, and the rest has moved."""
+    """Weights before the next proximal step: singular values regrown by tau, plus the drift described above."""
     moved = []
     for W, (U, V) in zip(weights, bases, strict=True):
         (m, n), q = W.shape, min(W.shape)
@@ -100,18 +102,18 @@ def drifted(weights: list[torch.Tensor], bases: list[tuple[torch.Tensor, torch.T
 
 
 def check(results, truths, infos) -> tuple[float, float | None, bool]:
-    """Largest spectral error / tau, largest bound / tau, and whether every layer is within the tolerance."""
+    """Largest spectral error / tau, largest error bound / tau, and whether every layer meets the tolerance."""
     errors = [P.double() - T for P, T in zip(results, truths, strict=True)]
     spectral = [float(torch.linalg.matrix_norm(E, 2)) if min(E.shape) < 1500 else float(E.norm()) for E in errors]
     allowed = [1e-3 + torch.finfo(P.dtype).eps * float(T.norm()) for P, T in zip(results, truths, strict=True)]
     bounds = [float(i.error_bound.max()) for i in infos] if infos else []
     held = all(float(E.norm()) <= b for E, b in zip(errors, bounds, strict=False))
-    ok = held and all(e <= a for e, a in zip(spectral, allowed, strict=True))  # NaN is not
+    ok = held and all(e <= a for e, a in zip(spectral, allowed, strict=True))
     return max(spectral), max(bounds, default=None), ok
 
 
 def seconds(function) -> float:
-    """How long it takes, once."""
+    """Wall-clock seconds of one call."""
     sync = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
     sync()
     start = time.perf_counter()

@@ -1,7 +1,8 @@
-"""Is what ck.compress(goal="speed") returns ever slower than the dense model? Random networks, ranks users ask for.
+"""Latency model: is what ck.compress(goal="speed") returns ever slower than the dense model?
 
-Widths 8 to 512, kernels 1 to 7, strides, groups, batches 1 to 8, inputs of 8 to 56 pixels; every network planned by the
-model and by measurement, and timed against the dense one, as it came and in channels_last.
+Random networks at the ranks that users ask for: widths 8 to 512, kernels 1 to 7, strides, groups, batches 1 to 8,
+inputs of 8 to 56 pixels. Each is compressed twice, choosing layers by the latency model and by measurement, and timed
+against the dense network, both in the given memory format and in channels_last.
 """
 
 import copy
@@ -43,7 +44,7 @@ def test_random_networks(seed, measure):
     rule = ck.ranks.share(RULES[share])
     small, report = ck.compress(dense, rule, (x,), measure=measure)
     assert all(layer.reason for layer in report.layers)
-    with torch.no_grad():  # the same function as its factors multiplied out
+    with torch.no_grad():  # reference: the same function with the factors multiplied out
         truth = ck.to_dense(small).double()(x.double())
         assert (small(x) - truth).abs().max() <= 1e-5 * truth.abs().max()
     last = copy.deepcopy(dense).to(memory_format=torch.channels_last)

@@ -1,4 +1,7 @@
-"""What the GPU kernels compile to, on every architecture; needs no GPU: python -m bench.models.gpu_table"""
+"""Resource table of the GPU kernels: what each compiles to on every architecture. Needs no GPU.
+
+python -m bench.models.gpu_table
+"""
 
 import os
 import re
@@ -64,7 +67,7 @@ CUDA = """## The kernels in CUDA C++
 
 
 def passed(files: Sequence[str], **environment: str) -> int:
-    """How many of these tests pass; all must."""
+    """Number of tests that pass in these files; exits with pytest's output if any fails."""
     paths = [str(ROOT / "tests" / file) for file in files]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", *paths]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
@@ -83,7 +86,7 @@ def cell(code: aot.Code) -> str:
 
 
 def lowrank() -> Iterator[tuple[tuple, str, list[str]]]:
-    """Row, cell, and what is wrong."""
+    """Entries of the fused low-rank kernel: row of the table, cell, and what exceeds the GPU's limits."""
     tiles = [(kind, BR, tile) for kind in TILES for BR in TILES[kind] for tile in TILES[kind][BR]]
     for (kind, BR, tile), arch in track(list(product(tiles, aot.SHARED)), description="fused kernel"):
         code = aot.lowrank_code(arch, kind, BR, tile)
@@ -117,7 +120,7 @@ def cuda() -> Iterator[tuple[tuple, str, list[str]]]:
 def section(
     title: str, columns: Sequence[str], entries: Iterator[tuple[tuple, str, list[str]]]
 ) -> tuple[str, list[str]]:
-    """A table with a column per architecture, and what is wrong."""
+    """Markdown table with a column per architecture, and the list of problems found."""
     rows, wrong = {}, []
     for row, text, problems in entries:
         rows.setdefault(row, []).append(text)

@@ -1,9 +1,10 @@
-"""Predicts dense, two convolutions and the fused kernel on GPUs that are not here.
+"""Roofline model of low-rank inference on GPUs: one dense convolution, two convolutions, and the fused kernel.
 
     python -m bench.models.lowrank_roofline
 
-The time of a kernel is its launch and the longest of four: DRAM traffic, L2 traffic, tensor-core arithmetic, and the
-steps one program must do one after the other. bf16; bias, ReLU and the residual are left out everywhere.
+A prediction for GPUs that this machine lacks. The time of a kernel is its launch overhead plus the longest of four:
+DRAM traffic, L2 traffic, tensor-core arithmetic, and the latency of the steps that one program must run in sequence.
+bf16; bias, ReLU and the residual are left out everywhere.
 """
 
 from collections import Counter
@@ -32,9 +33,9 @@ CHIPS = {
     "H100 SXM": Chip(989e12, 3.35e12, 9.0e12, 50e6, 132, 1.755e9),
     "B200": Chip(2250e12, 8.0e12, 10.7e12, 126e6, 148, 1.86e9),
 }
-DRAM_SHARE, L2_SHARE, TENSOR_SHARE = 0.85, 0.7, 0.65  # of the peaks: what good kernels reach
-STEP = 0.2e-6  # s: DRAM latency, 0.6 us, over three stages in flight
-PORT = 64  # bytes a clock that one multiprocessor gets from L2
+DRAM_SHARE, L2_SHARE, TENSOR_SHARE = 0.85, 0.7, 0.65  # fraction of the peak rates that good kernels reach
+STEP = 0.2e-6  # s: DRAM latency of 0.6 us, over three pipeline stages in flight
+PORT = 64  # bytes per clock from L2 to one multiprocessor
 PEER_TILE, PEER_STEP = 128, 64
 BATCHES, SHARES = (1, 8, 32, 256), (1 / 8, 1 / 4, 1 / 2)
 
@@ -64,7 +65,7 @@ STEM, CLASSIFIER = Layer(3, 64, 7, 224, 2), Layer(2048, 1000, 1, 1)
 
 
 def resnet50_layers() -> Counter[Layer]:
-    """The layers that are factorised, and how many of each: He et al. 2016, stride in the 3 x 3."""
+    """The factorized layers of ResNet-50 and the count of each: He et al. 2016, stride in the 3 x 3."""
     layers, C, H = Counter(), 64, 56
     for blocks, width, stride in ((3, 64, 1), (4, 128, 2), (6, 256, 2), (3, 512, 2)):
         layers[Layer(C, 4 * width, 1, H, stride)] += 1  # the shortcut
@@ -77,18 +78,18 @@ def resnet50_layers() -> Counter[Layer]:
 
 
 def longest(chip: Chip, dram: float, L2: float, flops: float, steps: float, busy: float) -> float:
-    """Seconds; ``busy`` is the share of the multiprocessors with work."""
+    """Seconds of the slowest resource; ``busy``: fraction of the multiprocessors with work."""
     L2_rate = min(chip.L2 * L2_SHARE, PORT * chip.clock * chip.multiprocessors * busy)
     return max(dram / (chip.dram * DRAM_SHARE), L2 / L2_rate, flops / (chip.tensor * TENSOR_SHARE * busy), steps * STEP)
 
 
 def traffic(chip: Chip, *activations: float) -> float:
-    """Bytes of the activations (in elements) that do not stay in L2."""
+    """DRAM bytes of the activations (sizes in elements) that are too large to stay in L2."""
     return sum(2 * size for size in activations if 2 * size > chip.L2_size / 4)
 
 
 def conv(chip: Chip, layer: Layer, batch: int, launch: float) -> float:
-    """Seconds of one convolution."""
+    """Seconds of one dense convolution."""
     K, M = layer.C * layer.k**2, layer.pixels(batch)
     BM, BN = min(PEER_TILE, M), min(PEER_TILE, layer.O)
     tiles = ceil(M / BM) * ceil(layer.O / BN)
@@ -104,7 +105,7 @@ def two_convs(chip: Chip, layer: Layer, batch: int, rank: int, launch: float) ->
 
 
 def fused(chip: Chip, layer: Layer, batch: int, rank: int, launch: float) -> float:
-    """Seconds of the fused kernel: both products, one after the other, in every program."""
+    """Seconds of the fused kernel, whose programs compute both products one after the other."""
     if rank > MAX_RANK:
         return two_convs(chip, layer, batch, rank, launch)
     K, M, O = layer.C * layer.k**2, layer.pixels(batch), layer.O
@@ -120,7 +121,7 @@ def fused(chip: Chip, layer: Layer, batch: int, rank: int, launch: float) -> flo
 
 
 def network(chip: Chip, batch: int, share: float, launch: float) -> dict[str, float]:
-    """Seconds of ResNet-50: dense, all layers factorised, and the best of each layer."""
+    """Seconds of ResNet-50: all layers dense, all factorized, and with the fastest form of each layer."""
     total = Counter()
     rest = conv(chip, STEM, batch, launch) + conv(chip, CLASSIFIER, batch, launch)
     for layer, count in resnet50_layers().items():

@@ -1,8 +1,9 @@
-"""A model of the time that the proximal step of a whole network takes on a GPU. See step_roofline.py.
+"""Roofline model of the proximal step of a whole network on a GPU; step_roofline.py writes its predictions.
 
 The step is planned on the meta device and its launches are listed as :mod:`compaware_kernels.proximal.cuda.step`
 queues them. A stage of a matrix program takes as long as the longest of: DRAM traffic, L2 traffic, arithmetic, and the
-steps one Triton program must do one after the other. Of a CUDA kernel, the block of the largest matrix counts.
+latency of the steps that one Triton program must run in sequence. A CUDA kernel has one block per matrix; it takes as
+long as the block of the largest matrix.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ class Gpu(NamedTuple):
 
     @property
     def lanes(self) -> float:
-        """fp64 FMAs a clock of one multiprocessor."""
+        """fp64 FMAs per clock of one multiprocessor."""
         return self.fp64 / 2 / self.chip.multiprocessors / self.chip.clock
 
 
@@ -43,25 +44,25 @@ GPUS = {
     "B200": Gpu(CHIPS["B200"], 1100e12, 37e12, 37e12),
     "RTX 5090": Gpu(RTX_5090, 104.8e12, 1.64e12, 1.64e12),
 }
-BETA = 1e4  # (||W||_F / tau)^2 of a matrix whose rank is not known, unless said
+BETA = 1e4  # default (||W||_F / tau)^2 of a matrix whose rank is not known
 
-RESIDENT = 2  # Triton programs that a multiprocessor has the registers for
-LAUNCH, WAIT, GATED = 3e-6, 3e-6, 1.5e-6  # s: a launch; ticket, wait and signal of a stage; a tile that is left out
+RESIDENT = 2  # Triton programs per multiprocessor, limited by registers
+LAUNCH, WAIT, GATED = 3e-6, 3e-6, 1.5e-6  # s: a launch; ticket, wait and signal of a stage; a tile whose gate is closed
 DRAM_LATENCY, WARPS, SCHEDULERS = 0.6e-6, 8, 4
-# Of one block, clocks. Instructions: counted in the machine code for sm_90.
-FMA_SHARE = 0.25  # of its multiprocessor's fp64 rate, in the sums of Cholesky factors and inverses
-COLUMN, DIVISION, FAR = 300, 250, 600  # of a Cholesky factor, of an inverse; from L2 and a barrier
-SWEEPS = {4: 8, 8: 5}  # by bytes of a number
-# Of rows up to this length, so many at a time; a step has so many instructions in fp32, in fp64, and of the fp64 units.
+# Clocks of one block. Instruction counts: from the machine code for sm_90.
+FMA_SHARE = 0.25  # fraction of the multiprocessor's fp64 rate, in the sums of Cholesky factors and inverses
+COLUMN, DIVISION, FAR = 300, 250, 600  # per column of a Cholesky factor; per column of an inverse; L2 and barrier
+SWEEPS = {4: 8, 8: 5}  # Jacobi sweeps, by bytes per number
+# Jacobi: longest row, rows per group, and per rotation the instructions in fp32, in fp64, and on the fp64 units.
 MEETINGS = ((64, 8, 310, 473, 91), (128, 8, 437, 708, 155), (256, 4, 400, 621, 152))
-TURN = 1000  # least a step takes: sums, angle, rotation
-IN_PLACE = 60  # 32 elements of two rows in global memory
-NORMAL, NORMAL_FP64 = 370, 100  # instructions of a random number
-JUDGE_ROW, SUMMAND = 120, 70  # a row of 32 probes times itself; an element of a sum of squares, per thread
+TURN = 1000  # least clocks of a Jacobi rotation: sums, angle, update
+IN_PLACE = 60  # clocks: 32 elements of two rows in global memory
+NORMAL, NORMAL_FP64 = 370, 100  # instructions of one normal random number; those in fp64
+JUDGE_ROW, SUMMAND = 120, 70  # clocks: Gram product of 32 probes, per row; an element of a sum of squares, per thread
 
 
 class Part(NamedTuple):
-    """Of a launch: a stage, or a kernel."""
+    """One stage of a matrix program, or one CUDA kernel."""
 
     name: str
     flops: float
@@ -74,7 +75,7 @@ class Launch(NamedTuple):
     name: str
     parts: list[Part]
     tiles: int
-    gated: float  # seconds
+    gated: float  # seconds of tiles whose gate is closed
 
     @property
     def seconds(self) -> float:
@@ -82,21 +83,22 @@ class Launch(NamedTuple):
 
     @property
     def bound(self) -> str:
-        """What takes the most of it."""
+        """The resource that takes most of the time."""
         by = {bound: sum(part.seconds for part in self.parts if part.bound == bound) for *_, bound in self.parts}
         by["gated tiles"] = self.gated
         return max(by, key=by.get)
 
 
 def plan_of(shapes: Sequence[tuple[int, int]], share: float | int | None, dtype: torch.dtype = torch.float32) -> Plan:
-    """Without memory; ``share`` of the full rank, or the rank, or None: it is not known yet."""
+    """Plan without memory, for layers of these shapes; share: rank over full rank, the rank itself, or None if
+    unknown."""
     weights = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
     ranks = [share if isinstance(share, int) else share and max(1, round(share * min(shape))) for shape in shapes]
     return Plan(weights, [width(rank, min(W.shape)) if rank else 0 for rank, W in zip(ranks, weights, strict=True)])
 
 
 def launches(plan: Plan) -> list[str | Program]:
-    """What a step queues, in order."""
+    """Kernels and matrix programs that one step queues, in order."""
     queued: list[str | Program] = []
     run = Program.run
     Program.run = lambda program, counters: queued.append(program) if program.tiles else None
@@ -109,7 +111,7 @@ def launches(plan: Plan) -> list[str | Program]:
 
 
 def workspace(plan: Plan) -> int:
-    """Bytes: all that programs and tables point to, without the weights."""
+    """Bytes of workspace and tables, without the weights."""
     tensors = [plan.out, plan.inputs, plan.table, plan.counters, plan.chunks, plan.partials]
     for program in plan.programs:
         tensors += [*program.tensors, program._problems, program._tiles]
@@ -121,7 +123,10 @@ def workspace(plan: Plan) -> int:
 
 
 def open_gates(plan: Plan, beta: float, tol: float = 1e-3) -> set[int]:
-    """Ids of the gates that are not 0: of the subspace if there is one, and it does; else of all of it."""
+    """Ids of the gates that are open if every subspace that is tried succeeds.
+
+    Layers without a subspace take matrix products of the whole matrix; beta: their (||W||_F / tau)^2.
+    """
     found, lows = set(), [low for low, *_ in schedule()]
     for x in plan.layers:
         if x.k:
@@ -134,7 +139,7 @@ def open_gates(plan: Plan, beta: float, tol: float = 1e-3) -> set[int]:
 
 
 def first_needed(lows: Sequence[float], low: float) -> int:
-    """As step.cuh."""
+    """Index of the first polynomial that is needed, as csrc/cuda/step.cuh decides."""
     return max([0, *(t for t in range(0, len(lows), 2) if lows[t] <= low)])
 
 
@@ -142,7 +147,7 @@ def first_needed(lows: Sequence[float], low: float) -> int:
 
 
 class Work(NamedTuple):
-    """A product as its tiles do it: each sums ``steps`` steps of K, ``chunks`` of them together one tile of C."""
+    """One product of a program; a tile sums ``steps`` blocks of K, and ``chunks`` tiles add up to one tile of C."""
 
     product: Product
     steps: int
@@ -162,12 +167,12 @@ class Work(NamedTuple):
 
     @property
     def tile_flops(self) -> float:
-        """Of one tile with its padding; three tf32 products make one of fp32."""
+        """flops of one tile, padding included; an fp32 product is three tf32 products."""
         group, BK = self.product.group, self.product.loop.BK
         return 2 * group.BM * group.BN * BK * self.steps * (1 if self.wide else 3)
 
     def moved(self) -> tuple[int, int]:
-        """Bytes: each operand once, and what all tiles read and write."""
+        """(Bytes if each operand is read once, bytes that all tiles read and write.)"""
         _, _, A, B, C, plus, *_ = self.product
         ends = C.nbytes + (0 if plus is None else plus.nbytes)
         shares = 2 * self.product.share_bytes(self.chunks) if self.chunks > 1 else 0
@@ -186,7 +191,7 @@ def stages(program: Program) -> Iterator[list[Work]]:
 
 
 def stage_time(gpu: Gpu, works: Sequence[Work]) -> tuple[float, str]:
-    """Seconds, and what bounds them."""
+    """Seconds of a stage, and the resource that limits it."""
     chip = gpu.chip
     slots, tiles = RESIDENT * chip.multiprocessors, sum(work.tiles for work in works)
     busy = min(1, tiles / chip.multiprocessors)
@@ -208,7 +213,7 @@ def stage_time(gpu: Gpu, works: Sequence[Work]) -> tuple[float, str]:
 
 
 def program_launch(gpu: Gpu, name: str, program: Program, gates: set[int], sleeps: bool) -> Launch:
-    """``sleeps``: nothing is looked at if no gate is open."""
+    """Launch of one matrix program; ``sleeps``: it returns at once if no gate is open."""
     parts, left_out = [], 0
     for number, works in enumerate(stages(program), 1):
         live = [work for work in works if work.product.gate is None or id(work.product.gate) in gates]
@@ -224,12 +229,12 @@ def program_launch(gpu: Gpu, name: str, program: Program, gates: set[int], sleep
 
 
 def issue(gpu: Gpu, warps: int, instructions: float, fp64: float) -> float:
-    """Clocks that a multiprocessor takes to issue so many instructions of so many warps."""
+    """Clocks in which a multiprocessor issues this many instructions for each of these warps."""
     return max(ceil(warps / SCHEDULERS) * instructions, warps * fp64 * 32 / gpu.lanes)
 
 
 def normals(gpu: Gpu, size: int) -> float:
-    """Random numbers of one block."""
+    """Clocks in which one block draws ``size`` normal random numbers."""
     return ceil(size / (32 * WARPS)) * issue(gpu, WARPS, NORMAL, NORMAL_FP64)
 
 
@@ -243,7 +248,7 @@ def inverse(gpu: Gpu, k: int) -> float:
 
 
 def jacobi(gpu: Gpu, rows: int, length: int, size: int = 8) -> float:
-    """``size``: bytes of a number."""
+    """Clocks of one-sided Jacobi on ``rows`` rows of this length; size: bytes per number."""
     for longest, group, *instructions, fp64 in MEETINGS:
         if length <= longest:
             busy = min(WARPS, ceil(rows / group) // 2 + 1)
@@ -260,7 +265,7 @@ def squares(size: int) -> float:
 
 
 def begin(gpu: Gpu, plan: Plan) -> tuple[float, float]:
-    """flops and clocks"""
+    """(flops, clocks) of ck_begin."""
     weights = sum(x.W.nbytes for x in plan.matrices)
     read = max(weights / (gpu.chip.dram * DRAM_SHARE), DRAM_LATENCY) * gpu.chip.clock
     return 2 * sum(x.W.numel() for x in plan.matrices), max(read, 0, *(normals(gpu, x.n * PROBES) for x in plan.layers))
@@ -321,7 +326,7 @@ class Predicted(NamedTuple):
 
 
 def predict(gpu: Gpu, plan: Plan, beta: float = BETA) -> Predicted:
-    """With a subspace for those layers that have one, and all else dense."""
+    """Launches of one step: the subspace route for layers that have a basis, matrix products for all others."""
     gates, found = open_gates(plan, beta), []
     for entry in launches(plan):
         if isinstance(entry, str):

@@ -1,4 +1,7 @@
-"""Predicts the proximal step of a whole network on GPUs that are not here: python -m bench.models.step_roofline"""
+"""Predicted time of the proximal step of a whole network, on GPUs that this machine lacks.
+
+python -m bench.models.step_roofline
+"""
 
 from pathlib import Path
 from typing import Annotated
@@ -99,14 +102,14 @@ def notes() -> str:
 
 
 def summary(predicted: Predicted) -> str:
-    """The time, and the launches that take most of it."""
+    """Predicted time of the step, and the launches that take most of it."""
     most = sorted(predicted.launches, key=lambda launch: -launch.seconds)[:4]
     parts = (f"{each.name} {each.seconds / predicted.seconds:.0%} ({each.bound})" for each in most)
     return f"{1e3 * predicted.seconds:.2f} ms. Most: {', '.join(parts)}.\n"
 
 
 def verdict(predicted: Predicted) -> str:
-    """Whether the goal is met, also if the guesses are wrong by what they may be."""
+    """Whether the goal is met, also with guessed constants at the far end of their range."""
     doubled = sum(part.seconds for each in predicted.launches for part in each.parts if part.bound == "one block")
     likely, worst = (
         "met" if seconds <= GOAL else "not met" for seconds in (predicted.seconds, predicted.seconds + doubled)

@@ -1,13 +1,13 @@
-"""Low-rank inference in fp32 on the CPU: ``make bench-inference``; all shapes of layers with BENCH_GRID=whole.
+"""Low-rank inference in fp32 on the CPU: ``make bench-inference``; all layer shapes with BENCH_GRID=whole.
 
-Layers: those of ResNet-18 and -50, VGG-16, MobileNetV2 and BERT at rank 1/8, 1/4 and 1/2 of the full one, at least 8.
+Layers: shapes of ResNet-18 and -50, VGG-16, MobileNetV2 and BERT at rank 1/8, 1/4 and 1/2 of the full one, at least 8.
 ``dense`` has the weight U V, ``two-step`` is two layers of torch, ``ours`` one module with packed weights. A sample is
-1 ms of calls, so that small layers find their weights in the cache. Networks: everything but the stem and the
-classifier at rank 1/4. Every answer is compared with fp64 before anything is timed.
+1 ms of repeated calls, so that small layers find their weights in the cache. Networks: all layers but the stem and the
+classifier at rank 1/4. Every output is compared with fp64 before anything is timed.
 
-The floor is what the bytes take at the rate of a copy, or the multiply-adds at the best rate measured here: the longer.
-Blocks that glibc gives back to the system come back as page faults, 10 ms for 25 MB: the make target tells it to keep
-them, and the table says so.
+The floor is the longer of two times: the layer's bytes at the rate of a copy, and its multiply-adds at the best rate
+measured here. Memory that glibc returns to the system comes back as page faults, 10 ms for 25 MB: the make target tells
+glibc to keep it, and the table says so.
 """
 
 import pytest
@@ -18,7 +18,8 @@ from bench.nn import inference_floor, inference_layers, inference_networks, infe
 
 @pytest.fixture
 def freezing():
-    """Inductor takes weights for constants, in a compiler that has seen no other network."""
+    """Turns on inductor's freezing, which makes weights constants; starts with a compiler that has seen no other
+    network."""
     torch._dynamo.reset()
     with torch._inductor.config.patch(freezing=True):
         yield

@@ -1,5 +1,5 @@
-"""What no implementation of a layer can beat on this machine: its bytes at the rate of a measured copy, or its
-multiply-adds at the best rate measured, whichever takes longer."""
+"""Lower bound of a layer's time on this machine: the longer of its bytes at the rate of a measured copy, and its
+multiply-adds at the best rate measured."""
 
 from functools import cache
 from math import log2, prod
@@ -19,7 +19,7 @@ def best(function, times: int) -> float:
 
 @cache
 def flop_rate() -> float:
-    """Flop/s: of a matrix product or of a dense convolution, whose library differs."""
+    """Best flop/s measured: of a matrix product or a dense convolution, which run in different libraries."""
     A, B = torch.randn(2, 2048, 2048)
     conv = nn.Conv2d(512, 512, 3, padding=1).to(memory_format=torch.channels_last)
     x = torch.randn(32, 512, 14, 14).contiguous(memory_format=torch.channels_last)
@@ -30,14 +30,14 @@ def flop_rate() -> float:
 
 @cache
 def bandwidth(log_size: int) -> float:
-    """Bytes/s read and written by a copy that moves 2^log_size bytes: from the cache, where they fit."""
+    """Bytes/s, read plus written, of a copy that moves 2^log_size bytes: from the cache if they fit."""
     source = torch.ones(2**log_size // 8)
     target = torch.ones_like(source)
     return 2**log_size / best(lambda: target.copy_(source), 30)
 
 
 def floor(layer: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Milliseconds: the input that is needed and the weights are read once, the output is written once."""
+    """Lower bound in milliseconds: the pixels needed and the weights are read once, the output is written once."""
     weights = [p for p in layer.parameters() if p.ndim > 1]
     unread = prod(max(1, s // k) for s, k in zip(layer.stride, layer.kernel_size, strict=True)) if x.ndim == 4 else 1
     size = 4 * (x.numel() // unread + y.numel() + sum(p.numel() for p in layer.parameters()))
@@ -46,7 +46,7 @@ def floor(layer: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def network_floor(model: nn.Module, x: Tensor) -> float:
-    """Milliseconds of all layers with weights; what is between them is free."""
+    """Sum of the lower bounds of all layers with weights, in milliseconds; other modules count as free."""
     total, handles = [], []
     factors = {part for module in model.modules() if isinstance(module, LowRank) for part in module.children()}
     for module in model.modules():

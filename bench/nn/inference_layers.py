@@ -1,4 +1,5 @@
-"""One layer in two factors against the dense layer and two layers of torch: the shapes, who computes it, the checks."""
+"""Single layers for the inference benchmark: shapes, implementations (two factors, dense, two layers of torch),
+checks."""
 
 import copy
 import math
@@ -21,15 +22,15 @@ except ImportError:
     tltorch = None
 
 OURS, DENSE, TWO_STEP, TENSORLY = "ours", "dense", "two-step", "tensorly"
-OTHER = ", other"  # NCHW; of a linear layer: as a 1x1 convolution, which torch gives to another library
+OTHER = ", other"  # NCHW; for linear layers: as 1x1 convolutions, which torch runs in another library
 ROWS = (DENSE, DENSE + OTHER, TWO_STEP, TWO_STEP + OTHER, TENSORLY, OURS)
 BATCHES, SHARES = (1, 8, 32), {"1/8": 1 / 8, "1/4": 1 / 4, "1/2": 1 / 2}
-TOLERANCE = 1e-5  # of the largest output
+TOLERANCE = 1e-5  # relative to the largest output
 EPS = torch.finfo(torch.float32).eps
 
 
 class Layer(NamedTuple):
-    """A convolution C -> O, k x k, of H x H pixels; with k = 0 a linear layer for H tokens."""
+    """Convolution C -> O with kernel k x k on H x H pixels; k = 0: a linear layer on H tokens."""
 
     C: int
     O: int
@@ -49,7 +50,7 @@ class Layer(NamedTuple):
         return max(8, round(share * min(self.O, self.C * max(1, self.k) ** 2)))
 
     def pixels(self, batch: int) -> int:
-        """Of the output."""
+        """Number of output pixels (or tokens) of a batch."""
         return batch * math.ceil(self.H / self.stride) ** 2
 
     def input(self, batch: int) -> Tensor:
@@ -84,14 +85,14 @@ CHOSEN = [  # ResNets, VGG-16, MobileNetV2, BERT
 
 
 def cases() -> list[Case]:
-    """A fixed selection; all with BENCH_GRID=whole."""
+    """The layers, batches and ranks to measure: a fixed selection, or all of them with BENCH_GRID=whole."""
     layers = [*convolutions(), *LINEAR] if os.environ.get("BENCH_GRID") == "whole" else CHOSEN
     return [Case(*case) for case in product(layers, BATCHES, SHARES)]
 
 
 def convolutions() -> list[Layer]:
-    """Every shape of the networks' 3x3 convolutions with stride 1 and of their 1x1; stems and depthwise ones are left
-    out."""
+    """Shapes of the networks' 3x3 convolutions with stride 1 and of their 1x1 convolutions; stems and depthwise
+    convolutions are left out."""
     found = {}
 
     def note(conv, args, y):
@@ -109,11 +110,14 @@ def convolutions() -> list[Layer]:
     return sorted(found, key=lambda layer: -layer.k)
 
 
-# --- who computes it --------------------------------------------------------------------------------------------------
+# --- implementations --------------------------------------------------------------------------------------------------
 
 
 def rows(layer: Layer, ours: nn.Module, x: Tensor) -> tuple[dict[str, Callable[[], Tensor]], nn.Module | None]:
-    """By name, each with weights of its own, in channels_last but for the other ones; and tensorly-torch's layer."""
+    """(Implementations by name, tensorly-torch's layer or None.)
+
+    Each has weights of its own, in channels_last unless its name ends in OTHER.
+    """
     found, peer = {}, None
     x_last = x.contiguous(memory_format=torch.channels_last) if layer.k else x
     for name, model in ((DENSE, ours.to_dense()), (TWO_STEP, ours.to_sequential())):
@@ -126,12 +130,12 @@ def rows(layer: Layer, ours: nn.Module, x: Tensor) -> tuple[dict[str, Callable[[
 
 
 def channels_last(model: nn.Module) -> nn.Module:
-    """A copy."""
+    """Copy of the model in channels_last."""
     return copy.deepcopy(model).to(memory_format=torch.channels_last)
 
 
 class AsConvolutions(nn.Module):
-    """Linear layers as 1x1 convolutions of an image one pixel wide: ``[N, T, C]`` is it, in channels_last."""
+    """Linear layers as 1x1 convolutions of an image one pixel wide: ``[N, T, C]`` is that image in channels_last."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -151,7 +155,8 @@ def bind(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
 
 
 def tensorly(layer: Layer, rank: int) -> nn.Module:
-    """A 1x1 as the same two factors (CP); a k x k has no such form there: a Tucker form with as many weights."""
+    """A 1x1 convolution in CP form, the same two factors; a k x k one, for lack of that form, in Tucker form of equal
+    size."""
     form, kernel, channels = "cp", layer.k**2, layer.C + layer.O
     if layer.k > 1:
         weights = rank * (layer.C * kernel + layer.O)
@@ -165,11 +170,11 @@ def tensorly(layer: Layer, rank: int) -> nn.Module:
     return conv
 
 
-# --- is it right ------------------------------------------------------------------------------------------------------
+# --- correctness ------------------------------------------------------------------------------------------------------
 
 
 def samples(layer: Layer, x: Tensor, count: int = 256) -> tuple[tuple, Tensor]:
-    """Indices of some outputs, the corners of the first and the last image among them; what each is a product with."""
+    """(Indices of sampled outputs, corners of the first and last image included; the input patch of each.)"""
     k, s = max(1, layer.k), layer.stride
     sizes = (len(x), layer.H) if not layer.k else (len(x), *[(layer.H - 1) // s + 1] * 2)
     corners = torch.tensor(list(product(*((0, n - 1) for n in sizes)))).T
@@ -182,9 +187,9 @@ def samples(layer: Layer, x: Tensor, count: int = 256) -> tuple[tuple, Tensor]:
 
 
 def verdicts(layer: Layer, ours: nn.Module, peer: nn.Module | None, x: Tensor, outputs: dict[str, Tensor]):
-    """By name: the largest error against fp64, relative to the largest output, and whether that is within tolerance.
+    """By name: the largest error against fp64, relative to the largest output, and whether it meets the tolerance.
 
-    Ours must meet what its documentation promises, and agree with the dense layer on all outputs.
+    Ours must also keep the error bound that its documentation promises, and agree with the dense layer everywhere.
     """
     at, patches = samples(layer, x)
     V, U = (factor.weight.double().flatten(1) for factor in (ours.first, ours.second))
@@ -196,12 +201,12 @@ def verdicts(layer: Layer, ours: nn.Module, peer: nn.Module | None, x: Tensor, o
     }
     ok = {name: error <= TOLERANCE for name, error in errors.items()}
     apart = float((outputs[OURS] - outputs[DENSE]).abs().max() / outputs[DENSE].abs().max())
-    ok[OURS] &= errors[OURS] <= 2 * errors[TWO_STEP] + 8 * EPS and apart <= 2 * TOLERANCE  # NaN is not
+    ok[OURS] &= errors[OURS] <= 2 * errors[TWO_STEP] + 8 * EPS and apart <= 2 * TOLERANCE
     return {name: (errors[name], ok[name]) for name in outputs}
 
 
 def speedup(result: dict[str, dict], other: str | None, name: str = OURS) -> float | None:
-    """How many times faster it is than the other, or than the fastest that computes the same; None if one is wrong."""
+    """Speed-up over ``other``, or over the fastest correct one that computes the same; None if either is wrong."""
     right = {who: row["ms"] for who, row in result.items() if row["ok"]}
     others = [ms for who, ms in right.items() if who == other or (other is None and who not in (name, TENSORLY))]
     return min(others) / right[name] if others and name in right else None

@@ -1,4 +1,4 @@
-"""Whole networks, dense and with every layer but the stem and the classifier in two factors."""
+"""Whole networks for the inference benchmark: dense, and with all layers but the stem and the classifier factorized."""
 
 import copy
 from collections.abc import Callable
@@ -13,16 +13,16 @@ from compaware_kernels.nn.lowrank import LowRank
 DENSE, TWO_STEP, OURS = "dense", "two-step, folded", "ours, fused"
 NETWORKS = ("resnet18", "resnet50", "vgg16", "mobilenet", "bert")
 BATCHES = (1, 8)
-TOLERANCE = 1e3 * torch.finfo(torch.float32).eps  # of the largest output: that of ck.fuse
+TOLERANCE = 1e3 * torch.finfo(torch.float32).eps  # relative to the largest output: that of ck.fuse
 
 
 def quarter(s: Tensor) -> int:
-    """The rank rule: a quarter of the full rank."""
+    """Rank rule: a quarter of the full rank."""
     return max(8, s.shape[-1] // 4)
 
 
 def build(name: str, batch: int) -> tuple[nn.Module, nn.Module, Tensor]:
-    """The dense network, the low-rank one, and an input."""
+    """(Dense network, low-rank network, input.)"""
     torch.manual_seed(0)
     dense = getattr(networks, name)()
     x = torch.randn(batch, 128, 768) if name == "bert" else torch.randn(batch, 3, 224, 224)
@@ -34,18 +34,19 @@ def build(name: str, batch: int) -> tuple[nn.Module, nn.Module, Tensor]:
 
 
 def compress(model: nn.Module, x: Tensor, skip: list[str]) -> nn.Module:
-    """All layers in factors, whether that is faster or not."""
+    """Network with all layers factorized, also those that do not get faster."""
     return ck.compress(model, quarter, (x,), goal="size", skip=skip)[0]
 
 
 @torch.no_grad()
 def calibrate(model: nn.Module, x: Tensor) -> None:
-    """Batch norms with random scales, and the statistics that keep the signal alive: an error anywhere is seen."""
+    """Batch norms with random scales and statistics of x: activations keep their size, so that an error anywhere
+    shows."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.weight.uniform_(0.5, 1.5)
         norm.bias.normal_(std=0.2)
-        norm.momentum = None  # the statistics of all inputs so far
+        norm.momentum = None  # averages the statistics of all inputs
         norm.reset_running_stats()
     model.train()
     model(x if len(x) > 1 or not norms else torch.randn(4, *x.shape[1:]))
@@ -53,7 +54,7 @@ def calibrate(model: nn.Module, x: Tensor) -> None:
 
 
 def rows(dense: nn.Module, small: nn.Module, x: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """By name, each a model of its own, in channels_last unless the name says NCHW."""
+    """Implementations by name, each a model of its own, in channels_last unless the name says NCHW."""
     two_step = ck.fuse(ck.to_plain(small), (x,))
     ours, folded = ck.fuse(small, (x,)), ck.fuse(dense, (x,))
     found = {"dense NCHW": bind(copy.deepcopy(dense), x)} if x.ndim == 4 else {}
@@ -70,14 +71,14 @@ def bind(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """Compiled for this batch, weights as constants (``torch._inductor.config.freezing`` must be on)."""
+    """Model compiled for this batch, weights as constants (``torch._inductor.config.freezing`` must be on)."""
     return torch.compile(copy.deepcopy(model), dynamic=False)
 
 
 @torch.inference_mode()
 def verdicts(dense: nn.Module, small: nn.Module, x: Tensor, outputs: dict[str, Tensor]):
-    """By name: the largest error against the same network in fp64, relative to its largest output; whether it is small
-    enough."""
+    """By name: the largest error against the network in fp64, relative to its largest output, and whether it meets the
+    tolerance."""
     truths = {model: copy.deepcopy(model).double()(x.double()) for model in (dense, small)}
     found = {}
     for name, y in outputs.items():

@@ -1,4 +1,4 @@
-"""What a run of test_inference.py says at its end. No speed-up is printed for, or against, a wrong answer."""
+"""Tables at the end of an inference benchmark. A wrong answer gets no speed-up, and is none's baseline."""
 
 from itertools import product
 from statistics import geometric_mean

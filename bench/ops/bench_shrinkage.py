@@ -53,7 +53,7 @@ def test_resnet50(race, op):
     peers = {"eager": each(formula, "eager"), "torch.compile": each(compiled, "torch.compile")}
     for function in (ours, *peers.values()):
         function()
-    for name in peers:  # nothing is timed that does not compute the same
+    for name in peers:  # each must compute the same as ours before it is timed
         torch.testing.assert_close(weights[name], weights["compaware"], rtol=1e-5, atol=1e-7)
     flat = torch.cat([W.flatten() for W in source])
     race(op, ours, peers, reset, floor=flat.neg_)

@@ -1,7 +1,7 @@
-"""The SVT of every layer of a network on a GPU, against what else there is, fp32, tau = 1: make gpu-bench
+"""SVT of every layer of a network on a GPU against its baselines, fp32, tau = 1: make gpu-bench
 
-Regimes and tolerance as in test_svt.py: every result is compared with the fp64 truth, and what is wrong gets no ratio.
-Beside each time stands the one that step_model.py predicted for this GPU before anything ran on it.
+Regimes and tolerance as in bench_svt.py: every result is compared with the fp64 truth, and a wrong one gets no ratio.
+Beside each time stands the one that step_model.py predicted for this GPU.
 """
 
 import pytest
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(workloads.DEVICE != "cuda", reason="torch.cuda.i
 
 @pytest.fixture
 def race(benchmark, show_gpu_rows):
-    """race(case, share of the rank or None, ours, weights)"""
+    """race(case, share of the full rank or None, ours, weights)"""
 
     def run(case, share, ours, weights):
         name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()

@@ -1,7 +1,8 @@
-"""The SVT of every layer of a network in one call, against what else there is, fp32, tau = 1.
+"""SVT of every layer of a network in one call against its baselines, fp32, tau = 1.
 
 Regimes: ``warm``, weights that drifted since the last call, with its state; ``cold``, the same without a state; ``full
-rank``, every singular value above tau. Every result is compared with the fp64 truth: a peer that misses the tolerance
+rank``, every singular value above tau. Every result is compared with the fp64 truth: a baseline that misses the
+tolerance
 (1e-3 tau in the spectral norm, and the rounding of the result) is marked wrong and gets no ratio. The floor is the time
 of our own products with the weights and of writing the results, at the measured rate of a large matrix product.
 ``firm``: firm thresholding, gamma = 3, warm and cold, beside two of our SVTs, whose difference it is.
@@ -22,7 +23,7 @@ TAU, GAMMA = 1.0, 3.0
 
 
 def shrink(U, s, V):
-    """U max(s - tau, 0) V^T from whatever triplets a peer found."""
+    """SVT from the singular triplets that a baseline found: U max(s - tau, 0) V^T."""
     return (U * (s - TAU).clamp_min(0)[..., None, :]) @ V.mT
 
 
@@ -44,7 +45,7 @@ def gram_eigh_fp64(W, rank):
 
 
 def svd_lowrank(W, rank):
-    """Given the rank, as no user is."""
+    """SVT by torch.svd_lowrank at the true rank, which a user would not know."""
     return shrink(*torch.svd_lowrank(W, min(rank + 6, *W.shape), niter=2))
 
 
@@ -59,7 +60,7 @@ def pyproximal_nuclear(W, rank):
 
 
 def newton_schulz_clip(W, rank):
-    """X - cap(X), cap(X) = (X + O - (X - O) sign(X - O)^T O) / 2 with O = polar(X), polars by Newton-Schulz."""
+    """SVT as X - cap(X), cap(X) = (X + O - (X - O) sign(X - O)^T O) / 2 with O = polar(X), polars by Newton-Schulz."""
 
     def polar(X):
         X = X / X.norm()
@@ -75,7 +76,7 @@ def newton_schulz_clip(W, rank):
 
 
 PEERS = (svd, gram_eigh, gram_eigh_fp64, svd_lowrank, sklearn_randomized, pyproximal_nuclear, newton_schulz_clip)
-FAST = (gram_eigh, gram_eigh_fp64, svd_lowrank)  # the only ones where an SVD takes minutes
+FAST = (gram_eigh, gram_eigh_fp64, svd_lowrank)  # the only baselines where an SVD takes minutes
 
 CASES = {
     "lenet": (workloads.lenet(), 0.125, PEERS),
@@ -185,7 +186,7 @@ def truth(W):
 
 
 def floor(weights, infos) -> float:
-    """Milliseconds for the products with the weights and for writing the results."""
+    """Milliseconds of the products with the weights and of writing the results."""
     A, B = torch.randn(2048, 2048), torch.randn(2048, 128)
     seconds = min(workloads.seconds(lambda: product(A, B)) for _ in range(20))
     rate, flops = 2 * A.numel() * B.shape[1] / seconds, 0

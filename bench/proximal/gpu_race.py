@@ -1,6 +1,6 @@
-"""The SVT of all layers of a network on one GPU: peers, time by CUDA events, and the time that was predicted.
+"""Timing of the SVT of all layers of a network on one GPU: baselines, CUDA events, and the predicted time.
 
-Everything here runs on the CPU too, so that it can be tested there.
+Everything here also runs on the CPU, where it is tested.
 """
 
 import time
@@ -17,8 +17,8 @@ from bench.common import workloads
 from bench.models import step_model
 from bench.proximal.bench_svt import TAU, gram_eigh, gram_eigh_fp64, newton_schulz_clip, shrink, svd
 
-SLOW, VERY_SLOW = 1e3, 3.5e3  # ms: what takes so long runs three times, or once
-CALLS = 4  # until a state knows the ranks, and its basis is that of a step before
+SLOW, VERY_SLOW = 1e3, 3.5e3  # ms: baselines slower than this run three times, or once
+CALLS = 4  # calls until the state knows the ranks and has a basis of the step before
 NEAREST = {(8, 0): "A100 80 GB SXM", (9, 0): "H100 SXM", (10, 0): "B200", (12, 0): "RTX 5090"}  # compute capability
 MODELS = {"A100": NEAREST[8, 0], "H100": NEAREST[9, 0], "H200": "H200 SXM", "B200": "B200", "RTX 5090": "RTX 5090"}
 
@@ -43,7 +43,7 @@ def one_by_one(peer: Callable[[Tensor, int], Tensor]) -> Peer:
 
 
 def by_shape(peer: Callable[[Tensor], Tensor]) -> Peer:
-    """In batches of one shape each."""
+    """Baseline that handles all matrices of one shape as one batch."""
 
     def run(weights):
         alike = defaultdict(list)
@@ -56,7 +56,7 @@ def by_shape(peer: Callable[[Tensor], Tensor]) -> Peer:
 
 
 def peers(device: str) -> dict[str, Peer]:
-    """The loop of SVDs first: ratios are to it."""
+    """Baselines by name; the first is the loop of SVDs, to which the ratios are taken."""
     found = {"svd": one_by_one(svd)}
     if device == "cuda" and find_spec("cupy"):
         found["cupy svd, batched"] = by_shape(cupy_svd)
@@ -79,7 +79,7 @@ def milliseconds(function: Callable[[], object], device: str) -> float:
 
 
 class Ours:
-    """:func:`compaware_kernels.svt_` with a state, which ``reset`` puts back to where it was before the last call."""
+    """:func:`compaware_kernels.svt_` with a warm state; ``reset`` restores the state from before the last call."""
 
     def __init__(self, weights: Sequence[Tensor], next_weights: Callable[[], Sequence[Tensor]]):
         self.weights, self.state = [W.clone() for W in weights], ck.WarmState()
@@ -102,7 +102,7 @@ class Ours:
 
 
 def race(ours: Ours, weights: Sequence[Tensor], truths: Sequence[Tensor], device: str, rounds: int = 9) -> dict:
-    """Of each: its ms (median), error, bound, whether it is right, and the method. Everybody once each round."""
+    """By name: median ms, error, error bound, correctness, method. Every round runs each once."""
     scratch = [W.clone() for W in weights]
     work = {"compaware": ours} | {name: lambda peer=peer: peer(scratch) for name, peer in peers(device).items()}
     times, checked = defaultdict(list), {}
@@ -130,7 +130,7 @@ def race(ours: Ours, weights: Sequence[Tensor], truths: Sequence[Tensor], device
 
 
 def table(found: dict, predicted: float | None) -> dict[str, dict]:
-    """By name what COLUMNS say; what is wrong has no ratio."""
+    """Rows by name with the columns COLUMNS; a wrong result has no ratio."""
     svd_ms, result = found["svd"][0], {}
     for name, (ms, error, bound, ok, method) in found.items():
         row = ms, predicted if name == "compaware" else None, svd_ms / ms if ok else None, error, bound, ok, method
@@ -139,7 +139,7 @@ def table(found: dict, predicted: float | None) -> dict[str, dict]:
 
 
 def chip_of(name: str, capability: tuple[int, int]) -> tuple[str, str]:
-    """The chip whose model predicts this GPU, and a remark if it is another one."""
+    """(The chip of step_model.py that is nearest to this GPU, a remark if it is another one.)"""
     for part, chip in MODELS.items():
         if part in name:
             return chip, ""
@@ -148,7 +148,7 @@ def chip_of(name: str, capability: tuple[int, int]) -> tuple[str, str]:
 
 
 def prediction(chip: str, weights: Sequence[Tensor], share: float | int | None) -> float:
-    """Milliseconds; ``share`` as in step_model.plan_of."""
+    """Predicted milliseconds; ``share`` as in step_model.plan_of."""
     plan = step_model.plan_of([tuple(W.shape) for W in weights], share)
     beta = max(float(W.norm() / TAU) ** 2 for W in weights)
     return 1e3 * step_model.predict(step_model.GPUS[chip], plan, beta).seconds

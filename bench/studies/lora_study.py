@@ -1,11 +1,11 @@
-"""What fine-tuning must keep, against what it gains: a pretrained encoder learns sentiment in four ways.
+"""Accuracy against adapter size in fine-tuning: a pretrained encoder learns sentiment in four ways.
 
     OMP_NUM_THREADS=1 python -m bench.studies.lora_study    # 32 minutes on one core
 
-writes bench/results/lora-minilm.json and .md.  Full fine-tuning; LoRA of a fixed rank; ranks learned by ProximalStep
-around the pretrained weights; and the full update, cut to the size of a learned one by its largest singular values.
-All train the 36 linear layers of the encoder and a new head, with AdamW. What is kept is written as an adapter, loaded
-and merged by PEFT, and then evaluated.
+writes bench/results/lora-minilm.json and .md.  The four: full fine-tuning; LoRA of a fixed rank; ranks learned by
+ProximalStep around the pretrained weights; and the full update, truncated by SVD to the size of a learned one. All
+train the 36 linear layers of the encoder and a new head, with AdamW. The update is exported as an adapter, loaded and
+merged by PEFT, and then evaluated.
 """
 
 import bisect
@@ -40,7 +40,7 @@ BATCH, HEAD_RATE, EVERY = 32, 1e-3, 8
 
 @dataclass(frozen=True)
 class Plan:
-    """Sentences to train on, to choose rates on, and held out; and what is tried."""
+    """Settings of the study: numbers of sentences to train on, to choose learning rates on, and held out; the grid."""
 
     parts: tuple[int, int, int] = (2048, 600, 1500)
     full_rates: tuple[float, ...] = (1e-4, 2e-4, 4e-4)
@@ -55,14 +55,14 @@ FAST = Plan((64, 32, 64), (2e-4,), (5e-3,), (4,), (200.0,), 1)
 
 @dataclass
 class Run:
-    """One fine-tuned model: how, what it keeps, and how good that is."""
+    """Result of one fine-tuned model: method, size of its update, accuracy."""
 
     method: str
     setting: str
     seed: int
     rate: float
-    seconds: float = 0.0  # of training, one thread
-    prox_share: float = 0.0  # of these
+    seconds: float = 0.0  # of training, on one thread
+    prox_share: float = 0.0  # fraction of these seconds in proximal steps
     params: int = 0
     bytes: int = 0
     validation: float = 0.0  # accuracies
@@ -87,14 +87,15 @@ class Study:
         self.layers = [name for name, _ in self.base(0).named_modules() if re.fullmatch(LINEAR, name)]
 
     def base(self, seed: int) -> Classifier:
-        """The pretrained encoder with a new head; its linear layers' weights and the head are to be trained."""
+        """Pretrained encoder with a new head; trainable are the weights of its linear layers and the head."""
         model = Classifier(self.cache, seed)
         for name, p in model.named_parameters():
             p.requires_grad_(name.startswith("head") or re.fullmatch(LINEAR + r"\.weight", name) is not None)
         return model
 
     def train(self, model: nn.Module, run: Run, shrink: Callable | None = None) -> None:
-        """One epoch without weight decay, which would pull to 0; the rate rises, then falls to a tenth, linearly."""
+        """Train one epoch without weight decay, which would pull to 0; the rate rises, then falls to a tenth,
+        linearly."""
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         head, body = ([p for name, p in trained if ("head" in name) == wanted] for wanted in (True, False))
         groups = [{"params": body, "lr": run.rate}, {"params": head, "lr": HEAD_RATE}]
@@ -133,7 +134,7 @@ class Study:
         self.train(model, run)
         run.params = sum(p.numel() for p in model.parameters() if p.requires_grad)
         model.save_pretrained(self.adapter)
-        (self.adapter / "README.md").unlink()  # or export_lora would take the folder for something else
+        (self.adapter / "README.md").unlink()  # export_lora refuses to replace a folder with files that are not its own
         return self.judged(run)
 
     def learned(self, seed: int, strength: float, rate: float) -> Run:
@@ -144,7 +145,7 @@ class Study:
         return self.exported(run, model, base)
 
     def cut(self, full: nn.Module, rate: float, like: Run) -> Run:
-        """Keep of the full update the largest singular values that need no more parameters than ``like`` does."""
+        """Truncated SVD of the full update, with at most as many parameters as ``like`` has."""
         base, values = self.base(like.seed), []
         for name in self.layers:
             W, C = (model.get_submodule(name).weight.detach().double() for model in (full, base))
@@ -164,7 +165,8 @@ class Study:
         return self.judged(run)
 
     def judged(self, run: Run, model: nn.Module | None = None) -> Run:
-        """Accuracies of the model, or of what was written as PEFT loads and merges it, whose size is noted."""
+        """Fill in the accuracies of the model or, without one, of the exported adapter after PEFT merged it, and its
+        size."""
         if model is None:
             run.bytes = (self.adapter / "adapter_model.safetensors").stat().st_size
             model = PeftModel.from_pretrained(self.base(run.seed), self.adapter).merge_and_unload()
@@ -181,7 +183,10 @@ class Study:
         return int(sum(hits)) / len(part)
 
     def runs(self) -> tuple[list[Run], list[Run]]:
-        """What is compared, and what was tried before: rates, by validation with seed 0, LoRA's at its middle rank."""
+        """(Runs to compare, runs of the search for learning rates.)
+
+        Rates are chosen on the validation sentences with seed 0; LoRA's at its middle rank.
+        """
         plan, full, lora = self.plan, functools.cache(self.full), functools.cache(self.lora)
         middle = plan.ranks[len(plan.ranks) // 2]
         tried = [full(0, rate)[0] for rate in plan.full_rates], [lora(0, middle, rate) for rate in plan.lora_rates]

@@ -1,4 +1,4 @@
-"""The results of bench/studies/lora_study.py as Markdown."""
+"""Markdown tables of the results of bench/studies/lora_study.py."""
 
 import statistics
 from collections import defaultdict
@@ -92,7 +92,7 @@ def line(method: str, setting: str, runs: list[dict]) -> list[str]:
 
 
 def rivals(rows: dict[tuple[str, str], list[dict]]) -> str:
-    """Points of held-out accuracy by which the learned rank is better than the cut of its size, seed by seed."""
+    """Held-out accuracy of learned ranks minus that of the truncated update of the same size, in points, by seed."""
     lines = []
     for (method, setting), runs in rows.items():
         if method == "learned rank":
@@ -103,7 +103,10 @@ def rivals(rows: dict[tuple[str, str], list[dict]]) -> str:
 
 
 def where(method: str, setting: str, runs: list[dict], blocks: list[int]) -> list[str]:
-    """Mean ranks by kind and by block. The attention's output ends in the MLP's name, too: the longer one counts."""
+    """Mean ranks by kind of layer and by block.
+
+    The name of the attention's output is also the end of the MLP's: the longer match counts.
+    """
     ranks = [(name, rank) for run in runs for name, rank in run["ranks"].items()]
     kind = {name: max((end for end in KINDS.values() if name.endswith(end)), key=len) for name, _ in ranks}
     by_kind = [mean([rank for name, rank in ranks if kind[name] == end]) for end in KINDS.values()]

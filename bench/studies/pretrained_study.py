@@ -1,9 +1,9 @@
-"""Pretrained models, compressed without training: what is left of them at a budget of multiply-adds.
+"""Pretrained models compressed without training: accuracy of a linear probe at a budget of multiply-adds.
 
     make pretrained-study    # 30 minutes
 
-writes bench/results/pretrained.md. Every way to spend the budget, by weights alone and with a few unlabelled inputs.
-The plain way is a truncated SVD of every layer at the same share of its full rank.
+writes bench/results/pretrained.md. Compares all ways to spend the budget, by weights alone and with a few unlabeled
+inputs. The baseline is a truncated SVD of every layer at the same share of its full rank.
 """
 
 from pathlib import Path

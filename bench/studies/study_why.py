@@ -1,9 +1,9 @@
-"""Why low rank from scratch needs fewest multiply-adds on Fashion-MNIST: better ranks, or less that training costs?
+"""Why low rank from scratch needs fewest multiply-adds on Fashion-MNIST: by better ranks, or by cheaper training?
 
     python -m bench.studies.study_why FOLDER    # of the IDX files; 40 minutes
 
-writes bench/results/study-why.md. The ranks that the nuclear norm finds are trained from scratch, and what it finds is
-fine-tuned as long as it was trained.
+writes bench/results/study-why.md. Two checks: the ranks that the nuclear norm finds are trained from scratch, and its
+networks are fine-tuned for as long as they were trained.
 """
 
 import tempfile
@@ -43,7 +43,7 @@ gives: the last row but one, with the same ranks and as many epochs, tells which
 
 
 class Given(arms.FixedRank):
-    """From scratch as :class:`FixedRank`, at these ranks; the classifier stays dense."""
+    """Arm that trains low-rank layers from scratch at given ranks; the classifier stays dense."""
 
     ranks: ClassVar[dict[str, int]] = {}
 
@@ -75,7 +75,7 @@ def main(
 
 
 def one(config: Config, data: Source, seed: int, advance) -> list[tuple[str, tuple[float, float]]]:
-    """What each network needs, and how far it is from the plain one."""
+    """For each network: its multiply-adds, and its accuracy relative to the plain network."""
 
     def trained(arm: str, times: int = 1, **strength: float):
         longer = changed(config, epochs=times * config.epochs)

@@ -1,10 +1,10 @@
-"""What proximal steps add to training: fp32, SGD with momentum; ResNet-18 with 128 images of 3 x 32 x 32 in a step and
-50,000 in an epoch; ResNet-50 and ViT-B/16 with 8 of 3 x 224 x 224 and ImageNet's 1,281,167.
+"""Cost of proximal steps in training: fp32, SGD with momentum; ResNet-18 with 128 images of 3 x 32 x 32 per step and
+50,000 per epoch; ResNet-50 and ViT-B/16 with 8 images of 3 x 224 x 224 and ImageNet's 1,281,167.
 
-Weights, in units of tau: ``full rank``: those of a fresh network at tau = 0.05, whose singular values all exceed it;
-``first step``: the same, and nothing is known of them yet; ``low rank``: an eighth of the full rank, drifted since the
-last proximal step as measured in training (:mod:`workloads`). Every result is compared with the fp64 truth. The shares
-fall with the batch and the images' size, which a proximal step never sees.
+Weights, in units of tau: ``full rank``: those of an untrained network at tau = 0.05, whose singular values all exceed
+it; ``first step``: the same, without a warm state; ``low rank``: an eighth of the full rank, drifted since the last
+proximal step as measured in training (:mod:`workloads`). Every result is compared with the fp64 truth. The shares of
+the step fall as batches and images grow, which do not affect the proximal step.
 """
 
 import pytest
@@ -19,7 +19,7 @@ TAU, SHARE, WARMUP = 0.05, 0.125, 3
 
 
 class Full:
-    """The same weights before every proximal step."""
+    """Regime: the same full-rank weights before every proximal step."""
 
     def __init__(self, prox):
         self.prox, self.weights = prox, [layer.weight.detach().flatten(1) / TAU for layer in prox.layers]
@@ -35,7 +35,7 @@ class First(Full):
 
 
 class Drift:
-    """What some optimizer steps make of what the last proximal step has left."""
+    """Regime: low-rank weights that drift between proximal steps."""
 
     def __init__(self, prox):
         self.prox = prox

@@ -1,9 +1,9 @@
-"""What a proximal step of sharded layers sends, against gathering them.
+"""Communication of a proximal step of sharded layers, compared with gathering them.
 
     python -m bench.training.communication [--measure 4]
 
-The table is arithmetic. ``--measure p`` runs p processes on this machine and compares it with what the loopback
-interface has carried. It should carry nothing else meanwhile.
+The table is computed, not measured. ``--measure p`` runs p processes on this machine and compares the model with the
+bytes that the loopback interface carried; it should carry nothing else meanwhile.
 """
 
 import math
@@ -33,14 +33,14 @@ from tests.helpers.processes import run
 
 RESULTS = Path(__file__).parents[1] / "results" / "communication.md"
 SHARE = 1 / 8
-POWERS = 4  # of the probes of what is left out: 2 to 6
+POWERS = 4  # products with the probes that bound what the basis leaves out: 2 to 6
 PROCESSES = (8, 64, 1024)
 TAU = 1.0
 PS = (2, 3, 4)
 
 
 class Messages(NamedTuple):
-    """Bytes that each process puts in, by kind of collective."""
+    """Bytes that each process contributes, by kind of collective."""
 
     reduced: float = 0.0
     spread: float = 0.0  # broadcast by one
@@ -50,19 +50,19 @@ class Messages(NamedTuple):
         return Messages(*map(sum, zip(self, other, strict=True)))
 
     def sent(self, p: int) -> float:
-        """Bytes that a process sends on average: rings for all-reduce, a chain or tree for broadcast."""
+        """Bytes that a process sends on average: ring all-reduce, chain or tree broadcast."""
         return (2 * self.reduced + self.spread) * (p - 1) / p + self.turned
 
 
 def turning(m: int, n: int, tall: bool, p: int, size: int = 4) -> Messages:
-    """There and back, where the rows are divided but the columns are the longer side."""
+    """All-to-all there and back, needed if rows are sharded and the columns are the longer side."""
     return Messages() if tall else Messages(turned=2 * size * m * n * (p - 1) / p**2)
 
 
 def subspace(n: int, known: int, rank: int, checked: int | None = None, powers: int = POWERS) -> Messages:
-    """One pass from a basis of ``known`` columns: X^T (X V), the probes of the rest, and k x k matrices.
+    """One pass of subspace iteration from a basis of ``known`` columns: X^T (X V), probes, and k x k matrices.
 
-    n: the shorter side.  Norms and agreements of a few bytes are counted, too.
+    n: the shorter side. Norms and agreements of a few bytes are included.
     """
     k, c = even(known + FRESH + known // PART), checked or rank
     back = 4 * n * (k + PROBES * (powers // 2))
@@ -71,23 +71,24 @@ def subspace(n: int, known: int, rank: int, checked: int | None = None, powers: 
 
 
 def gram(n: int, size: int = 4) -> Messages:
-    """A triangle of the Gram matrix; in fp32 also what its error is probed with."""
+    """Gram matrix route: one triangle of the matrix; in fp32 also the probes of its error."""
     probes = 8 * n * CHECKS + 8 if size == 4 else 0
     return Messages(reduced=8 * 2 + size * n * (n + 1) // 2 + probes, spread=8 + n * size + (8 if size == 4 else 0))
 
 
 def vit_l() -> list[tuple[int, int]]:
-    """ViT-L/16's blocks (Dosovitskiy et al., 2021): 302 million."""
+    """Weights of ViT-L/16's blocks (Dosovitskiy et al., 2021): 302 million."""
     return 24 * [(3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096)]
 
 
 def llama_7b() -> list[tuple[int, int]]:
-    """The blocks of a 7B language model (Touvron et al., 2023): 6.5 billion."""
+    """Weights of a 7B language model's blocks (Touvron et al., 2023): 6.5 billion."""
     return 32 * [*4 * [(4096, 4096)], *2 * [(11008, 4096)], (4096, 11008)]
 
 
 def step(shapes: Sequence[tuple[int, int]], p: int, full_rank: bool = False) -> Messages:
-    """A warm step at a rank of SHARE, or one at full rank, of layers whose rows are divided among p processes."""
+    """A warm step at rank SHARE of the full one, or a full-rank step, of layers whose rows are sharded over p
+    processes."""
     total = Messages()
     for m, n in shapes:
         rank = math.ceil(SHARE * min(m, n))
@@ -102,7 +103,7 @@ KINDS = {"allreduce_": "reduced", "broadcast_": "spread", "alltoall_base_": "tur
 
 
 class Counted(TorchDispatchMode):
-    """Bytes that this process puts into collectives, by kind."""
+    """Counts the bytes that this process puts into collectives, by kind."""
 
     def __init__(self):
         super().__init__()
@@ -115,7 +116,7 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def wire(self, p: int) -> float:
-        """What they make, all processes together."""
+        """Bytes on the wire of all processes together, by the model of the collectives."""
         sent = self.bytes
         alone = Messages(sent["reduced"], sent["spread"], sent["turned"] * (p - 1) / p).sent(p)
         return p * (alone + sent["gathered"] * (p - 1))
@@ -134,12 +135,12 @@ def table() -> str:
 
 
 def carried() -> int:
-    """Bytes that the loopback interface has carried."""
+    """Bytes that the loopback interface has carried so far."""
     return int(Path("/sys/class/net/lo/statistics/tx_bytes").read_text())
 
 
 class Network(torch.nn.Module):
-    """Linear layers of these weights."""
+    """Linear layers with the given weights."""
 
     def __init__(self, weights: Sequence[torch.Tensor]):
         super().__init__()
@@ -149,7 +150,7 @@ class Network(torch.nn.Module):
             self.add_module(str(i), layer)
 
 
-WAYS = {  # division, or None: a DTensor's full_tensor; of shards, and of what all processes have
+WAYS = {  # division=, or None: each process gathers full tensors; of sharded weights, and of replicas
     "shards, divided": "auto",
     "shards, owners": "owner",
     "shards, gathered by all": None,
@@ -159,7 +160,7 @@ WAYS = {  # division, or None: a DTensor's full_tensor; of shards, and of what a
 
 
 class Ways:
-    """One proximal step in several ways."""
+    """One proximal step, distributed in each of WAYS."""
 
     def __init__(self, weights: Sequence[torch.Tensor], mesh):
         self.mesh = mesh
@@ -188,7 +189,7 @@ class Ways:
 
     @torch.no_grad()
     def take(self, way: str, weights: Sequence[torch.Tensor]) -> tuple[str, int, float, float]:
-        """The way, bytes on the wire, bytes that its messages should make, seconds."""
+        """(Name, bytes on the wire, bytes predicted from its messages, seconds) of one step."""
         for p, W in zip(self.models[way].parameters(), self.placed(weights, way), strict=True):
             p.copy_(W)
         dist.barrier()
@@ -199,12 +200,12 @@ class Ways:
         return way, carried() - before, counted.wire(self.mesh.size()), time.perf_counter() - start
 
     def check(self, weights: Sequence[torch.Tensor]) -> None:
-        """The result of the last step, which began with these; by the first process, in fp64."""
+        """Compare the last step's results, from these weights, with fp64; on the first process."""
         first = self.mesh.get_rank() == 0
         truth = [torch.from_numpy(svt(W.double().numpy(), TAU)) if first else None for W in weights]
         for way, model in self.models.items():
             for p, P in zip(model.parameters(), truth, strict=True):
-                W = whole(p).double()  # of shards, from all processes
+                W = whole(p).double()  # all processes must call it: it gathers shards
                 if P is None:
                     continue
                 error = torch.linalg.matrix_norm(W - P, 2) / TAU
@@ -216,7 +217,7 @@ def whole(p: torch.Tensor) -> torch.Tensor:
 
 
 def measured(rank: int, p: int) -> list[tuple]:
-    """Medians over five warm steps, the ways in turn, of drifting layers of a ResNet-18; the last ones checked."""
+    """Medians over five warm steps, interleaved, of drifting layers of a ResNet-18; the last results are checked."""
     torch.manual_seed(0)
     bases = low_rank(resnet18(), SHARE)
     weights = shrunk(bases)

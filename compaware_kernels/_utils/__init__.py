@@ -1,1 +1,3 @@
-"""Tables, files, figures and dtypes: what every room may use, and what knows none of them."""
+"""Utilities of all packages: atomic file writes, dtypes, text tables, SVG figures. Imports none of them."""
+
+__all__: list[str] = []

@@ -1,7 +1,7 @@
-"""Files and folders written whole or not at all: the old contents, or the new ones.
+"""Atomic writes of files and folders: readers see the old contents or the new ones, never a part.
 
-The new contents are written into a temporary folder beside the target, which no other process or thread uses, and
-renamed. What is not finished is removed with that folder; only a killed process leaves it, as ``.compaware-...``.
+The new contents are written into a unique temporary folder beside the target and then renamed. The folder is removed
+also on an error; only a killed process leaves it behind, as ``.compaware-...``.
 """
 
 from __future__ import annotations
@@ -14,24 +14,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 
-OLD = ".compaware-old"  # in the temporary folder: the folder that is being replaced
+__all__ = ["atomic_folder", "atomic_write", "write_text"]
+
+OLD = ".compaware-old"  # name, in the temporary folder, of the folder that is being replaced
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """Replace a file atomically: yields the path to write to, which becomes ``path`` when the block ends.
+    """Context manager that replaces a file atomically: yields a temporary path, renamed to ``path`` at the end.
 
-    As ``open(path, "w")`` does, it follows a symbolic link and keeps the mode of a file that is there; a new file has
-    the mode that the umask leaves, whatever the writer gave it.
+    Like ``open(path, "w")`` it follows symbolic links and keeps the permissions of an existing file; a new file has
+    those of the umask, whatever the block sets.
 
     Raises:
         OSError: the folder is missing or cannot be written, or ``path`` is no regular file. Then, and when the block
-            raises, nothing has changed.
+            raises, ``path`` is unchanged.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise OSError(f"{path}: wanted a regular file to replace, or nothing")
-    with _beside(target, path) as folder:
+    with _temporary_folder(target, path) as folder:
         new = folder / target.name
         new.touch()
         mode = _mode(target, new)
@@ -42,16 +44,16 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Replace a folder whole: yields an empty folder, which becomes ``path`` when the block ends; the old one goes.
+    """Context manager that replaces a folder: yields an empty temporary folder, renamed to ``path`` at the end.
 
-    Links and modes, also of the files in it, as with :func:`atomic_write`. A process that is killed between the two
-    renames leaves the old folder and the new one in the temporary folder.
+    Symbolic links and permissions, also of the files in it, as with :func:`atomic_write`. Two renames: a process that
+    is killed between them leaves the old folder and the new one in the temporary folder, and no ``path``.
 
     Raises:
-        OSError: the parent folder is missing or cannot be written. Nothing has changed.
+        OSError: the parent folder is missing or cannot be written; ``path`` is unchanged.
     """
     target = Path(os.path.realpath(path))
-    with _beside(target, path) as folder:
+    with _temporary_folder(target, path) as folder:
         new, old, probe = folder / target.name, folder / OLD, folder / ".compaware-probe"
         new.mkdir()
         probe.touch()
@@ -69,15 +71,19 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a text file atomically, in UTF-8; returns the path.  Raises OSError as :func:`atomic_write`."""
+    """Write a UTF-8 text file atomically; returns ``path``.
+
+    Raises:
+        OSError: as :func:`atomic_write`.
+    """
     with atomic_write(path) as new:
         new.write_text(text, encoding="utf-8")
     return path
 
 
 @contextmanager
-def _beside(target: Path, path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary folder on the target's file system, with all that is in it, but for an old folder that is needed."""
+def _temporary_folder(target: Path, path: str | os.PathLike) -> Iterator[Path]:
+    """Temporary folder beside the target; kept at the end only if it holds the sole copy of the old folder."""
     try:
         folder = Path(mkdtemp(prefix=".compaware-", dir=target.parent))
     except OSError as error:
@@ -89,6 +95,6 @@ def _beside(target: Path, path: str | os.PathLike) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _mode(there: Path, new: Path) -> int:
-    """Permission bits of what is replaced, if there is something, else of ``new``."""
-    return stat.S_IMODE((there if there.exists() else new).stat().st_mode)
+def _mode(old: Path, new: Path) -> int:
+    """Permission bits of ``old`` if it exists, else of ``new``."""
+    return stat.S_IMODE((old if old.exists() else new).stat().st_mode)

@@ -1,9 +1,11 @@
-"""Dtypes that the ops take, and the dtype each is computed in."""
+"""Dtypes that the ops accept, and the dtype each is computed in."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+__all__ = ["DTYPES", "compute_dtype"]
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

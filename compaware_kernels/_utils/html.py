@@ -1,4 +1,4 @@
-"""Figures of HTML reports as SVG, and their axes."""
+"""matplotlib figures for HTML reports: SVG text and logarithmic axes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-# The salt makes the names in an SVG the same every time: a page made again from the same results is the same file.
+__all__ = ["log_axis", "svg"]
+
+# With a fixed salt the ids in an SVG are reproducible: the same results give the same file.
 matplotlib.rcParams.update(
     {"svg.fonttype": "none", "svg.hashsalt": "compaware", "font.size": 11, "font.family": "sans-serif"}
 )
 
 
 def log_axis(axis) -> None:
-    """Labels 1k, 2k, 5k, ... on a logarithmic axis."""
+    """Ticks at 1, 2 and 5 of every decade of a logarithmic axis, labeled 1k, 2k, 5k, ..., 1M."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1e6:g}M" if v >= 1e6 else f"{v / 1e3:g}k" if v >= 1e3
                                            else f"{v:g}"))  # fmt: skip
@@ -23,7 +25,7 @@ def log_axis(axis) -> None:
 
 
 def svg(figure: Figure) -> str:
-    """For a page, without what a file of its own has in front."""
+    """SVG element of the figure, to embed in HTML: without XML declaration and doctype."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]

@@ -1,4 +1,4 @@
-"""Plain-text tables (by rich)."""
+"""Tables as plain text or markdown."""
 
 from __future__ import annotations
 
@@ -8,11 +8,20 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+__all__ = ["text_table"]
+
 
 def text_table(
     columns: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[int] = (), markdown: bool = False
 ) -> str:
-    """``rows`` under ``columns`` as text, as wide as it needs to be; the columns numbered in ``right`` end flush."""
+    """Table as text, up to 220 characters wide.
+
+    Args:
+        columns: headings.
+        rows: cells of each row; converted by ``str``.
+        right: numbers of the columns to align right.
+        markdown: as a markdown table.
+    """
     table = Table(box=box.MARKDOWN) if markdown else Table(box=box.SIMPLE_HEAD, show_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i in right else "left", overflow="fold")

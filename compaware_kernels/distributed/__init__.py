@@ -1,1 +1,3 @@
-"""Matrices that are sharded over processes (DTensor): how they lie, and products with them. Knows no penalty."""
+"""Matrices sharded over ranks (DTensor): their layout, resharding, and products with them. Knows no penalty."""
+
+__all__: list[str] = []

@@ -1,8 +1,9 @@
-"""How a weight that torch distributes (DTensor: FSDP2, tensor parallel) lies over the processes, as a matrix.
+"""Layout of a DTensor weight (FSDP2, tensor parallel) as a matrix: its shards, and resharding for the solver.
 
-``Shard(0)`` divides the outputs, that is the rows of every fold; ``Shard(1)`` divides the inputs, its columns. The
-engine wants the longer side divided and the shorter one whole. Where it is not so, one all-to-all turns what lies here,
-before and after: of an m x n matrix over p processes each sends ``m n (p - 1) / p^2`` numbers; none ever has it whole.
+``Shard(0)`` shards the outputs, which are rows under every fold; ``Shard(1)`` shards the inputs, which are columns. The
+solver needs the longer side sharded and the shorter one whole. Where the shorter side is sharded, one all-to-all
+reshards the matrix before and one after: of an m x n matrix over p ranks each rank sends ``m n (p - 1) / p^2``
+elements. No rank ever holds the whole matrix.
 """
 
 from __future__ import annotations
@@ -17,88 +18,114 @@ from torch import Tensor
 
 from .._utils.dtypes import compute_dtype
 from ..folds import to_matrix
-from .collectives import columns_from_rows, rows_from_columns
-from .row_sharded import Rows
+from .collectives import columns_to_rows, rows_to_columns
+from .row_sharded import RowSharded
+
+__all__ = ["MatrixSharding", "column_groups", "communication_device", "distribute_bias", "is_dtensor", "local",
+           "placed", "process_groups", "redistribute_like", "replica_groups", "sharding_of"]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Shards:
-    """The groups of processes among which one matrix is divided, or repeated."""
+class MatrixSharding:
+    """Process groups over which the rows and the columns of one matrix [m, n] are sharded."""
 
-    shape: tuple[int, int]  # of the whole
-    rows: tuple[dist.ProcessGroup, ...] = ()
-    columns: tuple[dist.ProcessGroup, ...] = ()
+    shape: tuple[int, int]  # of the whole matrix
+    row_groups: tuple[dist.ProcessGroup, ...] = ()
+    column_groups: tuple[dist.ProcessGroup, ...] = ()
 
     @property
     def groups(self) -> tuple[dist.ProcessGroup, ...]:
-        return (*self.rows, *self.columns)
+        """All groups that the matrix is sharded over."""
+        return (*self.row_groups, *self.column_groups)
 
     @property
     def tall(self) -> bool:
+        """m >= n."""
         return self.shape[0] >= self.shape[1]
 
-    def turn(self, M: Tensor) -> tuple[Tensor, list[torch.Size]]:
-        """``[m_i, n_j]`` here -> rows of the longer side ``[., min(m, n)]``, a view where nothing has to move; and the
-        shapes on the way, for the way back."""
+    def to_row_shards(self, M: Tensor) -> tuple[Tensor, list[torch.Size]]:
+        """This rank's row shard of the tall matrix (M or M^T); local shapes before each all-to-all, to undo it.
+
+        Args:
+            M: local shard ``[m_i, n_j]``.
+
+        Returns:
+            ``[., min(m, n)]``, a view of M where nothing has to be communicated, and the shapes for
+            :meth:`from_row_shards`.
+        """
         X, shapes = M if self.tall else M.mT, []
-        for group in self._across:
+        for group in self._shorter_side_groups:
             shapes.append(X.shape)
-            X = rows_from_columns(X, group)
+            X = columns_to_rows(X, group)
         return X, shapes
 
-    def turn_back(self, X: Tensor, M: Tensor, shapes: Sequence[torch.Size]) -> None:
-        """Write what was turned into M."""
-        for group, shape in zip(reversed(self._across), reversed(shapes), strict=True):
-            X = columns_from_rows(X, shape, group)
+    def from_row_shards(self, X: Tensor, M: Tensor, shapes: Sequence[torch.Size]) -> None:
+        """Inverse of :meth:`to_row_shards`: write the row shard ``X`` into the local shard ``M``, in place.
+
+        Without shapes X is a view of M, and there is nothing to write.
+        """
+        for group, shape in zip(reversed(self._shorter_side_groups), reversed(shapes), strict=True):
+            X = rows_to_columns(X, shape, group)
         if shapes:
             M.copy_(X if self.tall else X.mT)
 
     def singular_values(self, M: Tensor) -> Tensor:
-        """Of the whole, fp64 ``[min(m, n)]``: from the Gram matrix, or for fp64 from QR factorisations."""
-        X = Rows(self.turn(M)[0].to(compute_dtype(M.dtype)), max(self.shape), self.groups)
+        """Singular values of the whole matrix, descending, fp64 ``[min(m, n)]``, from the local shard ``[m_i, n_j]``.
+
+        Square roots of the eigenvalues of the fp64 Gram matrix; for fp64 weights, which need more than half of the
+        digits, the singular values of R of a QR factorization.
+        """
+        X = RowSharded(self.to_row_shards(M)[0].to(compute_dtype(M.dtype)), max(self.shape), self.groups)
         if M.dtype == torch.float64:
-            return torch.linalg.svdvals(X.triangle())
+            return torch.linalg.svdvals(X.r_factor())
         return torch.linalg.eigvalsh(X.gram(torch.float64)).clamp_min(0).sqrt().flip(0)
 
-    def count_rows(self, flags: Tensor) -> float:
-        """How many neurons have a flag in some column; flags are of those that lie here."""
-        for group in self.columns:
+    def count_flagged_rows(self, flags: Tensor) -> float:
+        """Number of rows of the whole matrix that are flagged in some column shard.
+
+        Args:
+            flags: 0 or 1 ``[m_i]``, one per local row; overwritten.
+        """
+        for group in self.column_groups:
             dist.all_reduce(flags, dist.ReduceOp.MAX, group)
         total = flags.sum()
-        for group in self.rows:
+        for group in self.row_groups:
             dist.all_reduce(total, group=group)
         return float(total)
 
     @property
-    def _across(self) -> tuple[dist.ProcessGroup, ...]:
-        """Those that divide the shorter side."""
-        return self.columns if self.tall else self.rows
+    def _shorter_side_groups(self) -> tuple[dist.ProcessGroup, ...]:
+        """Groups over which the shorter side is sharded."""
+        return self.column_groups if self.tall else self.row_groups
 
 
 def is_dtensor(W: Tensor) -> bool:
-    """Without importing what nobody here uses."""
+    """Whether W is a DTensor; does not import ``torch.distributed.tensor``."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(W, module.DTensor)
 
 
 def local(W: Tensor) -> Tensor:
-    """What lies here; in place for in-place operations."""
+    """This rank's shard of a DTensor, which shares its memory; any other tensor itself."""
     return W.to_local() if is_dtensor(W) else W
 
 
-def device_of(weights: Sequence[Tensor]) -> torch.device | None:
-    """Where the messages about these weights travel."""
+def communication_device(weights: Sequence[Tensor]) -> torch.device | None:
+    """Device for collective calls about these weights: that of the first DTensor's shard; None without DTensors."""
     return next((local(W).device for W in weights if is_dtensor(W)), None)
 
 
-def shards_of(W: Tensor, fold: str | None, name: str) -> Shards | None:
-    """How the matrix of a weight ``[O, C, *K]`` lies; None where this process holds all of it.
+def sharding_of(W: Tensor, fold: str | None, name: str) -> MatrixSharding | None:
+    """Sharding of the folded matrix of a weight ``[O, C, *K]``; None where this rank holds the whole weight.
+
+    Args:
+        fold: name of the fold; None for a matrix ``[m, n]`` or a batch of them.
 
     Raises:
-        ValueError: divided along a kernel axis, or a batch of matrices.
+        ValueError: the weight is sharded along a kernel axis, or it is a sharded batch of matrices.
     """
     along: dict[int, list[dist.ProcessGroup]] = {0: [], 1: []}
-    for placement, group in _dims(W):
+    for placement, group in _mesh_axes(W):
         if placement.is_replicate():
             continue
         if getattr(placement, "dim", None) not in along or (fold is None and W.ndim > 2):
@@ -107,24 +134,25 @@ def shards_of(W: Tensor, fold: str | None, name: str) -> Shards | None:
     if not any(along.values()):
         return None
     m, n = to_matrix(torch.empty(W.shape, device="meta"), fold or "paper").shape[1:]
-    return Shards((m, n), tuple(along[0]), tuple(along[1]))
+    return MatrixSharding((m, n), tuple(along[0]), tuple(along[1]))
 
 
-def replicas_of(W: Tensor) -> list[dist.ProcessGroup]:
-    """The groups of processes that hold the same of the weight as this one."""
-    return [group for placement, group in _dims(W) if placement.is_replicate()]
+def replica_groups(W: Tensor) -> list[dist.ProcessGroup]:
+    """Process groups over which the weight is replicated."""
+    return [group for placement, group in _mesh_axes(W) if placement.is_replicate()]
 
 
-def groups_of(weights: Sequence[Tensor], replicas: bool = True) -> list[dist.ProcessGroup]:
-    """All groups that the weights are distributed over, each once, in the same order on every process.
+def process_groups(weights: Sequence[Tensor], replicas: bool = True) -> list[dist.ProcessGroup]:
+    """Process groups that the weights are distributed over, each once, in the same order on every rank.
 
-    replicas: also those that hold the same of a weight, who may be doing something else.
+    Args:
+        replicas: include the groups over which a weight is only replicated; its replicas need not run in lockstep.
     """
-    return list(dict.fromkeys(g for W in weights for p, g in _dims(W) if replicas or not p.is_replicate()))
+    return list(dict.fromkeys(g for W in weights for p, g in _mesh_axes(W) if replicas or not p.is_replicate()))
 
 
-def _dims(W: Tensor) -> list[tuple]:
-    """Placement and group of every axis of the mesh with more than one process."""
+def _mesh_axes(W: Tensor) -> list[tuple]:
+    """(placement, process group) of every mesh axis with more than one rank."""
     if not is_dtensor(W):
         return []
     mesh = W.device_mesh
@@ -132,7 +160,12 @@ def _dims(W: Tensor) -> list[tuple]:
 
 
 def placed(t: Tensor, like: Tensor, placements: Sequence | None = None) -> Tensor:
-    """A tensor, if need be one that every process holds, over the mesh of the DTensor ``like``, placed as that is."""
+    """``t`` as a DTensor on the mesh of the DTensor ``like``.
+
+    Args:
+        t: a DTensor on that mesh, or a plain tensor that every rank holds whole.
+        placements: default: those of ``like``.
+    """
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh, placements = like.device_mesh, like.placements if placements is None else tuple(placements)
@@ -141,8 +174,8 @@ def placed(t: Tensor, like: Tensor, placements: Sequence | None = None) -> Tenso
     return t if t.placements == placements else t.redistribute(mesh, placements)
 
 
-def by_rows(bias: Tensor, W: Tensor) -> Tensor:
-    """A bias as its neurons lie in W: divided as the rows are, whole where the columns are divided."""
+def distribute_bias(bias: Tensor, W: Tensor) -> Tensor:
+    """Bias ``[O]``, sharded where the rows of W ``[O, ...]`` are, replicated where its columns are."""
     from torch.distributed.tensor import Replicate
 
     if not is_dtensor(W):
@@ -150,14 +183,14 @@ def by_rows(bias: Tensor, W: Tensor) -> Tensor:
     return placed(bias, W, [p if getattr(p, "dim", None) == 0 else Replicate() for p in W.placements])
 
 
-def as_before(t: Tensor, like: Tensor) -> Tensor:
-    """The values of t, placed as ``like`` is, which may be a plain tensor."""
+def redistribute_like(t: Tensor, like: Tensor) -> Tensor:
+    """``t`` with the placements of ``like``; gathered into a plain tensor where ``like`` is one."""
     if is_dtensor(like):
         return placed(t, like)
     return t.full_tensor() if is_dtensor(t) else t
 
 
 def column_groups(W: Tensor) -> tuple[dist.ProcessGroup, ...]:
-    """The groups that the inputs are divided among."""
-    shards = shards_of(W, "paper", "W")
-    return shards.columns if shards else ()
+    """Process groups over which the inputs of a weight ``[O, C, *K]`` are sharded."""
+    sharding = sharding_of(W, "paper", "W")
+    return sharding.column_groups if sharding else ()

@@ -1,5 +1,7 @@
-"""Callbacks for trainers: ``integrations.lightning`` and ``integrations.transformers``, each imported by its own name.
+"""Callbacks for trainers: import ``integrations.lightning`` or ``integrations.transformers``, whichever is installed.
 
-Accelerate needs none: ``ProximalStep(model, optimizer)`` takes what ``accelerator.prepare`` returns, and
+Accelerate needs no callback: ``ProximalStep(model, optimizer)`` accepts what ``accelerator.prepare`` returns, and
 ``accelerator.register_for_checkpointing(prox)`` saves its state.
 """
+
+__all__: list[str] = []

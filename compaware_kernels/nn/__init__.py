@@ -1,1 +1,3 @@
-"""Low-rank layers, and how a model is read and rebuilt: which layers are matrices, what stands in for them."""
+"""Low-rank layers (modules and functions), the foldable layers of a model, and replacing layers in it."""
+
+__all__: list[str] = []

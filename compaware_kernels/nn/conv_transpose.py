@@ -1,4 +1,4 @@
-"""Low-rank transposed convolutions, for decoders and generators."""
+"""Low-rank transposed convolutions, 1-D to 3-D: [N, C, *size] -> [N, O, *size'] through rank r per group."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from ..folds import row_axes
 from ..ops.lowrank import ACTIVATIONS
 from .conv import LowRankConv
 
+__all__ = ["LowRankConvTranspose1d", "LowRankConvTranspose2d", "LowRankConvTranspose3d"]
+
 
 class _LowRankConvTranspose(LowRankConv):
-    """A transposed convolution as two layers; its kernel ``[C, O/G, *K]`` folds as a convolution's ``[O, C/G, *K]``.
+    """Low-rank transposed convolution: two layers, ``[N, C, *size]`` -> ``[N, O, *size']`` through rank r per group.
 
-    ::
+    Its kernel ``[C, O/G, *K]`` is folded as that of a convolution, ``[O, C/G, *K]``::
 
         fold      first, then second                              multiply-adds, n pixels in and s n out
         paper     transposed K: C -> r,  then 1 x 1: r -> O       n r (C prod(K) + s O)
         input     1 x 1: C -> r,  then transposed K: r -> O       n r (C + O prod(K))
         spatial   transposed 1 x kw: C -> r,  then transposed kh x 1: r -> O
 
-    At one rank ``input`` is the cheaper one where ``O (prod(K) - s) < C (prod(K) - 1)``, so wherever ``O <= C``: its
-    1 x 1 runs on the small input, the paper's on the large output. The 1 x 1 factor is an ordinary convolution.
+    At equal rank ``input`` needs fewer multiply-adds than ``paper`` if ``O (prod(K) - s) < C (prod(K) - 1)``, so
+    whenever ``O <= C``: its 1 x 1 runs on the small input, the paper's on the large output. The 1 x 1 factor is an
+    ordinary convolution.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation: as in
@@ -32,7 +35,8 @@ class _LowRankConvTranspose(LowRankConv):
         rank: 1 to min(m, n) of the folded matrix of one group.
         fold: ``paper`` | ``spatial`` | ``input``, see :mod:`compaware_kernels.folds`.
 
-    ``forward(input, output_size=None)`` takes what the dense layer takes; ``to_sequential()`` takes no ``output_size``.
+    ``forward(input, output_size=None)`` has the dense layer's arguments; that of ``to_sequential()`` has no
+    ``output_size``.
 
     Raises:
         ValueError: rank out of range, unknown fold, padding mode other than zeros.
@@ -59,14 +63,14 @@ class _LowRankConvTranspose(LowRankConv):
         dtype: torch.dtype | None = None,
     ):
         super(LowRankConv, self).__init__()
-        whole = self.dense(in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias,
+        dense = self.dense(in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias,
                            dilation, padding_mode, device="meta")  # fmt: skip
-        self._build(whole, rank, fold, device, dtype)
+        self._build(dense, rank, fold, device, dtype)
 
     def _factor(self, inputs: int, outputs: int, axes: range, **more: object) -> nn.Module:
         if axes:
             return super()._factor(inputs, outputs, axes, **more)
-        return self.pointwise(inputs, outputs, 1, groups=self.groups, **more)  # 1.5 times as fast as transposed
+        return self.pointwise(inputs, outputs, 1, groups=self.groups, **more)  # 1.5 times as fast as a transposed 1 x 1
 
     def why_two_step(self, x: Tensor) -> str:
         return self._why_not_geometry()
@@ -83,7 +87,7 @@ class _LowRankConvTranspose(LowRankConv):
         return ACTIVATIONS[self.activation](y if residual is None else y + residual)
 
     def _run(self, factor: nn.Module, x: Tensor, axes: range, output_size: Sequence[int] | None) -> Tensor:
-        """One factor; the axes whose kernel is the other's keep the size they have."""
+        """Output of one factor; along the axes of the other factor's kernel it keeps the size of ``x``."""
         if output_size is None or not axes:
             return factor(x)
         sizes = zip(x.shape[-self.axes :], output_size[-self.axes :], strict=True)

@@ -1,4 +1,4 @@
-"""Singular values and truncated SVDs of folded weights, in fp64; one matrix and a rank -> two small matrices."""
+"""Singular values and truncated SVD of matrices [G, m, n] in fp64; rank-r factors U [G, m, r], V [G, r, n]."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+__all__ = ["SVD", "check_rank", "factors", "singular_values"]
+
 
 class SVD(NamedTuple):
-    """The thin singular value decomposition ``M = U diag(s) Vh`` of ``M`` ``[G, m, n]``, k = min(m, n), in fp64."""
+    """Thin singular value decomposition ``M = U diag(s) Vh`` of ``M`` ``[G, m, n]``, k = min(m, n), in fp64."""
 
     U: Tensor  # [G, m, k]
     s: Tensor  # [G, k], descending
@@ -17,29 +19,30 @@ class SVD(NamedTuple):
 
     @classmethod
     def of(cls, M: Tensor) -> SVD:
+        """SVD of ``M`` ``[G, m, n]``, any floating dtype, computed in fp64; detached."""
         return cls(*torch.linalg.svd(M.detach().double(), full_matrices=False))
 
     def factors(self, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The two factors of :func:`factors`, in ``dtype``."""
+        """Rank-r factors ``[G, m, r]``, ``[G, r, n]`` in ``dtype``, as of :func:`factors`."""
         root = self.s[..., :rank].sqrt()
         U, V = self.U[..., :rank] * root[..., None, :], root[..., :, None] * self.Vh[..., :rank, :]
         return U.to(dtype), V.to(dtype)
 
 
 def singular_values(M: Tensor) -> Tensor:
-    """Singular values of ``M`` ``[..., m, n]``, descending, computed in fp64 and returned so: ``[..., min(m, n)]``."""
+    """Singular values of ``M`` ``[..., m, n]``, descending, fp64 ``[..., min(m, n)]``; detached."""
     return torch.linalg.svdvals(M.detach().double())
 
 
 def factors(M: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best rank-r approximation of M as a product, the singular values shared evenly between the factors.
+    """Factors of the best rank-r approximation of M (truncated SVD), the singular values split evenly between them.
 
-    ``M ~ U V,  U = U_r S_r^(1/2),  V = S_r^(1/2) V_r^T``  (Eckart & Young, 1936)
+    ``M ~ U V,  U = U_r S_r^(1/2),  V = S_r^(1/2) V_r^T``
 
-    Equal norms on both sides keep the gradients of the two factors on one scale when they are fine-tuned.
+    The factors have equal norms, so that their gradients have one scale in fine-tuning.
 
     Args:
-        M: ``[G, m, n]``; computed in fp64.
+        M: ``[G, m, n]``, any floating dtype; computed in fp64.
         rank: 1 to min(m, n).
 
     Returns:
@@ -47,6 +50,8 @@ def factors(M: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError: rank out of range.
+
+    Source: Eckart & Young, 1936.
     """
     check_rank(rank, *M.shape[-2:])
     return SVD.of(M).factors(rank, M.dtype)
@@ -55,4 +60,4 @@ def factors(M: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def check_rank(rank: int, m: int, n: int) -> None:
     """Raise ValueError unless ``rank`` is a whole number from 1 to min(m, n)."""
     if not (isinstance(rank, int) and 1 <= rank <= min(m, n)):
-        raise ValueError(f"rank must be a whole number from 1 to {min(m, n)} for a {m} x {n} matrix; got {rank!r}")
+        raise ValueError(f"rank: wanted a whole number from 1 to {min(m, n)} for a {m} x {n} matrix; got {rank!r}")

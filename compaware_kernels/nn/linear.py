@@ -1,6 +1,8 @@
-"""The low-rank linear layer."""
+"""Low-rank linear layer: [..., in_features] -> [..., out_features] through rank r."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +11,17 @@ from ..folds import row_axes
 from .factorization import check_rank
 from .lowrank import LowRank
 
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11
+
+__all__ = ["LowRankLinear"]
+
 
 class LowRankLinear(LowRank):
-    """``y = U (V x) + b``:  V ``[r, in_features]`` (``first``), U ``[out_features, r]`` (``second``).
+    """Low-rank linear layer, ``y = U (V x) + b``: ``[..., in_features]`` -> ``[..., out_features]``.
+
+    V ``[r, in_features]`` is the weight of ``first``, U ``[out_features, r]`` and b those of ``second``; both factors
+    are ``nn.Linear``.
 
     Args:
         in_features, out_features: as in ``nn.Linear``.
@@ -41,8 +51,12 @@ class LowRankLinear(LowRank):
         self.second = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
 
     @classmethod
-    def like(cls, layer: nn.Linear, rank: int, fold: str = "paper") -> LowRankLinear:
-        """An untrained low-rank layer with the sizes, bias, device and dtype of ``layer`` (every fold is the same)."""
+    def like(cls, layer: nn.Linear, rank: int, fold: str = "paper") -> Self:
+        """A newly initialized low-rank layer with the sizes, device and dtype of ``layer``, and a bias if it has one.
+
+        Raises:
+            ValueError: rank out of range, or a fold that does not exist; every fold of a Linear is the same.
+        """
         row_axes(fold, 0)
         place = {"device": layer.weight.device, "dtype": layer.weight.dtype}
         return cls(layer.in_features, layer.out_features, rank, layer.bias is not None, **place)
@@ -57,7 +71,7 @@ class LowRankLinear(LowRank):
         return torch.ops.compaware.lowrank_linear(x, V, U, bias, residual, self._packed_now(V, U), self.activation)
 
     def to_dense(self) -> nn.Linear:
-        """One ``nn.Linear`` with weight ``U V``."""
+        """``nn.Linear`` with the weight ``U V`` and the bias of this layer."""
         place = {"device": self.first.weight.device, "dtype": self.first.weight.dtype}
         layer = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, bias=self.bias is not None, **place)
         return self._copy_to(layer, self.second.weight @ self.first.weight)

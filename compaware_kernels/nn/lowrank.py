@@ -87,17 +87,17 @@ class LowRank(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def like(cls, layer: nn.Module, rank: int, fold: str = "paper") -> LowRank:
+    def like(cls, layer: nn.Module, rank: int, fold: str = "paper") -> Self:
         """An untrained low-rank layer with the sizes, geometry, bias, device and dtype of the dense ``layer``."""
 
     @classmethod
-    def from_dense(cls, layer: nn.Module, rank: int, fold: str = "paper") -> LowRank:
+    def from_dense(cls, layer: nn.Module, rank: int, fold: str = "paper") -> Self:
         """The best rank-r approximation of the dense ``layer`` under the fold (truncated SVD, per group)."""
         self = cls.like(layer, rank, fold)
         return self._copy_from(layer, *self._factors(layer.weight))
 
     @classmethod
-    def from_svd(cls, layer: nn.Module, rank: int, fold: str, svd: SVD) -> LowRank:
+    def from_svd(cls, layer: nn.Module, rank: int, fold: str, svd: SVD) -> Self:
         """As :meth:`from_dense`, where the SVD of the folded weight is there already."""
         return cls.like(layer, rank, fold)._copy_from(layer, *svd.factors(rank, layer.weight.dtype))
 

@@ -1,4 +1,4 @@
-"""The same layer in another size: what removing neurons and loading a compressed model both need."""
+"""Resizing and replacing the layers of a model: same class and settings, other numbers of inputs and outputs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from torch import Tensor, nn
 
 from ..folds import CONVS, TRANSPOSED
 
+__all__ = ["NORMS", "is_plain", "is_shared", "keep_inputs", "keep_outputs", "replace", "resized", "sizes",
+           "to_channels_last", "why_fixed"]  # fmt: skip
+
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-STATE = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+STATE_KEYS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 
 
 def sizes(module: nn.Module) -> tuple[int, int]:
@@ -21,7 +24,12 @@ def sizes(module: nn.Module) -> tuple[int, int]:
 
 
 def resized(module: nn.Module, inputs: int, outputs: int, bias: bool | None = None) -> nn.Module:
-    """An empty layer of the same class, geometry, device, dtype and mode, with other sizes (weights uninitialised)."""
+    """A layer of the same class, geometry, device, dtype and mode with other sizes; its weights are uninitialized.
+
+    Args:
+        inputs, outputs: features or channels; a batch norm has ``outputs`` of them.
+        bias: default: as the module.
+    """
     state = next(iter(module.state_dict().values()), torch.empty(0))
     place = {"device": state.device, "dtype": state.dtype if state.is_floating_point() else None}
     if isinstance(module, NORMS):
@@ -44,7 +52,7 @@ def resized(module: nn.Module, inputs: int, outputs: int, bias: bool | None = No
 
 @torch.no_grad()
 def keep_outputs(module: nn.Module, keep: Tensor) -> nn.Module:
-    """The layer with only the output neurons (for a norm: channels) whose indices are in ``keep``."""
+    """The layer with only the outputs (of a batch norm: channels) whose indices are in ``keep``, int64 ``[kept]``."""
     inputs, _ = sizes(module)
     new = resized(module, inputs, len(keep))
     for name, tensor in module.state_dict().items():
@@ -54,11 +62,13 @@ def keep_outputs(module: nn.Module, keep: Tensor) -> nn.Module:
 
 @torch.no_grad()
 def keep_inputs(module: nn.Module, keep: Tensor, constant: Tensor) -> nn.Module:
-    """The layer reading only the inputs in ``keep``; what the others gave, always ``constant``, goes into the bias.
+    """The layer with only the inputs in ``keep``; the bias takes the contribution of the constant others.
+
+    ``b' = b + W c``, in fp64, with W summed over the kernel: padding other than with ``c`` is not accounted for.
 
     Args:
-        keep: indices of the inputs that stay.
-        constant: ``[inputs]`` the value of each input that goes; zero for those that stay.
+        keep: int64 ``[kept]``, indices of the inputs that stay.
+        constant: c ``[inputs]``, the value of each input that is removed; zero for those that stay.
     """
     _, outputs = sizes(module)
     shift = module.weight.detach().flatten(2).sum(2) if module.weight.ndim > 2 else module.weight.detach()
@@ -71,7 +81,7 @@ def keep_inputs(module: nn.Module, keep: Tensor, constant: Tensor) -> nn.Module:
 
 
 def why_fixed(module: nn.Module) -> str:
-    """Why the size of this layer cannot be changed; "" for a plain Linear, ungrouped convolution or batch norm."""
+    """Why this layer cannot be resized; "" for a plain Linear, ungrouped convolution or batch norm."""
     kind = f"a {type(module).__name__}"
     if type(module) not in (nn.Linear, *CONVS, *NORMS):  # a subclass may do anything in its forward
         return kind
@@ -79,24 +89,24 @@ def why_fixed(module: nn.Module) -> str:
         return f"{kind} with groups"
     if not is_plain(module):
         return f"{kind} with hooks or a forward of its own"
-    return f"{kind} with more state than its own" if module.state_dict().keys() - STATE else ""
+    return f"{kind} with more state than its own" if module.state_dict().keys() - STATE_KEYS else ""
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether the module does what its class says: no forward hooks, no forward of its own."""
+    """Whether the module's forward is that of its class: no forward hooks, no ``forward`` set on the object."""
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def is_shared(model: nn.Module, module: nn.Module) -> bool:
-    """Whether another module of ``model`` holds one of the module's own parameters, too."""
+    """Whether another module of ``model`` shares a parameter that ``module`` owns."""
     own = {id(p) for p in module.parameters(recurse=False)}
     return any(id(p) in own for m in model.modules() if m is not module for p in m.parameters(recurse=False))
 
 
 def replace(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
-    """Put ``new`` in the place of the submodule ``name``, under all names it has; returns the model.
+    """Replace the submodule ``name`` by ``new``, under every name it has in the model; returns the model.
 
-    The model itself is its submodule "": then ``new`` is returned.
+    For the name "", which is the model itself, returns ``new``.
     """
     old = model.get_submodule(name)
     for parent in list(model.modules()):
@@ -107,7 +117,7 @@ def replace(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
 
 
 def to_channels_last(model: nn.Module) -> nn.Module:
-    """The model itself, the weights of its 2-D convolutions in channels_last; ``.to`` of a model refuses 3-D ones."""
+    """The model, its 2-D convolutions converted to channels_last in place; ``model.to`` would fail on 3-D ones."""
     for module in model.modules():
         if type(module) in (nn.Conv2d, nn.ConvTranspose2d):
             module.to(memory_format=torch.channels_last)

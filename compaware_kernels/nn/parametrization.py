@@ -9,46 +9,58 @@ from torch import Tensor
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
-LOSS = 4  # roundings of its dtype that a weight may lose on its way through
-NEAR = 1e-2  # of what shrinking changes: within its tolerance it may miss a symmetry that is imposed
+__all__ = ["assign", "copied_state", "why_not_writable"]
+
+ROUNDINGS = 4  # error of the round trip allowed for rounding, in eps(dtype) ||weight||_F
+# Error allowed besides, relative to the change of the weight: the proximal operator keeps a symmetry that the
+# parametrization imposes (W = W^T, say) only up to its own tolerance.
+SYMMETRY_TOL = 1e-2
 
 
-def state(chain: ParametrizationList) -> dict[str, Tensor]:
-    """A copy of all that the weight is computed from, for ``load_state_dict``."""
-    return {name: tensor.clone() for name, tensor in chain.state_dict().items()}
+def copied_state(parametrizations: ParametrizationList) -> dict[str, Tensor]:
+    """Copy of the originals and buffers that the weight is computed from, for ``load_state_dict``."""
+    return {name: tensor.clone() for name, tensor in parametrizations.state_dict().items()}
 
 
 @torch.no_grad()
-def assign(chain: ParametrizationList, weight: Tensor, near: float = NEAR) -> None:
-    """Give the originals, in place, values from which ``weight`` comes out.
+def assign(parametrizations: ParametrizationList, weight: Tensor, symmetry_tol: float = SYMMETRY_TOL) -> None:
+    """Write the weight, in place, through the parametrization's ``right_inverse``, and verify the round trip.
+
+    Verified is ``||p(q(W)) - W||_F <= 4 eps ||W||_F + symmetry_tol ||W - W_old||_F`` with p the parametrization and q
+    its right inverse.
+
+    Args:
+        weight: of the shape and dtype of the parametrized weight.
+        symmetry_tol: relative to the change of the weight.
 
     Raises:
-        ValueError: the parametrization has no such values, or cannot find them; :func:`state` undoes what it has done.
+        ValueError: no or a failing ``right_inverse``, or the round trip gives another weight. The originals may have
+            been written: restore :func:`copied_state`.
     """
-    targets = list(chain.parameters(recurse=False))
+    originals = list(parametrizations.parameters(recurse=False))
     try:
-        old, values = chain(), weight
-        for parametrization in reversed(chain):
+        old, values = parametrizations(), weight
+        for parametrization in reversed(parametrizations):
             values = parametrization.right_inverse(*values if isinstance(values, (tuple, list)) else (values,))
         values = values if isinstance(values, (tuple, list)) else (values,)
-        if isinstance(chain[0], _WeightNorm):  # a row of length 0 has no direction: it keeps its old one
-            values = values[0], torch.where(values[0] == 0, targets[1], values[1])
-        for target, value in zip(targets, values, strict=True):
-            target.copy_(value)
-        lost, size, change = map(torch.linalg.vector_norm, (chain() - weight, weight, weight - old))
-        if not lost <= LOSS * torch.finfo(weight.dtype).eps * size + near * change:
+        if isinstance(parametrizations[0], _WeightNorm):  # a row of norm 0 has no direction: it keeps its old one
+            values = values[0], torch.where(values[0] == 0, originals[1], values[1])
+        for original, value in zip(originals, values, strict=True):
+            original.copy_(value)
+        lost, size, change = map(torch.linalg.vector_norm, (parametrizations() - weight, weight, weight - old))
+        if not lost <= ROUNDINGS * torch.finfo(weight.dtype).eps * size + symmetry_tol * change:
             raise ValueError("another weight comes out of it")
     except Exception as error:  # the user's code may raise anything
-        kinds = ", ".join(type(p).__name__ for p in chain)
+        kinds = ", ".join(type(p).__name__ for p in parametrizations)
         raise ValueError(f"its parametrization ({kinds}) cannot hold a shrunk weight: {error}") from error
 
 
 @torch.no_grad()
-def why_not(chain: ParametrizationList) -> str | None:
-    """Why a shrunk weight cannot be written through the parametrization, or None; found by trying, on a copy."""
-    trial = copy.deepcopy(chain)
+def why_not_writable(parametrizations: ParametrizationList) -> str | None:
+    """Why a shrunk weight cannot be written through the parametrization, or None; found by trying it on a copy."""
+    trial = copy.deepcopy(parametrizations)
     try:
-        assign(trial, trial() / 2, near=0.0)
+        assign(trial, trial() / 2, symmetry_tol=0.0)
     except ValueError as error:
         return str(error)
     return None

@@ -1,7 +1,7 @@
-"""Which low-rank layer stands in for which dense layer, and which layers must stay dense.
+"""Registry of low-rank layers: dense torch class -> low-rank class, and which layers must stay dense.
 
-The factors of a low-rank layer are ordinary torch layers, so hooks, quantization, export and optimizers see what they
-know. ``rank`` is per group: a grouped convolution has one factorization per group, all of the same rank.
+The factors of a low-rank layer are torch layers, so that hooks, quantization, export and optimizers work on them as on
+any other. ``rank`` is per group: a grouped convolution has one factorization per group, all of the same rank.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from .conv_transpose import LowRankConvTranspose1d, LowRankConvTranspose2d, LowR
 from .linear import LowRankLinear
 from .lowrank import LowRank
 
+__all__ = ["LOW_RANK", "low_rank_type", "why_dense"]
+
 _CLASSES = (LowRankLinear, LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankConvTranspose1d, LowRankConvTranspose2d,
             LowRankConvTranspose3d)  # fmt: skip
 LOW_RANK = {low_rank.dense: low_rank for low_rank in _CLASSES}
 
 
 def why_dense(model: nn.Module, name: str) -> str:
-    """Why the layer of that name cannot become two factors; "" where it can."""
+    """Why the layer ``name`` of ``model`` cannot be factorized; "" if it can."""
     layer, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
     if type(layer) not in LOW_RANK:
         return f"a {type(layer).__name__} may use its weight in ways of its own"
@@ -31,8 +33,12 @@ def why_dense(model: nn.Module, name: str) -> str:
 
 
 def low_rank_type(layer: nn.Module) -> type[LowRank]:
-    """The low-rank class that stands in for a dense layer.  Raises TypeError where there is none."""
+    """The low-rank class that replaces a dense layer.
+
+    Raises:
+        TypeError: there is none; the layer is no Linear, convolution or transposed convolution.
+    """
     for dense, low_rank in LOW_RANK.items():
         if isinstance(layer, dense):
             return low_rank
-    raise TypeError(f"wanted {', '.join(dense.__name__ for dense in LOW_RANK)}; got {type(layer).__name__}")
+    raise TypeError(f"layer: wanted {', '.join(dense.__name__ for dense in LOW_RANK)}; got {type(layer).__name__}")

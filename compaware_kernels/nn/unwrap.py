@@ -1,4 +1,4 @@
-"""What training puts around a model and an optimizer, taken off again."""
+"""Models and optimizers without the wrappers of training: torch.compile, activation checkpointing, DDP, averages."""
 
 from __future__ import annotations
 
@@ -11,43 +11,53 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-INSIDE = ("_orig_mod", "_checkpoint_wrapped_module")  # where torch.compile and activation checkpointing keep a module
+__all__ = ["bare", "data_parallel_group", "name_without_wrappers", "reshard", "unwrapped", "unwrapped_optimizer",
+           "wrapped_module"]  # fmt: skip
+
+# Names under which the wrappers of torch.compile and activation checkpointing keep the module they wrap.
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
-def inner(module: nn.Module) -> nn.Module | None:
-    """What torch.compile or activation checkpointing has wrapped, if this is their wrapper."""
-    return next((module._modules[name] for name in INSIDE if name in module._modules), None)
+def wrapped_module(module: nn.Module) -> nn.Module | None:
+    """The module inside a wrapper of torch.compile or activation checkpointing; else None."""
+    return next((module._modules[name] for name in WRAPPED if name in module._modules), None)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside the above, DistributedDataParallel, DataParallel and AveragedModel, in any order."""
+    """The model inside torch.compile, activation checkpointing, DistributedDataParallel, DataParallel, AveragedModel.
+
+    Wrappers may be nested in any order; those of submodules stay, see :func:`bare`.
+    """
     while True:
         if isinstance(model, (DistributedDataParallel, DataParallel, AveragedModel)):
             model = model.module
-        elif (found := inner(model)) is not None:
+        elif (found := wrapped_module(model)) is not None:
             model = found
         else:
             return model
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The model without wrappers, whose names are those of the code: itself, or a copy where submodules are wrapped."""
+    """The model without any wrapper, also of its submodules; a copy if a submodule is wrapped, else the model itself.
+
+    Its submodules and its state dict have the names that the model's code gives them.
+    """
     model = unwrapped(model)
-    if all(inner(module) is None for module in model.modules()):
+    if all(wrapped_module(module) is None for module in model.modules()):
         return model
     model = copy.deepcopy(model)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            while child is not None and (found := inner(child)) is not None:
+            while child is not None and (found := wrapped_module(child)) is not None:
                 child = found
             parent._modules[name] = child
     return model
 
 
 def data_parallel_group(model: nn.Module) -> dist.ProcessGroup | None:
-    """The processes that a DistributedDataParallel around the model, compiled or not, keeps the same."""
+    """Process group of the DistributedDataParallel around the model, compiled or not; None if there is none."""
     while not isinstance(model, DistributedDataParallel):
-        model = inner(model)
+        model = wrapped_module(model)
         if model is None:
             return None
     return model.process_group
@@ -61,13 +71,13 @@ def reshard(model: nn.Module) -> None:
                 module.reshard()
 
 
-def plain_name(name: str) -> str:
-    """The name of a submodule without what wrapping it or its parents has added."""
-    return ".".join(part for part in name.split(".") if part not in INSIDE)
+def name_without_wrappers(name: str) -> str:
+    """Qualified name of a submodule without the parts that wrappers of it or of its parents have added."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)
 
 
 def unwrapped_optimizer(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that takes the steps, inside those of Accelerate and Lightning, which may pass some over."""
+    """The innermost optimizer inside those of Accelerate and Lightning, whose ``step`` may skip the inner step."""
     while isinstance(inside := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inside
     return optimizer

@@ -23,7 +23,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..distributed.row_sharded import Rows
+from ..distributed.row_sharded import RowSharded
 from ..ops.linalg import inner, times
 
 PROBES = 12
@@ -68,7 +68,7 @@ class Sketch:
     columns: Tensor  # [r] estimates of the squares of what each triplet lacks
 
 
-def sketch_triplets(X: Rows, U: Tensor, s: Tensor, V: Tensor, gain: Tensor, generator: torch.Generator) -> Sketch:
+def sketch_triplets(X: RowSharded, U: Tensor, s: Tensor, V: Tensor, gain: Tensor, generator: torch.Generator) -> Sketch:
     """The distance of X from a matrix that has exactly the singular triplets (U, s, V), all in fp64.
 
     With orthonormal U ``[m, r]`` and V ``[n, r]`` that matrix is ``U diag(s) V^T + (I - U U^T) X (I - V V^T)``, at the
@@ -80,15 +80,15 @@ def sketch_triplets(X: Rows, U: Tensor, s: Tensor, V: Tensor, gain: Tensor, gene
     right, inside = torch.randn(X.n, PROBES, **draw), torch.randn(len(s), PROBES, **draw)
     scaled = s[:, None] * inside
     V_inside, V_scaled = times(V, torch.cat([inside, scaled], 1)).split(PROBES, 1)
-    X_right, X_inside = X.ahead(torch.cat([right, V_inside], 1)).split(PROBES, 1)
+    X_right, X_inside = X.matmul(torch.cat([right, V_inside], 1)).split(PROBES, 1)
     U_scaled = times(U, scaled)
     UX, UU = X.inner(U, torch.cat([X_right, U_scaled], 1)).split(PROBES, 1)
     VR, VV = inner(V, torch.cat([right, V_scaled], 1)).split(PROBES, 1)
     left = UX - s[:, None] * VR  # (X^T U - V s)^T Omega
     F = X_inside - U_scaled
     squares = [R.mT @ R for R in (left, F, UU - scaled, VV - scaled, gain[:, None] * left)]
-    squares[1] = X.sum(squares[1])
-    K, columns = X.agree(torch.stack(squares)), X.agree(left.square().mean(1))
+    squares[1] = X.all_reduce(squares[1])
+    K, columns = X.broadcast(torch.stack(squares)), X.broadcast(left.square().mean(1))
     traces = K.diagonal(dim1=1, dim2=2).sum(1).tolist()
     if not math.isfinite(sum(traces)):
         return Sketch(math.inf, math.inf, torch.full_like(s, math.inf))

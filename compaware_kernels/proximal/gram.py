@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..distributed.row_sharded import Rows
+from ..distributed.row_sharded import RowSharded
 from ..ops.linalg import product
 from .error_bounds import NOT_ZERO, PROBES, in_range, norm_from_norm, norm_from_probes, svd_loss, unit_roundoff
 from .spectral_functions import Spectral
@@ -43,7 +43,7 @@ class Dense:
     method: str
 
 
-def by_gram(X: Rows, function: Spectral, tol: float, norm: float, generator: torch.Generator) -> Dense | None:
+def by_gram(X: RowSharded, function: Spectral, tol: float, norm: float, generator: torch.Generator) -> Dense | None:
     """Through the Gram matrix, where the function allows it; None where even fp64 would not give ``tol``.
 
     tol: relative to tau, for an SVT; that of the function is ``slope`` times as large.
@@ -56,12 +56,12 @@ def by_gram(X: Rows, function: Spectral, tol: float, norm: float, generator: tor
         if unit_roundoff(X.X.dtype) < u or u * norm > tau or not in_range(dtype, norm, tau):
             continue
         G = X.gram(dtype)
-        if GRAM_LOSS * u * X.agree_on(top_eigenvalue(G)) > tol * tau**2:
+        if GRAM_LOSS * u * X.broadcast_float(top_eigenvalue(G)) > tol * tau**2:
             continue
         found = _eigh(G, X)
         if found is None:
             continue
-        w, V = X.agree(found[0]), found[1]
+        w, V = X.broadcast(found[0]), found[1]
         if GRAM_LOSS * u * float(w[-1]) > tol * tau**2:  # the estimate was one
             continue
         s, V = w.double().clamp_min(0).sqrt().flip(0), V.flip(1)
@@ -75,7 +75,7 @@ def by_gram(X: Rows, function: Spectral, tol: float, norm: float, generator: tor
     return None
 
 
-def _eigh(G: Tensor, X: Rows) -> tuple[Tensor, Tensor] | None:
+def _eigh(G: Tensor, X: RowSharded) -> tuple[Tensor, Tensor] | None:
     """Eigenvalues, ascending, and eigenvectors of G; None where LAPACK does not converge, on any rank.
 
     The divide and conquer of fp32 may fail where most eigenvalues are zero, as those of a layer of dead neurons.
@@ -84,14 +84,14 @@ def _eigh(G: Tensor, X: Rows) -> tuple[Tensor, Tensor] | None:
         found = torch.linalg.eigh(G)
     except torch.linalg.LinAlgError:
         found = None
-    failed = X.sum(torch.tensor(float(found is None), device=G.device)) if X.groups else found is None
+    failed = X.all_reduce(torch.tensor(float(found is None), device=G.device)) if X.groups else found is None
     return None if failed else (found[0], found[1])
 
 
-def by_svd(X: Rows, function: Spectral, norm: float) -> Dense:
+def by_svd(X: RowSharded, function: Spectral, norm: float) -> Dense:
     """Any function of the spectrum, through an SVD in fp64."""
-    _, s, Vh = torch.linalg.svd(X.triangle(), full_matrices=False)
-    s = X.agree(s)
+    _, s, Vh = torch.linalg.svd(X.r_factor(), full_matrices=False)
+    s = X.broadcast(s)
     error = (1 + len(X.groups)) * svd_loss(torch.float64, X.m, X.n) * norm  # a QR of as many rows loses no more
     error *= function.lipschitz(s, 0.0, error)
     return Dense(*split(Vh.mT, function(s) / s.clamp_min(NOT_ZERO)), s, Vh.mT, error, "svd, fp64")
@@ -105,7 +105,9 @@ def split(V: Tensor, gain: Tensor) -> tuple[Tensor, Tensor | None, bool]:
     return product(V * (1 - gain).to(V.dtype), V.mT), None, True
 
 
-def gram_error(X: Rows, V: Tensor, s: Tensor, gain: Tensor, K: tuple, tau: float, generator: torch.Generator) -> float:
+def gram_error(
+    X: RowSharded, V: Tensor, s: Tensor, gain: Tensor, K: tuple, tau: float, generator: torch.Generator
+) -> float:
     """A bound of the error of X K, all of it probed in fp64: the factorisation, V's orthogonality, the product in K.
 
     With ``V^T V = I + 2 S`` both ``V diag(w) V^T`` and K are off in the same direction: what remains of it in X K is,
@@ -116,13 +118,13 @@ def gram_error(X: Rows, V: Tensor, s: Tensor, gain: Tensor, K: tuple, tau: float
     in_V = V.mT @ omega
     L, R, residual = K
     in_K = L.double() @ (omega if R is None else R.double().mT @ omega)
-    products = X.ahead(torch.cat([omega, in_K - V @ ((1 - gain if residual else gain)[:, None] * in_V)], 1))
-    E = V @ (s.square()[:, None] * in_V) - X.back(products[:, :PROBES])
+    products = X.matmul(torch.cat([omega, in_K - V @ ((1 - gain if residual else gain)[:, None] * in_V)], 1))
+    E = V @ (s.square()[:, None] * in_V) - X.rmatmul(products[:, :PROBES])
     # Rows and columns above tau alike; 0.9 and 1.1, since the computed basis stands for the exact one.
     factorisation = 1.1 * math.sqrt(2) * torch.where(s > 0.9 * tau, 1 / s, 0)[:, None] * (V.mT @ E)
     skew = V.mT @ (V @ (s[:, None] * omega)) - s[:, None] * omega
     rounding = norm_from_norm(X.norm(products[:, PROBES:]))
-    return X.agree_on(norm_from_probes(factorisation) + 3 * norm_from_probes(skew)) + rounding
+    return X.broadcast_float(norm_from_probes(factorisation) + 3 * norm_from_probes(skew)) + rounding
 
 
 def top_eigenvalue(G: Tensor) -> float:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from .. import folds
-from ..distributed.collectives import agreed
-from ..distributed.dtensor import device_of, groups_of, local
+from ..distributed.collectives import synchronize_errors
+from ..distributed.dtensor import communication_device, local, process_groups
 from ..ops.validation import (
     check_above_one,
     check_center,
@@ -212,7 +212,7 @@ def _checked(weights, tau, names, what: str = "tau", axes: int = 2, finite: bool
 
 
 def _agreed(check, weights: Sequence[Tensor]):
-    return agreed(check, groups_of(weights, replicas=False), device_of(weights))
+    return synchronize_errors(check, process_groups(weights, replicas=False), communication_device(weights))
 
 
 def _here(weights: Sequence[Tensor]) -> Sequence[Tensor]:

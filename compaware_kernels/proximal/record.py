@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import folds
-from ..distributed.dtensor import Shards, local, placed, shards_of
+from ..distributed.dtensor import MatrixSharding, local, placed, sharding_of
 
 
 @dataclass(eq=False)
@@ -26,7 +26,7 @@ class Record:
     center: Tensor | None = None  # like weight
     groups: int = 1
     fold: str | None = "paper"
-    shards: Shards | None = field(default=None, init=False)  # how the matrix lies over processes
+    shards: MatrixSharding | None = field(default=None, init=False)  # how the matrix lies over processes
     target: Tensor = field(init=False)  # [..., m, n], contiguous unless a single matrix; what the solver writes
     target_center: Tensor | None = field(default=None, init=False)  # like target
     _here: Tensor = field(init=False)  # this rank's shard, or the gathered weight
@@ -51,7 +51,7 @@ class Record:
         Raises:
             ValueError: the weight is sharded along a kernel axis, or is a batch of matrices.
         """
-        shards = shards_of(self.weight, self.fold, self.label)
+        shards = sharding_of(self.weight, self.fold, self.label)
         self._gathered = shards is not None and self.groups > 1
         self.shards = None if self._gathered else shards
         self._here = self._local(self.weight)

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from .._utils.dtypes import compute_dtype
-from ..distributed.dtensor import Shards
-from ..distributed.row_sharded import Rows
+from ..distributed.dtensor import MatrixSharding
+from ..distributed.row_sharded import RowSharded
 from ..ops.linalg import ROWS, product
 from ..ops.validation import check_finite
 from . import gram as dense
@@ -54,7 +54,7 @@ class Task:
     tol: float  # of the matrix: its function moves by up to ``slope`` times as much
     basis: Tensor | None = None  # from the state
     seed: int = 0
-    shards: Shards | None = None  # then W is this rank's row shard of the tall matrix,
+    shards: MatrixSharding | None = None  # then W is this rank's row shard of the tall matrix,
     local_shapes: Sequence[torch.Size] = ()  # with the local shapes before each all-to-all, to undo it
     norm: float = 0.0  # >= ||W - center||_F
     too_wide: bool = False  # the subspace that would be needed
@@ -78,17 +78,17 @@ class Task:
         m, n = sorted(self.W.shape if self.shards is None else self.shards.shape, reverse=True)
         return m, n
 
-    def matrix(self) -> Rows:
+    def matrix(self) -> RowSharded:
         """X [m, n], m >= n, in the compute dtype: fp32, or fp64 where the weight is, or a difference needs it."""
         dtype = compute_dtype(self.W.dtype)
         X = jacobi.difference(self.W, self.center)
         X = X.to(dtype if self.center is None else _product_dtype(self, dtype))
-        return Rows(X if self.tall else X.mT, self.shape[0], () if self.shards is None else self.shards.groups)
+        return RowSharded(X if self.tall else X.mT, self.shape[0], () if self.shards is None else self.shards.groups)
 
     def norm_of(self, W: Tensor) -> float:
         """>= the Frobenius norm of the whole, whose part here is W."""
         norm = float(norms(W))
-        return norm if self.shards is None else Rows(W, 0, self.shards.groups).hypot(norm)
+        return norm if self.shards is None else RowSharded(W, 0, self.shards.groups).global_norm(norm)
 
     @property
     def generator(self) -> torch.Generator:
@@ -116,14 +116,14 @@ def compute(task: Task) -> None:
     task.error = found.error + (X.n + rank + 1) * u * task.norm
 
 
-def _by_subspace(task: Task, X: Rows) -> bool:
+def _by_subspace(task: Task, X: RowSharded) -> bool:
     function = task.function
     wanted = task.basis.shape[1] if task.basis is not None else max(FIRST, function.count or 0)
     if function.floor <= 0 and function.count is None:
         task.reason = "the threshold is 0"
     elif task.basis is not None and not wanted:
         task.reason = "full rank at the last call"
-    elif not worth_it(X.share, X.n, wanted):
+    elif not worth_it(X.rows_per_rank, X.n, wanted):
         task.reason = "too small, or of too high rank, for a subspace"
     else:
         for dtype in (torch.float32, torch.float64):
@@ -132,7 +132,7 @@ def _by_subspace(task: Task, X: Rows) -> bool:
     return False
 
 
-def _try_subspace(task: Task, X: Rows, dtype: torch.dtype) -> bool:
+def _try_subspace(task: Task, X: RowSharded, dtype: torch.dtype) -> bool:
     function, n, generator = task.function, X.n, task.generator
     u = unit_roundoff(dtype)
     floor = function.floor if function.count is None else task.norm
@@ -297,7 +297,7 @@ def _shrink_by_routes(records, functions, tol: float, state: WarmState | None, b
     in_parallel(lambda task: write(task, ball), tasks)
     for record, entry in zip(records, work, strict=True):
         if record.shards is not None:
-            record.shards.turn_back(entry[0].W, record.target[0], entry[0].local_shapes)
+            record.shards.from_row_shards(entry[0].W, record.target[0], entry[0].local_shapes)
     if state:
         dense = {"memory_format": torch.contiguous_format}  # as it comes back from a checkpoint
         state.remember({task.key: task.basis.clone(**dense) for task in tasks if task.basis is not None})
@@ -309,8 +309,8 @@ def _tasks(record: Record, function: Spectral, tol: float, state: WarmState | No
     W, center, key, tol = record.target, record.target_center, record.key, function.tolerance(tol)
     m, n = W.shape[-2:]
     if record.shards is not None:
-        X, local_shapes = record.shards.turn(W[0])
-        C = None if center is None else record.shards.turn(center[0])[0]
+        X, local_shapes = record.shards.to_row_shards(W[0])
+        C = None if center is None else record.shards.to_row_shards(center[0])[0]
         tasks = [Task(X, function, C, f"{key}.0", tol, shards=record.shards, local_shapes=local_shapes)]
     elif not W.numel():
         return []

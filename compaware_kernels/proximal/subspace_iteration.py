@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..distributed.row_sharded import Rows
+from ..distributed.row_sharded import RowSharded
 from ..ops.linalg import COLUMNS, inner, product, times, without
 from .error_bounds import Sketch, norm_from_log, sketch_triplets
 
@@ -73,7 +73,7 @@ class Subspace:
 
     def __init__(
         self,
-        X: Rows,
+        X: RowSharded,
         threshold: float,
         V: Tensor,
         tol: float,
@@ -121,7 +121,7 @@ class Subspace:
 
     def _polish(self) -> Triplets | None:
         """The triplets from the directions that V has."""
-        source = self.X.normalised(self._ahead(self.V))
+        source = self.X.normalize_columns(self._ahead(self.V))
         self.V, self.Y = self.V[:, :0], source[:, :0]
         self.YtY = source.new_empty(0, 0, dtype=torch.float64)
         for step in range(MAX_PASSES):
@@ -170,7 +170,7 @@ class Subspace:
 
     def _choose(self, squares: Tensor) -> None:
         """mu, descending, from ascending squares; how many triplets are wanted, and how many are to be checked."""
-        mu = self.mu = [math.sqrt(max(square, 0.0)) for square in reversed(self.X.agree(squares).tolist())]
+        mu = self.mu = [math.sqrt(max(square, 0.0)) for square in reversed(self.X.broadcast(squares).tolist())]
         if self.count is not None:
             self.threshold = mu[self.count - 1] if len(mu) >= self.count else 0.0
         self.rank = sum(x > self.threshold for x in mu) if self.count is None else min(self.count, len(mu))
@@ -187,7 +187,7 @@ class Subspace:
         while power < MAX_POWER and growth < self.threshold and self.rho > QUIET * self.threshold:
             ahead = power % 2 == 0
             y = self._ahead(y) if ahead else without(self._back(y), self.V)
-            norm = self.X.norm(y) if ahead else self.X.agree_on(float(torch.linalg.vector_norm(y)))
+            norm = self.X.norm(y) if ahead else self.X.broadcast_float(float(torch.linalg.vector_norm(y)))
             power += 1
             if norm == 0:
                 self.rho = min(self.rho, self.slack)
@@ -212,26 +212,26 @@ class Subspace:
 
     def _ahead(self, V: Tensor) -> Tensor:
         self.products += V.shape[1]
-        return self.X.ahead(V)
+        return self.X.matmul(V)
 
     def _back(self, Y: Tensor) -> Tensor:
         self.products += Y.shape[1]
-        return self.X.back(Y)
+        return self.X.rmatmul(Y)
 
 
-def _spread(B: Tensor, Z: Tensor, X: Rows) -> int:
+def _spread(B: Tensor, Z: Tensor, X: RowSharded) -> int:
     """About how many directions R has, from R Omega and R^T R Omega: ``(sum sigma^2)^2 / sum sigma^4``."""
-    first, second = X.norm(B.double()), X.agree_on(float(torch.linalg.vector_norm(Z, dtype=torch.float64)))
+    first, second = X.norm(B.double()), X.broadcast_float(float(torch.linalg.vector_norm(Z, dtype=torch.float64)))
     return int((first * (first / second)) ** 2 / B.shape[1]) if second else 0  # in this order it cannot overflow
 
 
-def outside(Y: Tensor, V: Tensor, X: Rows) -> Tensor:
+def outside(Y: Tensor, V: Tensor, X: RowSharded) -> Tensor:
     """An orthonormal basis of (I - V V^T) Y, or of the directions of it that are more than rounding; the same for all
     among whom X is divided."""
     if not V.shape[1]:
         return orthonormalise(Y)
     W = without(orthonormalise(without(Y, V)), V)
-    norms = X.agree(torch.linalg.vector_norm(W, dim=0))
+    norms = X.broadcast(torch.linalg.vector_norm(W, dim=0))
     return W if bool((norms > 1 - 1e-5).all()) else without(orthonormalise(W[:, norms > 0.1]), V)
 
 

@@ -1,1 +1,3 @@
-"""ck.ProximalStep: the proximal operators attached to any torch optimizer."""
+"""Compression-aware training: ``ck.ProximalStep`` attaches proximal operators to a torch optimizer."""
+
+__all__: list[str] = []

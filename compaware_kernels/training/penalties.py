@@ -1,7 +1,7 @@
-"""The penalties that ProximalStep knows: keyword, proximal operator, scale, default order.
+"""Registry of the penalties of ProximalStep: keyword, proximal operator, scale, default order.
 
-To add one: a class (or, for a penalty on singular values, an instance of :class:`SpectralPenalty`) in
-:data:`PENALTIES`, and its keyword in :class:`.proximal_step.ProximalStep`.
+To add one, add a class (or, for a penalty on singular values, an instance of :class:`SpectralPenalty`) to
+:data:`PENALTIES`, and its keyword to :class:`.proximal_step.ProximalStep`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from ..proximal.spectral_functions import FirmThreshold, SoftThreshold, Spectral
 from ..proximal.warm_state import WarmState
 from .layer_record import LayerRecord
 
-TOL = 1e-3  # of the solver, relative to the threshold: that of ck.svt_
+__all__ = ["L1", "PENALTIES", "GroupLasso", "Penalty", "Settings", "SpectralPenalty", "Step", "shrink", "thresholds"]
+
+TOL = 1e-3  # of the solver, relative to the threshold; the default of ck.svt_
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What holds for every proximal step: the order of the penalties, and their parameters beside the strength."""
+    """Settings of all proximal steps: order of the penalties, and their parameters besides the strength."""
 
     order: tuple[str, ...]
     gamma: float = 3.0  # of the firm threshold
@@ -34,38 +36,42 @@ class Settings:
 
 @dataclass(frozen=True)
 class Step:
-    """What the penalties of one proximal step share."""
+    """Context of one proximal step, shared by its penalties."""
 
     warm: WarmState
     settings: Settings
-    guard: Guard | None = None  # of weights on a GPU, which elementwise operators need
+    guard: Guard | None = None  # finite check of weights on a GPU, for operators that have none of their own
 
-    def send(self, tau: Tensor) -> Tensor:
-        """Thresholds as the elementwise operators take them: 0 where a weight on the GPU is not finite."""
+    def guarded(self, tau: Tensor) -> Tensor:
+        """Thresholds ``[L]``, all 0 (so that nothing changes) if a weight on the GPU is not finite.
+
+        Args:
+            tau: fp64 on the CPU; the result is on the GPU if there is a guard.
+        """
         return self.guard.thresholds(tau) if self.guard else tau
 
 
 @dataclass(frozen=True)
 class SpectralPenalty:
-    """A penalty on the singular values of a layer's folded weight, by what its proximal operator does to them."""
+    """A penalty on the singular values of a layer's folded weight, defined by its proximal operator."""
 
     name: str
-    function: Callable[[float, Settings], Spectral]  # of the threshold
-    with_bias = False  # whether a neuron's bias belongs to what is shrunk
+    function: Callable[[float, Settings], Spectral]  # threshold -> function of the singular values
+    with_bias = False  # whether a neuron's bias is shrunk together with its weights
     can_be_centered = True  # whether it may act on W - C
-    guards_itself = True  # whether NaN and Inf on a GPU are found without a Guard
+    guards_itself = True  # whether the operator finds NaN and Inf on a GPU without a Guard
 
     def scale(self, parameters: int) -> float:
-        """The threshold per unit of strength; parameters: of one neuron."""
+        """Threshold per unit of strength, for neurons of so many parameters."""
         return 1.0
 
     def prox_(self, records: Sequence[LayerRecord], taus: Sequence[float], step: Step) -> None:
-        """Apply the proximal operator to every record, in place."""
+        """Apply the proximal operator to every record, in place; taus: threshold by record."""
         solver.shrink_(records, [self.function(tau, step.settings) for tau in taus], tol=TOL, state=step.warm)
 
 
 class GroupLasso:
-    """``sum_n sqrt(P) ||w_n||_2`` over the neurons, each its weights and its bias: P parameters."""
+    """Group lasso ``sum_n sqrt(P) ||w_n||_2`` over the neurons n, w_n [P] the weights and the bias of one."""
 
     name = "group"
     with_bias, can_be_centered, guards_itself = True, False, False
@@ -74,11 +80,11 @@ class GroupLasso:
         return math.sqrt(parameters)
 
     def prox_(self, records: Sequence[LayerRecord], taus: Sequence[float], step: Step) -> None:
-        shrinkage.shrink_neurons_(records, torch.tensor(taus, dtype=torch.float64), step.send)
+        shrinkage.shrink_neurons_(records, torch.tensor(taus, dtype=torch.float64), step.guarded)
 
 
 class L1:
-    """``||W||_1``: the sum of absolute values."""
+    """L1 norm ``||W||_1``: the sum of the absolute values of the weights."""
 
     name = "l1"
     with_bias, can_be_centered, guards_itself = False, False, False
@@ -87,12 +93,12 @@ class L1:
         return 1.0
 
     def prox_(self, records: Sequence[LayerRecord], taus: Sequence[float], step: Step) -> None:
-        taus = step.send(torch.tensor(taus, dtype=torch.float64))
+        taus = step.guarded(torch.tensor(taus, dtype=torch.float64))
         shrinkage.shrink_elements_([record.weight for record in records], taus)
 
 
 Penalty = SpectralPenalty | GroupLasso | L1
-# In the default order: L1 after the nuclear norm can raise the rank again, scaling rows cannot.
+# In the default order. L1 after the nuclear norm can raise the rank again; scaling rows, as group lasso does, cannot.
 PENALTIES: dict[str, Penalty] = {
     penalty.name: penalty
     for penalty in (
@@ -105,12 +111,12 @@ PENALTIES: dict[str, Penalty] = {
 
 
 def thresholds(strengths: Mapping[str, float], step: float, parameters: int) -> dict[str, float]:
-    """Strength x step x the penalty's scale, by penalty; parameters: of one neuron."""
+    """Threshold by penalty: strength x step x the penalty's scale, for neurons of so many parameters."""
     return {name: value * step * PENALTIES[name].scale(parameters) for name, value in strengths.items()}
 
 
 def shrink(records: Sequence[LayerRecord], settings: Settings, warm: WarmState) -> None:
-    """Apply the penalties in turn to the records, in place."""
+    """Apply the proximal operators of the penalties to the records, one after the other, in place."""
     step = Step(warm, settings, _guard(records, warm))
     for penalty in (PENALTIES[name] for name in settings.order):
         used = [record for record in records if penalty.name in record.taus]
@@ -121,12 +127,16 @@ def shrink(records: Sequence[LayerRecord], settings: Settings, warm: WarmState) 
 
 
 def _guard(records: Sequence[LayerRecord], warm: WarmState) -> Guard | None:
-    """Of all penalties on one GPU, unless all of them guard themselves."""
+    """Guard against NaN and Inf for weights on one GPU; None if every penalty has a check of its own.
+
+    Raises:
+        ValueError: NaN or Inf at an earlier step; if weights are on several devices, now.
+    """
     parts = [(part, record.label) for record in records if record.in_place for part in record.results]
     if not parts or all(PENALTIES[name].guards_itself for record in records for name in record.taus):
         return None
     weights, names = map(list, zip(*parts, strict=True))
     if len({W.device for W in weights}) == 1 and all(record.in_place for record in records):
         return gpu.guard(warm, weights, names)
-    check_all_finite(weights, names)  # of several devices: waits for them
+    check_all_finite(weights, names)  # synchronizes: the weights are on several devices
     return None

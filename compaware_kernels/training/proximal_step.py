@@ -1,4 +1,4 @@
-"""ProximalStep: the proximal operators attached to any torch optimizer."""
+"""ProximalStep: proximal operators on the weights of a model, run with any torch optimizer."""
 
 from __future__ import annotations
 
@@ -17,67 +17,71 @@ from ..nn.discovery import Layer, foldable_layers, require_matches
 from ..nn.unwrap import data_parallel_group, reshard, unwrapped, unwrapped_optimizer
 from ..proximal.warm_state import WarmState, from_text, to_text
 from .coordinator import Coordinator
-from .layer_record import LayerRecord, center_of, write_back
+from .layer_record import LayerRecord, center_weight, write_back
 from .penalties import PENALTIES, Settings, thresholds
 from .replicas import MODES
-from .report import ProximalReport, spectrum
+from .report import ProximalReport, layer_spectrum
+
+__all__ = ["ProximalStep"]
 
 Strength = float | Mapping[str, float]
-KEPT = "no weight was changed"
+NO_CHANGE = "no weight was changed"
 
 
 class ProximalStep:
-    """Compression-aware training: after the optimizer has moved the weights, shrink them towards low rank and few rows.
+    """Compression-aware training: proximal steps after optimizer steps shrink the weights toward low rank and few rows.
 
-    Minimises ``loss + sum_l nuclear_l ||W_l||_* + group_l sum_n sqrt(P_l) ||w_l^n||_2 + l1_l ||W_l||_1`` by alternating
-    the optimizer's steps on the loss with proximal steps on the penalties (applied in turn):
+    Minimizes ``loss + sum_l nuclear_l ||W_l||_* + group_l sum_n sqrt(P_l) ||w_l^n||_2 + l1_l ||W_l||_1`` by alternating
+    the optimizer's steps on the loss with proximal steps on the penalties, one penalty after the other:
 
         ``W <- prox(W, t * strength * ramp)``
 
-    with t the learning rate that W's parameter group has now (or 1), and ramp the warm-up factor. A neuron's group is
-    its weights and its bias, if that is trained, ``P_l`` their number. With plain SGD this is the proximal gradient
-    method of the source; with momentum or an adaptive optimizer the step is decoupled from its metric, as weight decay
-    is in AdamW.
+    with t the current learning rate of W's parameter group (or 1), and ramp the warm-up factor. A neuron's group is
+    its weights and, if that is trained, its bias; ``P_l`` is their number. With plain SGD this is the proximal gradient
+    method of the source; with momentum or an adaptive optimizer the step is decoupled from the optimizer's metric, like
+    weight decay in AdamW.
 
-    An average of the weights (``AveragedModel``) has full rank: compress it at the ranks of the weights themselves,
-    ``ck.compress(ema, {r.name: ck.ranks.fixed(r.rank) for r in prox.report()}, ...)``; on digits that kept 97.7 % of
-    held-out images right, the average 97.8 % and the weights 97.2 % (means of 6 runs).
+    An average of the weights (``AveragedModel``) has full rank: compress it to the ranks of the weights themselves,
+    ``ck.compress(ema, {r.name: ck.ranks.fixed(r.rank) for r in prox.report()}, ...)``; on digits its accuracy
+    was then 97.7 %, that of the average 97.8 % and that of the weights 97.2 % (held-out images, means of 6 runs).
 
     Args:
-        model: its Linear layers and (transposed) convolutions are treated; the rest is listed in ``skipped``. A weight
-            that several layers share is shrunk once; a parametrized one through its parametrization's right inverse.
-            What torch.compile, DistributedDataParallel or AveragedModel wrapped around the model is looked through, and
-            names are without what compiled or checkpointed submodules add to them.
-        optimizer: any torch optimizer over the model's parameters. Parameters it does not hold, and frozen ones, are
-            left alone, now or later. Steps that a GradScaler skips do not count.
+        model: its Linear layers, convolutions and transposed convolutions are shrunk; other layers are listed in
+            ``skipped``. A weight that several layers share is shrunk once, a parametrized weight through the right
+            inverse of its parametrization. The model may be wrapped (torch.compile, DistributedDataParallel,
+            AveragedModel); names are those without the parts that torch.compile and activation checkpointing add.
+        optimizer: any torch optimizer over the model's parameters. Parameters that it does not hold and parameters with
+            ``requires_grad=False`` are not changed; both are looked up at every step. Steps that a GradScaler skips do
+            not count.
         nuclear, group, l1, firm: strengths >= 0 of the penalties: one number, or numbers by layer name pattern
             (``{"features.*": 0.1, "head": 0.0}``, first match wins, no match is 0).
-        gamma: of the firm penalty, > 1: singular values above gamma times the threshold are not shrunk at all (the
-            minimax concave penalty, see :func:`compaware_kernels.firm_svt`): without the nuclear norm's bias.
-        every: ``"epoch"``: you call :meth:`step` at the end of each epoch, as in the paper. An int k: a proximal step
-            runs by itself after every k optimizer steps. The strength is per proximal step: more steps shrink more.
-        scale_by_lr: multiply by the current learning rate (the proximal gradient method) or not.
+        gamma: of the firm penalty (minimax concave, see :func:`compaware_kernels.firm_svt`), > 1: singular values above
+            gamma times the threshold are not shrunk, so that it has no bias there, as the nuclear norm has.
+        every: ``"epoch"``: you call :meth:`step` at the end of each epoch, as in the paper. An int k: a hook takes a
+            proximal step after every k optimizer steps. The strength is per proximal step: more steps shrink more.
+        scale_by_lr: whether thresholds are multiplied by the current learning rate (the proximal gradient method).
         order: of the penalties, all that have a strength (default: nuclear, firm, group, l1). L1 after nuclear can
             raise the rank again; scaling rows cannot.
         fold: how convolutions become matrices for the nuclear norm, see :mod:`compaware_kernels.folds`.
-        skip: name patterns of layers to leave alone.
+        skip: name patterns (``fnmatch``) of layers not to shrink.
         warmup: the thresholds of the first ``warmup`` proximal steps grow linearly to their full size.
         center: a model of the same architecture, with weights C: the penalty is ``nuclear_l ||W_l - C_l||_*``, so that
-            fine-tuning learns the rank of its update (see :func:`export_lora`). The report is then that of ``W - C``.
-        process_group: processes that hold the same weights (default: those of the DistributedDataParallel around the
-            model). They stay the same to the last bit.
-        division: of the work among them: ``"owner"``: each layer is shrunk by one process, which broadcasts it;
-            ``"replicated"``: by all; ``"auto"``: by the faster way, as measured. Sharded weights (DTensor: FSDP2's
-            ``fully_shard``, tensor parallel) are shrunk where they lie, by small all-reduces; none is gathered.
+            fine-tuning learns an update of low rank (see :func:`export_lora`). The report is then that of ``W - C``.
+        process_group: ranks with the same weights (default: those of the DistributedDataParallel around the model).
+            Their weights stay bitwise identical.
+        division: how the layers are partitioned over these ranks: ``"owner"``: one rank shrinks each layer and
+            broadcasts it; ``"replicated"``: every rank shrinks all layers; ``"auto"``: the faster of both, measured.
+            Sharded weights (DTensor: FSDP2's ``fully_shard``, tensor parallel) are shrunk without gathering, by small
+            all-reduces; with ``"owner"``, one rank gathers each layer, shrinks it and scatters it back.
 
     Attributes:
-        layers: the layers treated.  skipped: name -> reason for all others that have weights.
-        steps: optimizer steps seen.  applied: proximal steps taken.
-        warm: what the nuclear prox remembers of each layer, see :class:`WarmState`.
+        layers: the layers that are shrunk.  skipped: name -> reason, for all others that have weights.
+        steps: optimizer steps counted.  applied: proximal steps taken.
+        warm: warm start of the singular value thresholding of each layer, see :class:`WarmState`.
 
     Raises:
-        ValueError: negative or infinite strength, unknown fold or order, gamma <= 1, every < 1, a pattern that matches
-            no layer, a model none of whose foldable layers is trained by the optimizer, a center of another
+        ValueError: negative or infinite strength, unknown fold, order or division, gamma <= 1, every < 1, warmup < 0, a
+            pattern that matches no layer, an optimizer that trains no foldable layer of the model, a center of another
             architecture or together with ``group`` or ``l1``.
 
     Source: Alvarez & Salzmann, NIPS 2017 (arXiv 1711.02638), section 3; NIPS 2016 for the group term.
@@ -104,13 +108,13 @@ class ProximalStep:
         division: str = "auto",
     ):
         if not (every == "epoch" or (isinstance(every, int) and every >= 1)):
-            raise ValueError(f"every must be 'epoch' or a number of optimizer steps >= 1; got {every!r}")
+            raise ValueError(f"every: wanted 'epoch' or a number of optimizer steps >= 1; got {every!r}")
         if not (isinstance(gamma, float | int) and 1 < gamma < math.inf):
             raise ValueError(f"gamma: wanted a finite number > 1; got {gamma!r}")
         if not (isinstance(warmup, int) and warmup >= 0):
-            raise ValueError(f"warmup must be a number of proximal steps >= 0; got {warmup!r}")
+            raise ValueError(f"warmup: wanted a number of proximal steps >= 0; got {warmup!r}")
         if division not in MODES:
-            raise ValueError(f"division must be one of {', '.join(MODES)}; got {division!r}")
+            raise ValueError(f"division: wanted one of {', '.join(MODES)}; got {division!r}")
         row_axes(fold, 2)
         self.optimizer, self.every, self.scale_by_lr = unwrapped_optimizer(optimizer), every, scale_by_lr
         self.order, self.fold, self.warmup = tuple(PENALTIES if order is None else order), fold, warmup
@@ -127,52 +131,54 @@ class ProximalStep:
             require_matches(list(spec) if isinstance(spec, Mapping) else [], names, penalty)
         if not self._trained():
             raise ValueError(
-                "the optimizer holds no weight of a Linear or convolution of this model: nothing to shrink"
+                "optimizer: wanted the weight of a Linear or convolution of this model; got none: nothing to shrink"
             )
         self.centers = None if center is None else _centers(unwrapped(center), self.layers, self.strengths)
         self.steps = self.applied = 0
         self.warm = WarmState()
         ranks, settings = process_group or data_parallel_group(model), Settings(self.order, gamma)
         self._coordinator = Coordinator(ranks, division, settings)
-        self._coordinator.warn_if_alone(self.layers)
+        self._coordinator.warn_if_not_distributed(self.layers)
         self._hook = self.optimizer.register_step_post_hook(self._after_optimizer_step)
 
     @torch.compiler.disable
     def _after_optimizer_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        overflow = getattr(optimizer, "found_inf", None)  # fused optimizers skip a GradScaler's steps by themselves
+        """Count an optimizer step, and take the proximal step after every k of them."""
+        overflow = getattr(optimizer, "found_inf", None)  # set by GradScaler; fused optimizers skip the step themselves
         if overflow is not None and bool(overflow):
             return
         if kwargs == {"closure": None} and not any(group["lr"] for group in optimizer.param_groups):
-            return  # so torch.distributed.checkpoint makes an optimizer's state; it moves no weight
+            return  # torch.distributed.checkpoint initializes an optimizer's state by such a step; no weight changes
         if self.every != "epoch" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"every={self.every}: a CUDA graph would replay optimizer steps without this hook; "
-                               "wanted every='epoch' and calls of step()")  # fmt: skip
+            raise RuntimeError(f"every: wanted 'epoch' and calls of step(), because a CUDA graph replays "
+                               f"optimizer steps without their hooks; got {self.every}")  # fmt: skip
         self.steps += 1
         if self.every != "epoch" and self.steps % self.every == 0:
             self.step()
 
     def _reshard(self) -> None:
+        """Reshard FSDP2 modules of the model and the center left unsharded after forward."""
         for model in (self.model, self.center):
             if model is not None:
                 reshard(model)
 
     def remove(self) -> None:
-        """Detach from the optimizer: no proximal step runs by itself any more."""
+        """Remove the hook from the optimizer: its steps are no longer counted and take no proximal steps."""
         self._hook.remove()
 
     @torch.compiler.disable
     @torch.no_grad()
     def step(self) -> None:
-        """Take one proximal step now, on every layer.
+        """Take one proximal step on every layer; a collective call where weights are sharded or replicated.
 
-        All or nothing: on an error no weight is changed. On a GPU, which nothing waits for, NaN or Inf is found there:
-        it stops the step, and a later one raises.
+        All or nothing: on an error no weight is changed. On a GPU nothing is synchronized: the device finds NaN or Inf
+        and then changes no weight, and a later step raises.
 
         Raises:
-            ValueError: NaN or Inf in a weight, or a parametrization that cannot hold the result, with the layer's name;
-                of sharded or replicated weights on every process, wherever it was found.
-            RuntimeError: another process has left. One that fails in the middle of a layer that is shrunk where it
-                lies, and goes on all the same, keeps the others waiting until the process group's timeout.
+            ValueError: NaN or Inf in a weight, or a parametrization that cannot represent the result, with the layer's
+                name; on all ranks of sharded or replicated weights, whichever rank found it.
+            RuntimeError: another rank has exited. A rank that fails while it shrinks a sharded layer but does not exit
+                leaves the others waiting until the timeout of the process group.
         """
         self._reshard()
         records = self._records()
@@ -183,12 +189,14 @@ class ProximalStep:
         except Exception as error:
             self.warm.load_state_dict(before)
             if isinstance(error, RuntimeError) and dist.is_available() and dist.is_initialized():
-                raise RuntimeError(f"proximal step: failed here, or lost another process; {KEPT}: {error}") from error
+                raise RuntimeError(
+                    f"proximal step: failed here, or lost another process; {NO_CHANGE}: {error}"
+                ) from error
             raise
         self.applied += 1
 
     def _records(self) -> list[LayerRecord]:
-        """One for every layer that the next proximal step changes."""
+        """Records of the layers that the next proximal step changes: trained, with a threshold > 0."""
         records = []
         for layer, bias, lr in self._trained():
             rows, center = layer.rows.detach(), (self.centers or {}).get(layer.name)
@@ -199,18 +207,18 @@ class ProximalStep:
         return records
 
     def thresholds(self) -> dict[str, dict[str, float]]:
-        """What the next proximal step will subtract, per layer and penalty."""
+        """Thresholds of the next proximal step, layer -> penalty -> tau, for the current learning rates."""
         self._reshard()
         return {layer.name: self._taus(layer.name, layer.rows, bias, lr) for layer, bias, lr in self._trained()}
 
     def _taus(self, name: str, rows: Tensor, bias: Tensor | None, lr: float) -> dict[str, float]:
-        """Strength x learning rate x ramp x the penalty's scale, for a layer of these rows and this trained bias."""
+        """Thresholds of a layer by penalty: strength x learning rate x ramp x the penalty's scale; bias: if trained."""
         parameters = rows.shape[1:].numel() + (bias is not None)
         step = min(1.0, (self.applied + 1) / (self.warmup + 1)) * (lr if self.scale_by_lr else 1.0)
         return thresholds(self.strengths[name], step, parameters)
 
     def _trained(self) -> list[tuple[Layer, Tensor | None, float]]:
-        """What the optimizer holds and trains now: layers, their biases if these, too, and learning rates."""
+        """(layer, its bias if trained, learning rate) of the layers whose parameters the optimizer trains now."""
         lr = {
             id(p): float(group["lr"])
             for group in self.optimizer.param_groups
@@ -223,44 +231,48 @@ class ProximalStep:
 
     @torch.no_grad()
     def report(self) -> ProximalReport:
-        """Rank, sum and largest of the singular values, and share of live rows, of every layer now.
+        """Rank, nuclear and spectral norm, and fraction of nonzero rows of every layer, now.
 
-        A singular value counts in the rank when it stands out of the rounding of the weight's dtype
-        (:func:`compaware_kernels.ranks.numerical_rank`). Costs one set of singular values per layer. Where weights are
-        sharded, all processes must ask.
+        The rank is the numerical rank in the weight's dtype (:func:`compaware_kernels.ranks.numerical_rank`). Computes
+        the singular values of every layer. A collective call if weights are sharded.
         """
         self._reshard()
         thresholds = self.thresholds()
         report = ProximalReport()
         for layer in self.layers:
-            rows = layer.rows if self.centers is None else layer.rows - center_of(layer, self.centers[layer.name])
-            report.append(spectrum(layer.name, rows, self.fold, layer.groups, thresholds.get(layer.name, {})))
+            rows = layer.rows if self.centers is None else layer.rows - center_weight(layer, self.centers[layer.name])
+            report.append(layer_spectrum(layer.name, rows, self.fold, layer.groups, thresholds.get(layer.name, {})))
         return report
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the model and the optimizer to go on as if nothing had happened.
+        """State for a checkpoint, besides those of the model and the optimizer: resuming is then bitwise reproducible.
 
-        Two numbers and a text: for ``torch.save`` (loads with ``weights_only=True``) and, where the ProximalStep itself
-        is in the dictionary, for ``torch.distributed.checkpoint``. Later steps do not change it. The same on every
-        process, and of use to any number of them; where sharded weights have owners, all processes must ask.
+        Two numbers and a text: for ``torch.save`` (loads with ``weights_only=True``) and, if the ProximalStep itself is
+        in the dictionary, for ``torch.distributed.checkpoint``. A copy that later steps do not change, equal on all
+        ranks, and loadable with any number of ranks. A collective call if sharded weights have owners.
         """
-        self._coordinator.collect(self.warm)
+        self._coordinator.collect_bases(self.warm)
         return {"steps": self.steps, "applied": self.applied, "warm": to_text(self.warm.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`.  Raises ValueError for anything else, and then changes nothing."""
+        """Restore :meth:`state_dict`.
+
+        Raises:
+            ValueError: ``state`` has other entries or types; nothing has changed.
+        """
         wanted = {"steps": int, "applied": int, "warm": str}
         if (
             not isinstance(state, Mapping)
             or state.keys() != wanted.keys()
             or any(not isinstance(state[key], kind) for key, kind in wanted.items())
         ):
-            raise ValueError(f"wanted a ProximalStep state with {', '.join(wanted)}; got {state!r:.200}")
+            raise ValueError(f"state: wanted a ProximalStep state with {', '.join(wanted)}; got {state!r:.200}")
         self.warm.load_state_dict(from_text(state["warm"]))
         self.steps, self.applied = state["steps"], state["applied"]
 
 
 def _check_order(order: Sequence[str], strengths: Mapping[str, Strength]) -> None:
+    """Raise ValueError for an unknown or repeated penalty, or one that has a strength and is missing."""
     if len(set(order)) != len(order) or not set(order) <= set(PENALTIES):
         raise ValueError(f"order: wanted some of {', '.join(PENALTIES)}, each at most once; got {tuple(order)}")
     for penalty, spec in strengths.items():
@@ -269,10 +281,12 @@ def _check_order(order: Sequence[str], strengths: Mapping[str, Strength]) -> Non
 
 
 def _centers(center: nn.Module, layers: list[Layer], strengths: Mapping[str, Mapping[str, float]]) -> dict[str, Layer]:
-    """The layers of ``center`` by the names of the model's."""
+    """Layers of ``center`` by name; raises ValueError if they do not match the model's or a penalty has no center."""
     fixed = [name for name, penalty in PENALTIES.items() if not penalty.can_be_centered]
     if any(by[name] for by in strengths.values() for name in fixed):
-        raise ValueError(f"center: only penalties on singular values can be centered; wanted {' = '.join(fixed)} = 0")
+        raise ValueError(
+            f"center: wanted {' = '.join(fixed)} = 0; got a strength: only singular values can be centered"
+        )
     found = {layer.name: layer for layer in foldable_layers(center, training=True)[0]}
     for layer in layers:
         other = found.get(layer.name)
@@ -280,12 +294,12 @@ def _centers(center: nn.Module, layers: list[Layer], strengths: Mapping[str, Map
             got = "none" if other is None else list(other.weight.shape)
             raise ValueError(f"center: wanted a weight {list(layer.weight.shape)} for {layer.name}; got {got}")
         if any(p is q for p in layer.parameters for q in other.parameters):
-            raise ValueError(f"center: {layer.name} is the same weight there; wanted a copy made before training")
+            raise ValueError(f"center: wanted a copy made before training; got the model's own weight for {layer.name}")
     return found
 
 
 def _strength(spec: Strength, name: str, penalty: str) -> float:
-    """The strength of one layer, from one number or from a mapping of name patterns."""
+    """Strength of a penalty for one layer: the number, or that of the first matching name pattern, else 0."""
     value = (
         next((v for pattern, v in spec.items() if fnmatchcase(name, pattern)), 0.0)
         if isinstance(spec, Mapping)

@@ -1,4 +1,4 @@
-"""The GPU benchmark (bench/proximal/gpu_race.py), on the CPU and with matrices that take no time."""
+"""GPU benchmark (bench/proximal/gpu_race.py): run on the CPU with small matrices."""
 
 import pytest
 import torch
@@ -24,13 +24,13 @@ def truths(weights):
     return [gpu_race.svd(W.double(), 0) for W in weights]
 
 
-def test_everybody_is_right(regime):
+def test_every_method_is_correct(regime):
     ours, weights, exact = regime
     found = gpu_race.race(ours, weights, exact, "cpu", rounds=2)
     assert set(found) == {"compaware", *gpu_race.peers("cpu")}
     for name, row in gpu_race.table(found, 1.0).items():
         assert row["ms"] > 0 and row["error"] < 1, name
-        assert row["ok"] or name in ("newton-schulz", "gram, eigh"), name  # fp32 is too little for these
+        assert row["ok"] or name in ("newton-schulz", "gram, eigh"), name  # fp32 is not accurate enough for these
         assert (row["predicted ms"] is not None) is (name == "compaware")
 
 
@@ -43,7 +43,7 @@ def test_a_wrong_result_has_no_ratio(regime, monkeypatch):
     assert table["svd"]["x svd"] == 1
 
 
-def test_every_round_begins_alike(regime):
+def test_every_round_starts_from_the_same_state(regime):
     ours, weights, _ = regime
     results = []
     for _ in range(2):
@@ -55,7 +55,7 @@ def test_every_round_begins_alike(regime):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_batches_of_one_shape():
+def test_matrices_of_one_shape_are_batched():
     weights = [torch.randn(shape) for shape in SHAPES]
     batches, exact = [], truths(weights)
     gpu_race.by_shape(lambda X: batches.append(X.shape) or gpu_race.svd(X, 0))(weights)
@@ -64,7 +64,7 @@ def test_batches_of_one_shape():
         assert torch.allclose(W.double(), P, atol=1e-4)
 
 
-def test_chips():
+def test_nearest_chip():
     assert gpu_race.chip_of("NVIDIA H200", (9, 0)) == ("H200 SXM", "")
     assert gpu_race.chip_of("NVIDIA A100-SXM4-80GB", (8, 0)) == ("A100 80 GB SXM", "")
     chip, remark = gpu_race.chip_of("NVIDIA L40S", (8, 9))

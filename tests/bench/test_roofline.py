@@ -1,4 +1,4 @@
-"""The model of the GPU step's time (bench/models/step_model.py) counts what the programs do."""
+"""Time model of the GPU step (bench/models/step_model.py): its counts match what the programs do."""
 
 import re
 from math import ceil
@@ -17,7 +17,7 @@ H100 = model.GPUS["H100 SXM"]
 
 
 def multiplied(m, n, k, p=32):
-    """flops of the products of proximal/cuda/subspace_iteration.py for one layer, by program, written down anew."""
+    """flops of the products of proximal/cuda/subspace_iteration.py for one layer, by program, counted independently."""
 
     def gemm(*sizes):
         return 2 * sizes[0] * sizes[1] * sizes[2]
@@ -33,7 +33,7 @@ def multiplied(m, n, k, p=32):
     return first, second, third, triplets + checks + powers
 
 
-def test_flops_are_those_of_an_independent_count():
+def test_flops_equal_an_independent_count():
     m, n = 300, 200
     plan = model.plan_of([(m, n)], 40)
     (k,) = {x.k for x in plan.layers}
@@ -41,10 +41,11 @@ def test_flops_are_those_of_an_independent_count():
     predicted = model.predict(H100, plan)
     programs = [launch for launch in predicted.launches if launch.tiles]
     counted = [sum(part.flops for part in launch.parts) for launch in programs]
-    assert counted == [*multiplied(m, n, k), 2 * m * n * k, 0]  # the last program: all of it, not taken
+    # the last program: products of the whole matrix, not run
+    assert counted == [*multiplied(m, n, k), 2 * m * n * k, 0]
 
 
-def test_tiles_are_those_that_are_launched():
+def test_tile_counts_equal_those_launched():
     plan = model.plan_of([(300, 200), (5000, 96)], 0.125)
     for program in plan.programs:
         works = [work for stage in model.stages(program) for work in stage]
@@ -55,7 +56,7 @@ def test_tiles_are_those_that_are_launched():
             assert work.tiles * work.tile_flops >= work.flops
 
 
-def test_a_stage_is_no_faster_than_its_bounds():
+def test_a_stage_takes_at_least_its_bounds():
     program = Program(layers=1)
     A, B = torch.empty(8192, 8192, device="meta"), torch.empty(8192, 8192, device="meta")
     program.multiply(0, A, B, torch.empty(8192, 8192, device="meta"))
@@ -72,8 +73,8 @@ def test_launches(share):
     assert len(counts) == 1 and max(counts) <= 16
 
 
-def test_the_sheet_is_what_the_model_says():
-    """Written by bench/models/step_roofline.py: to be written again when the step or the model changes."""
+def test_committed_predictions_are_up_to_date():
+    """On a failure: run bench/models/step_roofline.py again; the step or its model has changed."""
     text = (Path(workloads.__file__).parents[1] / "results" / "roofline-step.md").read_text()
     (row,) = re.findall(r"^\| ResNet-50 \| warm \|(.*)\|$", text, re.M)
     cells = [float(cell.replace(",", "")) for cell in row.split("|")]

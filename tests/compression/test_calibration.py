@@ -1,4 +1,4 @@
-"""Factorisation by what layers read."""
+"""Calibrated factorization: second moments of a layer's inputs, and the best factors by them."""
 
 import copy
 
@@ -28,13 +28,13 @@ LAYERS = {
 
 
 def inputs(shape):
-    """Of uneven channels, so that moments are far from the identity."""
+    """Inputs with uneven channels, whose second moments are far from the identity."""
     torch.manual_seed(3)
     return torch.randn(shape).cumsum(1 if len(shape) > 3 else -1).double()
 
 
 def responses(module, x, M, fold="paper"):
-    """What the layer gives for the folded matrix M, without its bias."""
+    """Output of the layer with the folded matrix M as its weight, without bias."""
     other = copy.deepcopy(module)
     with torch.no_grad():
         Layer("", other).set_rows(from_matrix(M, Layer("", other).rows.shape, fold))
@@ -43,8 +43,8 @@ def responses(module, x, M, fold="paper"):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_moments_are_those_of_the_outputs(name):
-    """tr(M C M^T) is the energy of the outputs, whatever M; to the paper's fold all kernel axes are columns."""
+def test_moments_give_the_energy_of_the_outputs(name):
+    """tr(M C M^T) is the energy of the outputs for any M; in the paper's fold all kernel axes are columns."""
     make, shape = LAYERS[name]
     module, x = make().double(), inputs(shape)
     C = second_moment(module, x, "paper")
@@ -57,9 +57,9 @@ def test_moments_are_those_of_the_outputs(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("fold", FOLDS)
-def test_best_is_the_best(name, fold):
-    """By the moments no other matrix of that rank is nearer: not the SVD's, not one beside it; and it keeps a matrix of
-    that rank as it is."""
+def test_factors_are_optimal(name, fold):
+    """By the moments no other matrix of that rank is closer: neither the truncated SVD nor a perturbation; a matrix of
+    that rank is kept as it is."""
     make, shape = LAYERS[name]
     module, x = make().double(), inputs(shape)
     M = Layer("0", module).matrix(fold).detach()
@@ -87,8 +87,8 @@ def test_best_is_the_best(name, fold):
     torch.testing.assert_close(seen.svd("0", fold, R).nearest(rank), R, atol=1e-8, rtol=0)
 
 
-def test_compress_loses_less_on_such_inputs():
-    """On inputs of a few directions, at the same ranks."""
+def test_compress_with_calibration_loses_less():
+    """On inputs that span a few directions, at the same ranks."""
     torch.manual_seed(0)
     model = small_convnet().double().eval()
     basis = torch.randn(6, 64, dtype=torch.float64)
@@ -103,8 +103,8 @@ def test_compress_loses_less_on_such_inputs():
     assert errors[1] < 0.6 * errors[0]
 
 
-def test_rules_see_outputs():
-    """Inputs in two directions need rank 2 of a full-rank layer; those that nothing reads need no more than one."""
+def test_rank_rules_see_output_energy():
+    """A full-rank layer needs rank 2 for inputs in two directions, and at most 1 for inputs that nothing reads."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 40).double())
     x = torch.randn(500, 2).double() @ torch.randn(2, 40).double()
@@ -135,8 +135,8 @@ def test_model_is_left_as_it_was():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_who_shares_a_weight_keeps_it():
-    """The head is cut, the embedding that it shares its weight with is not."""
+def test_shared_weights_are_kept():
+    """The head is factorized; the embedding that shares its weight is not."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 50, bias=False))
     model[1].weight = model[0].weight
@@ -145,7 +145,7 @@ def test_who_shares_a_weight_keeps_it():
     assert small[1].rank == 4 and torch.equal(small[0].weight, model[0].weight)
 
 
-def test_modes_come_back_one_by_one():
+def test_training_modes_are_restored_per_module():
     """Also after an error: a batch norm may be frozen in a model that trains."""
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8)).train()
     model[1].eval()
@@ -174,16 +174,16 @@ def test_errors(batches, words):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_padding_counts():
-    """A pixel that is only padded has nothing to say."""
+def test_padding_counts_as_zeros():
+    """A pixel of padding adds nothing to the moments."""
     conv, x = nn.Conv2d(1, 4, 3, padding=3).double(), torch.randn(1, 1, 2, 2).double()
     C = second_moment(conv, x, "paper")
     full = F.unfold(x, 3, padding=3)[0]
     torch.testing.assert_close(C[0], full @ full.T)
 
 
-def test_convolution_that_pads_by_itself_counts_as_without_inputs():
-    """What its matrix meets is not known: an input narrower than its kernel, say."""
+def test_convolution_that_pads_in_its_own_forward_is_not_calibrated():
+    """What its weight is multiplied with is unknown: the input may even be narrower than the kernel."""
 
     class Padded(nn.Conv2d):
         def forward(self, x):

@@ -1,4 +1,4 @@
-"""Training resumes from a checkpoint of any step as if it had not stopped; what is no checkpoint is refused."""
+"""Checkpoints of ProximalStep: training resumes bit-identically from any step; anything else is refused."""
 
 import base64
 import copy
@@ -27,7 +27,7 @@ OPTIMIZERS = {
 
 
 def start(name="momentum", wrap=lambda model: model):
-    """Layers that take subspaces: their bases come, grow and shrink."""
+    """Layers that take the subspace route: their bases appear, grow and shrink."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(200, 256), nn.ReLU(), nn.Linear(256, 200))
     with torch.no_grad():
@@ -76,7 +76,7 @@ def load_dcp(parts, path):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize(("save", "load"), [(save, load), (save_dcp, load_dcp)], ids=["torch", "dcp"])
-def test_resuming_at_any_step_is_bit_identical_to_not_stopping(save, load, name, tmp_path):
+def test_resuming_at_any_step_is_bit_identical(save, load, name, tmp_path):
     whole, columns = start(name), []
     for step in range(STEPS):
         train(*whole[:2], step, step + 1)
@@ -93,8 +93,8 @@ def test_resuming_at_any_step_is_bit_identical_to_not_stopping(save, load, name,
         assert_same(resumed, whole)
 
 
-def test_the_step_by_which_dcp_makes_an_optimizers_state_is_none():
-    """Its gradients and learning rates are 0, which would not stop thresholds that do not depend on them."""
+def test_dcp_initializing_optimizer_state_takes_no_proximal_step():
+    """DCP runs it with gradients and learning rates of 0; thresholds do not depend on either."""
     model, optimizer, prox = start("adamw")
     prox.every = 1
     before = copy.deepcopy(model.state_dict())
@@ -104,14 +104,14 @@ def test_the_step_by_which_dcp_makes_an_optimizers_state_is_none():
 
 
 @pytest.fixture
-def alone():
-    """A group of this process only."""
+def process_group():
+    """Process group of this process only."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
-def test_a_checkpoint_that_is_being_written_sees_no_later_step(alone, tmp_path):
+def test_later_steps_do_not_change_a_checkpoint_being_written(process_group, tmp_path):
     parts = start()
     train(*parts[:2], 0, 5)
     save(parts, tmp_path / "now.pt")
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_is_being_written_sees_no_later_step(alone, tmp_path):
 
 
 def train_on(rank, folder, first, last):
-    """On the same data everywhere: the mean of the gradients is bit for bit that of one process."""
+    """Same data in every process: the mean of the gradients is bit for bit that of one process."""
     parts = start(wrap=DistributedDataParallel)
     if first:
         load_dcp(parts, f"{folder}/{first}")
@@ -139,7 +139,7 @@ def train_on(rank, folder, first, last):
     return parts[0].module.state_dict(), parts[2].state_dict()
 
 
-def test_another_number_of_processes_goes_on_with_it(tmp_path):
+def test_resuming_with_another_number_of_processes(tmp_path):
     ((wanted, state),) = run(train_on, 1, f"{tmp_path}/whole", 0, STEPS)
     run(train_on, 1, f"{tmp_path}/parts", 0, 3)
     run(train_on, 2, f"{tmp_path}/parts", 3, 6)
@@ -149,7 +149,7 @@ def test_another_number_of_processes_goes_on_with_it(tmp_path):
 
 
 class Code:
-    """What pickle would run."""
+    """Object whose unpickling runs code."""
 
     def __reduce__(self):
         return (print, ("ran",))
@@ -161,7 +161,7 @@ def text(anything):
     return base64.b64encode(zlib.compress(file.getvalue())).decode()
 
 
-def test_what_is_no_state_of_a_proximal_step_is_refused_and_changes_nothing(capsys):
+def test_foreign_states_are_refused_and_change_nothing(capsys):
     model, optimizer, prox = start()
     train(model, optimizer, 0, 8)
     good, other = prox.state_dict(), ck.WarmState().state_dict()
@@ -179,7 +179,7 @@ def test_what_is_no_state_of_a_proximal_step_is_refused_and_changes_nothing(caps
         with pytest.raises(ValueError, match="wanted a ProximalStep state"):
             prox.load_state_dict(state)
     assert prox.state_dict() == good and not capsys.readouterr().out
-    for i in range(0, len(warm), len(warm) // 100):  # one letter wrong: refused, or it did not matter
+    for i in range(0, len(warm), len(warm) // 100):  # one changed character is refused, or is harmless
         try:
             prox.load_state_dict(good | {"warm": warm[:i] + ("A" if warm[i] != "A" else "B") + warm[i + 1 :]})
         except ValueError as error:
@@ -187,8 +187,8 @@ def test_what_is_no_state_of_a_proximal_step_is_refused_and_changes_nothing(caps
         assert prox.state_dict() == good
 
 
-def assert_goes_on(model, prox):
-    """A proximal step of the second layer is right and begins with what is remembered."""
+def assert_resumes(model, prox):
+    """A proximal step of the second layer is right and starts from the loaded basis."""
     wanted, columns = ck.svt(model[2].weight.detach().double(), 0.3), prox.warm.bases["2.0"].shape[1]
     prox.strengths["2"]["group"] = 0.0
     prox.step()
@@ -198,20 +198,20 @@ def assert_goes_on(model, prox):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_a_model_of_another_dtype_goes_on_with_the_state(dtype):
+def test_a_model_of_another_dtype_resumes(dtype):
     model, optimizer, prox = start()
     train(model, optimizer, 0, 8)
     model.to(dtype)
-    assert_goes_on(model, prox)
+    assert_resumes(model, prox)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False")
-def test_a_model_on_the_gpu_goes_on_with_the_state():
+def test_a_model_on_the_gpu_resumes():
     model, optimizer, prox = start()
     train(model, optimizer, 0, 8)
     for before, after in (("cpu", "cuda"), ("cuda", "cpu")):
         assert prox.warm.bases["2.0"].device.type == before
         model.to(after)
-        assert_goes_on(model, prox)
+        assert_resumes(model, prox)
         assert prox.warm.bases["2.0"].device.type == after

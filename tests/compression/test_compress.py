@@ -28,7 +28,7 @@ def network():
     return model
 
 
-def test_removal_and_factorisation_keep_the_function():
+def test_removal_and_factorization_keep_the_function():
     model = network()
     small, report = by_size(model, ck.ranks.threshold(1e-9), (X,))
     torch.testing.assert_close(small(X), model(X), rtol=0, atol=1e-12)
@@ -54,7 +54,7 @@ def test_break_even():
     assert (report.layers[0].macs_before, report.layers[0].macs) == (100, 80)
 
 
-def test_saved_model_comes_back(tmp_path):
+def test_saved_model_round_trip(tmp_path):
     small, _ = by_size(network(), ck.ranks.energy(0.9), (X,))
     ck.save(small, tmp_path / "small.safetensors")
     loaded = ck.load(tmp_path / "small.safetensors", small_convnet().double()).eval()
@@ -78,7 +78,7 @@ def test_other_architecture_names_the_layer(tmp_path):
 
 
 def test_compressed_twice(tmp_path):
-    """Factors are not cut again into factors of their own; from the dense model they can be cut further."""
+    """Factors are not factorized again; from the dense model smaller ranks are possible."""
     small, _ = by_size(network(), ck.ranks.fixed(20), (X,))
     again, report = by_size(small, ck.ranks.fixed(1), (X,))
     notes = {row.name: row.reason for row in report.layers}
@@ -123,7 +123,7 @@ def test_attention_still_runs_and_the_model_is_left_alone():
 
 @pytest.mark.parametrize("fold", ck.folds.FOLDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_kind_of_layer_is_saved_and_comes_back(tmp_path, fold, dtype):
+def test_every_layer_type_is_saved_and_loaded(tmp_path, fold, dtype):
     def dense():
         return nn.Sequential(
             nn.Conv2d(4, 8, 3, padding=1, groups=2, padding_mode="circular"), nn.BatchNorm2d(8), nn.ReLU(),
@@ -155,7 +155,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-def test_the_file_appears_only_when_it_is_whole(tmp_path, monkeypatch):
+def test_the_file_appears_only_when_complete(tmp_path, monkeypatch):
     path = tmp_path / "m.safetensors"
     path.write_bytes(b"old")
 
@@ -200,7 +200,7 @@ def test_saving_into_a_missing_folder(tmp_path):
 
 
 class Twice(nn.Module):
-    """One layer under two parents, and the same one again."""
+    """Model in which one layer has three names."""
 
     def __init__(self):
         super().__init__()
@@ -225,7 +225,7 @@ def test_a_layer_with_several_names_is_one(tmp_path):
     assert report.params == 32 * 33 and put_back.tail is put_back.body[0][0]
 
 
-def test_a_layer_that_is_put_back_shares_its_weight_as_before():
+def test_a_layer_that_stays_dense_still_shares_its_weight():
     model = nn.Sequential(*(nn.Conv2d(32, 32, 1, 2, bias=False) for _ in range(2)))
     model[1].weight, x = model[0].weight, torch.randn(1, 32, 8, 8)
     small, report = by_size(model, ck.ranks.fixed(12), (x,), fold="input")

@@ -1,4 +1,4 @@
-"""A model leaves this package: as plain layers, exported, traced, as ONNX."""
+"""Conversion of low-rank models: to torch.nn, torch.export, torch.jit.trace, ONNX."""
 
 import copy
 
@@ -17,7 +17,7 @@ folds = pytest.mark.parametrize("fold", FOLDS)
 
 
 class Network(nn.Module):
-    """Layers of each kind, nested, one under two names; one output is a dictionary."""
+    """Model with a layer of each kind, nested, one under two names; one output is a dictionary."""
 
     def __init__(self):
         super().__init__()
@@ -57,7 +57,7 @@ def ours(model):
 
 @folds
 @pytest.mark.parametrize("leave", (ck.to_plain, ck.to_dense))
-def test_nothing_of_ours_is_left_and_the_outputs_are_the_same(leave, fold):
+def test_plain_model_has_no_compaware_modules_and_the_same_outputs(leave, fold):
     model, x = network(fold)
     before = copy.deepcopy(model.state_dict())
     plain = leave(model)
@@ -82,7 +82,7 @@ def test_keys_of_the_state_dicts():
 
 @folds
 @pytest.mark.parametrize("leave", (ck.to_plain, ck.to_dense))
-def test_what_left_comes_back(leave, fold):
+def test_plain_checkpoints_load_into_low_rank_models(leave, fold):
     model, x = network(fold)
     other = copy.deepcopy(model)
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_a_model_that_is_itself_a_low_rank_layer():
     close(ck.to_dense(layer)(x), layer(x))
 
 
-def test_what_was_fused():
+def test_fused_layers():
     model, x = network()
     model.head.activation = "gelu"
     plain = ck.to_plain(model)
@@ -164,7 +164,7 @@ def test_traced_model():
 
 
 def run_as_onnx(model, inputs, path):
-    """Export to a file, check that it holds ops of the ONNX standard only, and run it there."""
+    """Export to a file, check that it holds only ops of the ONNX standard, and run it there."""
     names = [f"input{i}" for i in range(len(inputs))]
     program = torch.onnx.export(model, inputs, dynamo=True, input_names=names, verbose=False)
     domains = {node.domain for node in program.model.graph}
@@ -185,7 +185,7 @@ def test_onnx_model(fold, tmp_path):
 
 @pytest.mark.parametrize("kind", ("linear", "conv2d"))
 def test_onnx_of_fused_layers(kind, tmp_path):
-    """The activations and a residual that a fused layer adds are standard ops, too."""
+    """Activations and residual sums of fused layers become standard ops, too."""
 
     class Fused(nn.Module):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""Dead neurons go exactly, or stay with a reason: never a wrong removal."""
+"""Removal of dead neurons: exact, or refused with a reason."""
 
 import copy
 
@@ -140,7 +140,7 @@ def with_more_state(model):
 @pytest.mark.parametrize(
     "change, why", [(hooked, "hooks"), (with_its_own_forward, "hooks"), (with_more_state, "state")]
 )
-def test_layers_that_do_more_than_their_class_says_keep_their_size(change, why):
+def test_layers_with_hooks_or_extra_state_keep_their_size(change, why):
     _, removed, kept, _ = remove(change(prepared(Net())))
     assert not removed and why in kept["a"], kept
 
@@ -165,7 +165,7 @@ def test_zero_padding_reads_a_constant_only_where_it_is_zero():
     assert removed == {"a": 2}
 
 
-def test_outputs_and_shared_layers_stay():
+def test_output_layers_and_shared_layers_stay():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).double()
     with torch.no_grad():
         model[2].weight[0] = 0
@@ -188,7 +188,7 @@ def test_linear_on_sequences_followed_by_a_norm_over_another_axis():
     assert removed == {"0": 1}
 
 
-def test_all_dead_keeps_one_and_modes_are_kept():
+def test_one_dead_neuron_is_kept_if_all_are_dead_and_modes_are_kept():
     model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(), nn.Linear(6, 2)).double()
     model[2].eval()
     model[2].weight.requires_grad_(False)

@@ -1,6 +1,6 @@
-"""A fused model gives what the model gives: batch norms, activations, whole models; test_fuse_sums has residual sums.
+"""Fused models give the outputs of the original: batch norms, activations, whole models; residual sums: test_fuse_sums.
 
-Each case says what is left to run, so that nothing passes by not being fused.
+Each case lists the ops that remain, so that no test passes because nothing was fused.
 """
 
 import copy
@@ -30,7 +30,7 @@ NORMED = {
 
 @pytest.mark.parametrize("fold", [None, *FOLDS])
 @pytest.mark.parametrize("name", NORMED)
-def test_batch_norm_goes_into_the_weights(name, fold):
+def test_batch_norm_is_folded_into_the_weights(name, fold):
     dense, norm, shape = NORMED[name]
     for affine in (True, False):
         layer = low_rank_type(dense).from_dense(dense, 2, fold) if fold else copy.deepcopy(dense)
@@ -95,7 +95,7 @@ def replaced(layer):
 
 
 @pytest.mark.parametrize("why", NOT_FOLDED)
-def test_batch_norm_stays(why):
+def test_batch_norm_that_cannot_be_fused(why):
     make, x = NOT_FOLDED[why]
     model = make()
     assert any(kind.endswith(("BatchNorm1d", "BatchNorm2d", "GroupNorm")) for kind in steps(check(model, x)))
@@ -132,7 +132,7 @@ def test_activations(name, layer):
         lambda x: x.relu() + x,
     ],
 )
-def test_what_is_no_known_activation_stays(f):
+def test_unknown_activations_stay(f):
     fused = check(Net(lambda m, x: m.f(m.layer(x)), layer=conv(), f=f), IMAGE)
     assert fused.layer.activation == "none" and len(steps(fused)) > 1
 
@@ -144,7 +144,7 @@ def test_hooked_activation_stays():
 
 
 @pytest.mark.parametrize("run", [lambda m, x: m.layer(m.layer(x).relu()), lambda m, x: m.layer(x).relu() + m.layer(x)])
-def test_a_layer_that_is_called_twice_keeps_its_end(run):
+def test_a_layer_called_twice_is_not_fused(run):
     assert check(Net(run, layer=conv()), IMAGE).layer.activation == "none"
 
 
@@ -157,7 +157,7 @@ def test_one_activation_module_for_many_layers():
 
 
 class Block(nn.Module):
-    """Of a residual network: two convolutions with norms, and a shortcut."""
+    """Block of a residual network: two convolutions with norms, and a shortcut."""
 
     def __init__(self, inputs, outputs, stride):
         super().__init__()
@@ -174,7 +174,7 @@ class Block(nn.Module):
 
 
 class Inverted(nn.Module):
-    """Of MobileNetV2, with a convolution per channel that is not low-rank."""
+    """Block of MobileNetV2 with a depthwise convolution, which is not low-rank."""
 
     def __init__(self, channels):
         super().__init__()
@@ -190,7 +190,7 @@ class Inverted(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Of BERT: attention, two linear layers, layer norms after the sums."""
+    """Encoder layer of BERT: attention, two linear layers, layer norms after the sums."""
 
     def __init__(self, width=16):
         super().__init__()
@@ -260,7 +260,7 @@ def test_convolutions_get_channels_last_and_views_of_them_still_work():
     check(nn.Sequential(nn.Conv3d(8, 4, 2), nn.ReLU()), torch.randn(2, 8, 3, 3, 3))
 
 
-def test_example_inputs_that_the_model_writes_over():
+def test_example_inputs_that_the_model_overwrites():
     model = Net(lambda m, x: m.layer(x.add_(1)), layer=conv())
     x = IMAGE.clone()
     fused = ck.fuse(model, (x,))

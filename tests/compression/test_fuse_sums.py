@@ -1,4 +1,4 @@
-"""Residual sums in fused models: in every form, and in place only where nothing else sees it."""
+"""Residual sums in fused models: every form of them; in place only where no other op reads the memory."""
 
 import copy
 import operator
@@ -48,13 +48,13 @@ def test_residual_sums(form, layer):
 
 
 @pytest.mark.parametrize("form", NO_SUMS)
-def test_what_is_no_residual_sum_stays(form):
+def test_sums_that_are_not_residual_stay(form):
     fused = check(Net(NO_SUMS[form], layer=conv(3)), IMAGE)
     assert flags(fused, "residual") == [] and len(steps(fused)) > 1
 
 
-def test_what_a_layer_has_already():
-    """A second sum, and one after an activation, stay outside."""
+def test_one_residual_per_layer():
+    """A second sum, and one after an activation, stay outside of the layer."""
 
     def given(m, x):
         return (m.layer(x, 2 * x) + x).relu()
@@ -68,7 +68,7 @@ def test_what_a_layer_has_already():
     assert steps(check(Net(lambda m, x: m.layer(x).relu(), layer=layer), IMAGE)) == ["LowRankConv2d", "relu"]
 
 
-def test_fusing_what_is_fused():
+def test_fusing_twice():
     model = Net(lambda m, x: m.b(m.norm(F.relu(m.a(x)))) + x, a=conv(), b=conv(3), norm=nn.BatchNorm2d(16))
     once = check(model, IMAGE)
     assert steps(check(once.train(), IMAGE)) == steps(once) == ["LowRankConv2d", "BatchNorm2d", "LowRankConv2d"]
@@ -85,8 +85,8 @@ def test_output_size_is_passed_on():
         assert steps(fused)[-1] == "LowRankConvTranspose2d" and len(flags(fused, "output_size")) == 1
 
 
-def test_a_layer_moves_past_no_write():
-    """Fused it would run where the sum was; by then its input, or the other term, is another."""
+def test_a_layer_does_not_move_past_a_write():
+    """Fused it would run where the sum was, when its input or the other term has been overwritten."""
 
     def input_changes(m, x):
         x = 2 * x
@@ -148,13 +148,13 @@ def branches(run):
 
 
 @pytest.mark.parametrize("case", IN_PLACE)
-def test_in_place_where_nothing_else_reads_it(case):
+def test_in_place_where_nothing_else_reads(case):
     fused = check(branches(IN_PLACE[case]), IMAGE)
     assert flags(fused) == [True] and len(flags(fused, "residual")) == (2 if case == "of two sums" else 1)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_only_what_can_write_in_place_is_told_to(layer):
+def test_in_place_only_for_layers_that_support_it(layer):
     make, x = LAYERS[layer]
     fused = check(Net(lambda m, x: m.layer(x) + m.other(x), layer=make(), other=make()), x)
     assert flags(fused) == ([True] if layer in ("conv2d", "spatial") else []) and len(flags(fused, "residual")) == 1
@@ -166,7 +166,7 @@ def test_not_in_place(case):
     assert flags(fused) == [] and flags(fused, "residual")
 
 
-def test_a_layer_moves_past_no_sum_in_place():
+def test_a_layer_does_not_move_past_a_sum_in_place():
     def run(m, x):
         r = m.b(x)
         y, z = m.a(x), m.c(r)
@@ -176,7 +176,7 @@ def test_a_layer_moves_past_no_sum_in_place():
     assert flags(fused) == [True] and steps(fused)[-1] == "add"
 
 
-def test_with_gradients_nothing_is_written_over():
+def test_nothing_is_overwritten_with_gradients():
     model = branches(lambda m, x: F.silu(m.a(x) + m.b(x)))
     model.a.requires_grad_(False)
     fused, other = ck.fuse(model, (IMAGE,)), copy.deepcopy(model).eval()

@@ -1,4 +1,5 @@
-"""Which layers are factorised for speed: the model of time, measuring, and what compress does with either."""
+"""Latency model: which layers are factorized for speed, by prediction or measurement, and what compress does with
+it."""
 
 import pytest
 import torch
@@ -28,14 +29,15 @@ def seconds(layer, x=X):
     return latency_model.predict(layer.eval(), x, layer(x))
 
 
-def test_the_model_by_hand():
+def test_predictions_match_hand_calculation():
     dense = nn.Conv2d(64, 100, 3, padding=1, stride=2)
     pixels = 2 * 14 * 14
-    assert seconds(dense) == pytest.approx(1e-5 + pixels * 112 * 576 / 1e11)  # 100 columns count as 112
+    assert seconds(dense) == pytest.approx(1e-5 + pixels * 112 * 576 / 1e11)  # 100 columns are padded to 112
     moved = 4 * (X.numel() + pixels * 100 + 64 * 100)
     assert seconds(nn.Conv2d(64, 100, 1, stride=2)) == pytest.approx(1e-5 + moved / 1e10)
     grouped = nn.Conv2d(64, 64, 3, groups=16)
-    assert seconds(grouped) == pytest.approx(1e-5 + 2 * 26 * 26 * 16 * 16 * 36 / 1e11)  # 4 columns of a group, as 16
+    # 4 columns per group, padded to 16
+    assert seconds(grouped) == pytest.approx(1e-5 + 2 * 26 * 26 * 16 * 16 * 36 / 1e11)
 
 
 @pytest.mark.skipif(bool(library.missing), reason="no CPU kernel")
@@ -48,7 +50,7 @@ def test_one_kernel_and_two_steps():
     assert seconds(separable) == pytest.approx(2e-5 + sum(steps))  # two dense overheads
 
 
-def test_a_layer_has_to_gain_enough():
+def test_a_layer_must_gain_enough():
     dense = nn.Linear(512, 512)
     x, y = torch.randn(64, 512), torch.randn(64, 512)
     choice, gain, reason = latency_model.choose(dense, [("paper", 32)], x, y, measured=False)
@@ -57,7 +59,7 @@ def test_a_layer_has_to_gain_enough():
     assert choice is None and gain < 1.25 and "rank 240" in reason and "1.25x is wanted" in reason
 
 
-def test_measuring_takes_the_fastest_and_asks_once(monkeypatch):
+def test_measuring_takes_the_fastest_and_is_cached(monkeypatch):
     calls = []
 
     def timed(functions, device):
@@ -70,11 +72,11 @@ def test_measuring_takes_the_fastest_and_asks_once(monkeypatch):
         choice, gain, reason = latency_model.choose(dense, folds, X, dense(X), measured=True)
         assert choice == ("spatial", 8) and gain == 2.0 and reason == "2x measured"
     assert calls == [[(2, 32, 28, 28)] * 4]
-    latency_model.choose(dense, folds, X[:1], dense(X[:1]), measured=True)  # another input is measured anew
+    latency_model.choose(dense, folds, X[:1], dense(X[:1]), measured=True)  # another input is measured again
     assert len(calls) == 2
 
 
-def test_medians_of_calls_in_turns():
+def test_medians_of_interleaved_calls():
     order = []
     times = latency_model.seconds([lambda: order.append(0), lambda: order.append(1)], torch.device("cpu"))
     assert order[:4] == [0, 1, 0, 1] and len(order) >= 2 * latency_model.ROUNDS and all(0 < t < 1 for t in times)
@@ -87,7 +89,7 @@ def test_the_device_is_measured(monkeypatch):
     assert 1e-7 < device.dense < 1e-2 and 1e-7 < device.low_rank < 1e-2
 
 
-def test_recording_changes_nothing():
+def test_recording_inputs_changes_nothing():
     model = network()
     wanted = model(X)
     seen = latency_model.record(model, ["0", "5"], (X,))
@@ -110,7 +112,7 @@ def test_compress_for_speed_explains_every_layer():
     assert [type(a) for a in exact] == [type(a) for a in model]
 
 
-def test_compress_by_size_asks_for_no_time(monkeypatch):
+def test_compress_by_size_times_nothing(monkeypatch):
     monkeypatch.setattr(latency_model, "choose", None)
     small, report = ck.compress(network(), ck.ranks.share(0.2), (X,), goal="size")
     assert [layer.rank for layer in report.layers] == [26, 2, 1] and all(layer.gain is None for layer in report.layers)
@@ -144,7 +146,7 @@ def test_fastest_is_beyond_noise(monkeypatch, times, best):
 
 
 class Views(nn.Module):
-    """Its code does not take channels_last."""
+    """Network whose forward calls view, which fails in channels_last."""
 
     def __init__(self):
         super().__init__()
@@ -154,7 +156,7 @@ class Views(nn.Module):
         return self.head(self.conv(x).view(len(x), -1))
 
 
-def test_a_model_that_does_not_take_channels_last_is_left_in_nchw():
+def test_a_model_that_cannot_run_in_channels_last_stays_in_nchw():
     model = Views().eval()
     small, report = ck.compress(model, {"conv": ck.ranks.fixed(16)}, (X,))
     assert report.layers[0].rank == 16 and small.conv.first.weight.is_contiguous()
@@ -169,7 +171,7 @@ def test_a_model_with_3d_convolutions_too():
     assert small[4].weight.stride() == model[4].to(memory_format=torch.channels_last).weight.stride()
 
 
-def test_training_mode_is_kept_and_layers_out_of_reach_stay():
+def test_training_mode_is_kept_and_layers_not_reached_stay():
     model = network().train()
     model[1].eval()
     model[1].unused = nn.Linear(512, 512)

@@ -1,4 +1,4 @@
-"""export_lora: what PEFT loads and merges is the fine-tuned model."""
+"""export_lora: the adapter, loaded and merged by PEFT, gives the fine-tuned model."""
 
 import copy
 import functools
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("error")  # PEFT warns of names that mat
 
 
 def update(layer, rank, scale=0.1):
-    """Add a matrix of this rank to the layer's weight."""
+    """Add a random matrix of this rank to the layer's weight."""
     m, n = len(layer.weight), layer.weight[0].numel()
     with torch.no_grad():
         L = scale * torch.randn(m, rank).double() @ torch.randn(rank, n).double()
@@ -38,7 +38,7 @@ def loaded(base, path):
 
 
 def assert_same(base, model, path, x):
-    """PEFT's outputs, before and after merging, are at most twice as far from fp64 as those of the model itself."""
+    """PEFT's outputs, before and after merging, are at most twice as far from fp64 as the model's own."""
     model, adapted = model.eval(), loaded(base, path)
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(x.double() if x.is_floating_point() else x)
@@ -60,7 +60,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Names that end others, fc before blocks.1.fc; and blocks_1.fc, which a pattern may take for blocks.1.fc."""
+    """Names that end like others: fc and blocks.1.fc; and blocks_1.fc, which a pattern may confuse with blocks.1.fc."""
 
     def __init__(self, width=24):
         super().__init__()
@@ -111,7 +111,7 @@ def exported_ranks(model, base, path, **options):
 @pytest.mark.parametrize(("size", "tau"), [(4e-3, 0.05), (1.0, 2.0)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_the_learned_rank_is_the_one_exported(tmp_path, dtype, size, tau):
-    """Of a small update, the weights' rounding is more than eps times it; of a large one, the SVT's own error is."""
+    """Of a small update, the weights' rounding is the larger error; of a large one, that of the SVT."""
     base = pretrained(dtype)
     model = tuned(base, lambda model: [update(layer, 8, size) or update(layer, 96, 1e-4) for layer in model])
     infos = ck.svt_([layer.weight for layer in model], tau, center=[layer.weight for layer in base])
@@ -119,7 +119,7 @@ def test_the_learned_rank_is_the_one_exported(tmp_path, dtype, size, tau):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_singular_values_just_above_the_rounding_are_kept(tmp_path, dtype):
+def test_singular_values_just_above_rounding_are_kept(tmp_path, dtype):
     base = pretrained(dtype)
     floor = peft_export.noise_floor(base[0].weight.detach(), 0.0)
     U, V = (torch.linalg.qr(torch.randn(size, 5, dtype=torch.float64))[0] for size in (96, 160))
@@ -130,7 +130,7 @@ def test_singular_values_just_above_the_rounding_are_kept(tmp_path, dtype):
 
 @pytest.mark.parametrize("case", ["random", "rows of many sizes", "constant", "tall", "wide"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rounding_stays_below_its_floor(case, dtype):
+def test_rounding_stays_below_its_bound(case, dtype):
     torch.manual_seed(0)
     random = functools.partial(torch.randn, dtype=torch.float64)
     W = {
@@ -187,7 +187,7 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_what_peft_could_not_adapt_or_merge_is_stored_whole(tmp_path, name):
+def test_layers_that_peft_cannot_adapt_or_merge_are_stored_whole(tmp_path, name):
     make, inside, size, why = WHOLE[name]
     torch.manual_seed(0)
     base = nn.Sequential(make())
@@ -218,7 +218,7 @@ def test_buffers_parametrized_weights_and_embeddings_are_stored_whole(tmp_path):
     torch.testing.assert_close(merged(x), model.eval()(x))
 
 
-def test_biases_are_stored_as_they_are_and_rank_0_costs_nothing_else(tmp_path):
+def test_biases_are_stored_and_rank_0_adds_nothing(tmp_path):
     base = Net()
 
     def change(model):
@@ -239,7 +239,7 @@ def test_biases_are_stored_as_they_are_and_rank_0_costs_nothing_else(tmp_path):
     assert_same(base, model, tmp_path / "again", torch.randn(64, 24))
 
 
-def test_a_head_stored_whole_fits_a_base_with_another(tmp_path):
+def test_a_head_stored_whole_replaces_that_of_another_base(tmp_path):
     base = Net()
     model = tuned(base, lambda model: (update(model.fc, 2), model.head.weight.normal_(), model.head.bias.normal_()))
     report = ck.export_lora(model, base, tmp_path / "adapter", whole=["head"])
@@ -248,7 +248,7 @@ def test_a_head_stored_whole_fits_a_base_with_another(tmp_path):
     assert_same(base, model, tmp_path / "adapter", torch.randn(64, 24))
 
 
-def test_what_peft_takes_for_the_ending_of_its_name_is_stored_and_named(tmp_path):
+def test_names_that_end_like_others_are_stored_and_reported(tmp_path):
     base = Net()
     model = tuned(base, lambda model: (update(model.blocks["1"].fc, 2), update(model.blocks["11"].out, 3)))
     report = ck.export_lora(model, base, tmp_path / "adapter", whole=["fc"])
@@ -258,7 +258,7 @@ def test_what_peft_takes_for_the_ending_of_its_name_is_stored_and_named(tmp_path
     assert_same(base, model, tmp_path / "adapter", torch.randn(64, 24))
 
 
-def test_a_name_that_peft_would_take_for_another_is_refused(tmp_path):
+def test_ambiguous_names_are_refused(tmp_path):
     base = Net()
     model = tuned(base, lambda model: update(model.blocks_1.fc, 2))
     with pytest.raises(ValueError, match=r"blocks_1.fc: PEFT would not adapt it, taking it for blocks.1"):
@@ -273,7 +273,7 @@ def test_nothing_changed(tmp_path):
     assert torch.equal(loaded(base, tmp_path / "adapter")(x), base(x))
 
 
-def test_rules_by_name_and_the_error_they_leave(tmp_path):
+def test_rules_by_name_and_the_reported_error(tmp_path):
     base = Net()
     model = tuned(base, change_all)
     rules = {"blocks.*": ck.ranks.fixed(3), "my_fc": ck.ranks.energy(0.7)}
@@ -348,7 +348,7 @@ def test_refusals(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
-def test_only_adapters_are_replaced(tmp_path):
+def test_only_adapter_folders_are_replaced(tmp_path):
     base = Net()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
@@ -361,7 +361,7 @@ def test_only_adapters_are_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("fails", ["writing", "the first rename", "the second rename", "nothing"])
-def test_the_old_adapter_is_whole_until_the_new_one_is(tmp_path, monkeypatch, fails):
+def test_the_old_adapter_stays_complete_until_the_new_one_is(tmp_path, monkeypatch, fails):
     base = Net()
     ck.export_lora(tuned(base, change_all), base, tmp_path / "adapter")
     before = {file: file.read_bytes() for file in (tmp_path / "adapter").iterdir()}

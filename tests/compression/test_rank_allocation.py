@@ -1,4 +1,4 @@
-"""Ranks under a budget: kept, used up, and the best there are."""
+"""Rank allocation: budgets are kept and used up, and the ranks are optimal."""
 
 import itertools
 
@@ -17,7 +17,7 @@ X = (torch.zeros(1, 1, 8, 8),)
 
 
 def network(seed=0):
-    """Layers with spectra of their own."""
+    """Network whose layers have different spectra."""
     torch.manual_seed(seed)
     model = small_convnet()
     for i, layer in enumerate(foldable_layers(model)[0]):
@@ -28,7 +28,7 @@ def network(seed=0):
 
 
 def spent(model, rules, of):
-    """Of the dense cost of all layers, by compress's own report."""
+    """Fraction of the dense cost of all layers, as compress reports it."""
     _, report = ck.compress(model, rules, X, goal="size", remove_dead=False)
     return getattr(report, of) / getattr(report, f"{of}_before")
 
@@ -40,7 +40,7 @@ def test_budget_is_kept_and_used(by, of, budget):
     model = network()
     rules = ck.allocate(model, budget, X, of=of, by=by)
     share = spent(model, rules, of)
-    # Biases are parameters that no rank saves; the largest step is one rank of one layer, or to dense.
+    # Biases are parameters that no rank saves; the largest step is one rank of one layer, or from factors to dense.
     assert share <= budget + (0.01 if of == "params" else 1e-9)
     if by in ("relative", "absolute", "greedy"):
         assert share > budget - 0.06
@@ -48,7 +48,7 @@ def test_budget_is_kept_and_used(by, of, budget):
 
 
 def lost(model, rules):
-    """(absolute, relative) by layer."""
+    """(absolute, relative) loss of energy by layer."""
     found = []
     for layer in foldable_layers(model)[0]:
         squares = singular_values(layer.matrix()).square().sum(0)
@@ -58,8 +58,8 @@ def lost(model, rules):
 
 
 @pytest.mark.parametrize(("by", "column"), [("absolute", 0), ("relative", 1), ("greedy", 1)])
-def test_sums_are_the_least(by, column):
-    """Against all ranks of two layers; within the one rank that no price gives."""
+def test_loss_is_minimal(by, column):
+    """Against all combinations of ranks of two layers; up to the one rank that no Lagrange multiplier reaches."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(20, 16), nn.Linear(16, 12))
     with torch.no_grad():
@@ -83,11 +83,11 @@ def test_sums_are_the_least(by, column):
         assert best - 1e-9 <= got <= 1.12 * best + 1e-9
 
 
-def test_equal_loses_alike():
+def test_equal_allocation_loses_equally():
     model = network()
     rules = ck.allocate(model, 0.3, X, by="equal")
     worst = max(relative for _, relative in lost(model, rules))
-    for layer in foldable_layers(model)[0]:  # one rank less would lose more than the worst does
+    for layer in foldable_layers(model)[0]:  # one rank less would lose more than the worst layer does
         squares = singular_values(layer.matrix()).square().sum(0)
         r = rules[layer.name](squares)
         m, n = layer.matrix().shape[1:]
@@ -95,7 +95,7 @@ def test_equal_loses_alike():
         assert r == 1 or float(squares[r - 1 :].sum() / squares.sum()) > worst or r > ranks.break_even(m, n)
 
 
-def test_ways_differ():
+def test_methods_differ():
     model = network()
     found = {by: {k: str(v) for k, v in ck.allocate(model, 0.3, X, by=by).items()} for by in rank_allocation._WAYS}
     assert found["relative"] != found["absolute"] != found["equal"] != found["relative"]
@@ -149,7 +149,8 @@ def test_other_errors():
 
 @pytest.mark.parametrize("by", ["relative", "absolute", "equal", "greedy", "share"])
 def test_only_layers_that_can_become_two_factors_count(by):
-    """An encoder layer reads its weights itself: they cost nothing here, and compress keeps the budget without them."""
+    """An encoder layer reads its weights directly: they cost nothing here, and compress keeps the budget without
+    them."""
     torch.manual_seed(0)
     encoder = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
     model, x = nn.Sequential(nn.Linear(32, 32), encoder, nn.Linear(32, 32)), (torch.zeros(1, 5, 32),)
@@ -163,8 +164,8 @@ def test_only_layers_that_can_become_two_factors_count(by):
 @pytest.mark.parametrize("of", ["macs", "params"])
 @pytest.mark.parametrize("fold", ["paper", "spatial", "input"])
 @pytest.mark.parametrize("budget", [0.4, 0.9])
-def test_ranks_need_less_of_both(of, fold, budget):
-    """With strides and padding, and transposed, factors may save parameters and no multiply-adds, or the reverse."""
+def test_factors_must_save_both_parameters_and_multiply_adds(of, fold, budget):
+    """With strides and padding, and transposed, factors may save parameters but no multiply-adds, or the reverse."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(16, 32, 3, 2, padding=2, bias=False), nn.Conv2d(32, 32, 1, 2, bias=False),
                           nn.ConvTranspose2d(32, 16, 3, 2, bias=False))  # fmt: skip
@@ -205,8 +206,8 @@ def test_model_is_not_changed():
 
 
 @pytest.mark.parametrize("budget", [0.1, 0.2, 0.3, 0.45, 0.6, 0.8])
-def test_equal_is_the_least(budget):
-    """If all layers lost less than the worst does now, the budget would be broken."""
+def test_equal_allocation_is_minimal(budget):
+    """If all layers lost less than the worst one does now, the budget would be exceeded."""
     model = network()
     rules = ck.allocate(model, budget, X, of="params", by="equal")
     worst, needed, dense = max(relative for _, relative in lost(model, rules)), 0, 0
@@ -220,8 +221,8 @@ def test_equal_is_the_least(budget):
 
 
 @pytest.mark.parametrize("budget", [0.1, 0.3, 0.6, 0.9])
-def test_share_is_the_same(budget):
-    """The next larger share would break the budget."""
+def test_share_is_maximal(budget):
+    """The next larger share would exceed the budget."""
     model = network()
     rules = ck.allocate(model, budget, X, of="params", by="share")
     layers = {layer.name: layer.matrix().shape[1:] for layer in foldable_layers(model)[0]}
@@ -234,8 +235,8 @@ def test_share_is_the_same(budget):
     assert sum(more) > budget * sum(m * n for m, n in layers.values())
 
 
-def test_calibration_moves_ranks_to_where_inputs_go():
-    """Two layers alike on the same input, of which the first reads only what is nearly nothing."""
+def test_calibration_gives_ranks_to_layers_whose_inputs_need_them():
+    """Two equal layers on one input, the first of which reads only channels that are nearly zero."""
     torch.manual_seed(0)
 
     class Two(nn.Module):
@@ -252,7 +253,7 @@ def test_calibration_moves_ranks_to_where_inputs_go():
 
 
 def test_all_groups_count():
-    """The first group of the first layer needs one rank, its second group all of them; the second layer is small."""
+    """The first group of the first layer needs rank 1, its second group full rank; the second layer is small."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(32, 32, 1, groups=2, bias=False), nn.Conv1d(32, 32, 1, bias=False))
     with torch.no_grad():

@@ -1,6 +1,6 @@
-"""Whether the library, whatever torch it was built against, works in a CUDA build of torch: make check-cuda-torch.
+"""Check that the built library also works in a CUDA build of torch: make check-cuda-torch.
 
-Needs no GPU. Not a test that pytest collects: it runs in an environment of its own.
+Needs no GPU. pytest does not collect it: it runs in a virtual environment of its own.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ def main() -> None:
     wanted = W * (1 - 6 / W.norm(dim=1, keepdim=True)).clamp(min=0)
     assert torch.allclose(ck.group_shrink(W, 6.0), wanted, atol=1e-6)
 
-    # Looked for in the library and in what it brings: where its own weak reference has been looked for.
+    # The weak symbol is looked up in the library and its dependencies.
     assert ctypes.CDLL(str(library.PATH)).aoti_torch_get_current_cuda_stream
     launcher = cuda_launcher.Built(0)
     assert error_of(launcher, "ck_absent") == "not launched: no kernel is called ck_absent"

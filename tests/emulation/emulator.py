@@ -1,9 +1,9 @@
-"""The CUDA C++ kernels on the CPU: csrc/cuda, compiled by g++ with tests/emulation/cxx/cuda_on_cpu.h in place of CUDA.
+"""Emulator of the CUDA C++ kernels on the CPU: csrc/cuda, compiled by g++ with tests/emulation/cxx/cuda_on_cpu.h.
 
-``launch`` runs a kernel in this process; ``sanitize`` runs launches in another one, under ThreadSanitizer (races) or
-AddressSanitizer with UBSan (bounds, alignment), with the same results. In both, what CUDA leaves undefined
-and the emulator notices is a RuntimeError. CK_EMU_SEED=n shuffles the order of threads and blocks, CK_EMU_THREADS=n
-runs n blocks at a time.
+``launch`` runs a kernel in this process. ``sanitize`` runs launches in another one, under ThreadSanitizer (races) or
+AddressSanitizer with UBSan (bounds, alignment), with the same results. Undefined behavior of CUDA that the emulator
+detects raises RuntimeError. CK_EMU_SEED=n shuffles the order of threads and blocks, CK_EMU_THREADS=n runs n blocks at a
+time.
 """
 
 import ctypes
@@ -28,8 +28,9 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILT = ROOT / "build" / "emulator"
 COMPILE = "g++ -std=c++17 -fPIC -pthread -Wall -Wextra -Wno-unknown-pragmas"
 KERNELS = "-include tests/emulation/cxx/cuda_on_cpu.h tests/emulation/cxx/kernels.cpp"
-TLS = " -mtls-dialect=gnu2" if platform.machine() == "x86_64" else ""  # a shared library's is slow otherwise
-# With the last three, g++ 12 loses what is stored by (c ? x : y)[i] = v, x and y being arrays.
+# thread-local storage of a shared library is slow otherwise
+TLS = " -mtls-dialect=gnu2" if platform.machine() == "x86_64" else ""
+# With the last three checks on, g++ 12 loses the store in (c ? x : y)[i] = v for arrays x and y.
 ADDRESS = (
     "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
     " -fno-sanitize=shift,signed-integer-overflow,integer-divide-by-zero"
@@ -43,9 +44,9 @@ VARIANTS = {
 OPTIONS = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
 HOUR = 3600
 
-Argument = int | float | bytes | Tensor  # bytes: a struct that the kernel takes by value
+Argument = int | float | bytes | Tensor  # bytes: a struct passed by value
 
-LETTERS = {float: "d", bytes: "s", Tensor: "p", int: "pi"}  # of ck_parameters; an int may be an address
+LETTERS = {float: "d", bytes: "s", Tensor: "p", int: "pi"}  # as ck_parameters has them; an int may be an address
 
 missing = "" if shutil.which("g++") else "g++ is not found"
 
@@ -59,7 +60,7 @@ class Launch(NamedTuple):
 
 
 def launch(kernel: str, grid: int, block: int, shared: int, args: Sequence[Argument]) -> None:
-    """Run one kernel, here. Tensors are passed as pointers."""
+    """Run one kernel in this process. Tensors are passed as pointers."""
     _check(kernel, args)
     values = [ctypes.create_string_buffer(_value(arg), max(8, len(_value(arg)))) for arg in args]
     pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
@@ -75,10 +76,10 @@ def launcher(
 
 
 def sanitize(sanitizer: str, launches: Iterable[Launch], tensors: Iterable[Tensor] = (), timeout: float = 300) -> None:
-    """Run launches one after the other under ``sanitizer``: "thread" or "address".
+    """Run launches one after the other under a sanitizer: "thread" or "address".
 
-    ``tensors``: those that kernels reach through pointers in other tensors or in structs, and not as arguments. Such
-    pointers are found in arguments and in int64 tensors. A tensor ends, for AddressSanitizer, where its storage ends.
+    ``tensors``: those that kernels reach through pointers in other tensors or in structs, not as arguments. Such
+    pointers are found in arguments and in int64 tensors. For AddressSanitizer a tensor ends where its storage ends.
     """
     launches = [Launch(*each) for each in launches]
     for each in launches:
@@ -104,7 +105,7 @@ def sanitize(sanitizer: str, launches: Iterable[Launch], tensors: Iterable[Tenso
 
 @cache
 def library() -> ctypes.CDLL:
-    """The shared library, with ck_launch as csrc/cuda/launch.h declares it."""
+    """The emulator's shared library; ck_launch has the signature of csrc/cuda/launch.h."""
     lib = ctypes.CDLL(str(build("plain")))
     lib.ck_launch.restype = lib.ck_parameters.restype = ctypes.c_char_p
     lib.ck_launch.argtypes = [ctypes.c_char_p, *4 * [ctypes.c_int64], ctypes.c_void_p, ctypes.c_void_p]
@@ -113,7 +114,7 @@ def library() -> ctypes.CDLL:
 
 @cache
 def build(variant: str) -> Path:
-    """The file that a variant is compiled to, compiled if its sources or flags are new."""
+    """Path of a compiled variant; compiles it if its sources or flags have changed."""
     command = VARIANTS[variant].split()
     parts = [] if variant == "fibers" else [build("fibers")]
     digest = hashlib.sha256(" ".join([*command, *map(str, parts)]).encode())
@@ -124,7 +125,7 @@ def build(variant: str) -> Path:
     suffix = {"fibers": ".o", "plain": ".so"}.get(variant, "")
     target = BUILT / f"{variant}-{digest.hexdigest()[:16]}{suffix}"
     with open(BUILT / f"{variant}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two processes that test the same tree
+        fcntl.flock(lock, fcntl.LOCK_EX)  # processes that test the same tree at the same time
         if not target.exists():
             for old in BUILT.glob(f"{variant}-*"):
                 if old.stat().st_mtime < time.time() - HOUR:
@@ -138,7 +139,7 @@ def build(variant: str) -> Path:
 
 
 def _check(kernel: str, args: Sequence[Argument]) -> None:
-    """Refuse what CUDA would take for something else: too few arguments, or of another kind."""
+    """Raise TypeError if the number or the types of the arguments are not those of the kernel."""
     if (wanted := library().ck_parameters(kernel.encode())) is None:
         raise RuntimeError(f"{kernel}: there is no such kernel")
     given = [next(letters for kind, letters in LETTERS.items() if isinstance(x, kind)) for x in args]

@@ -1,4 +1,4 @@
-"""A stand-in for CuPy where there is no GPU: real NVRTC, and a log of what would be launched."""
+"""Stand-in for CuPy on machines without a GPU: compiles with the real NVRTC, and logs launches."""
 
 import sys
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ class NVRTCError(RuntimeError):
 
 
 class FakeCupy:
-    """``log``: what was called; ``compiled``: the options of each compilation."""
+    """Fake of the ``cupy`` module. ``log``: calls; ``compiled``: options of each compilation."""
 
     def __init__(self, monkeypatch) -> None:
         self.log, self.compiled, self.version = [], [], (13, 0)

@@ -1,6 +1,6 @@
-"""The whole proximal step as a GPU would run it: Triton kernels under the interpreter, CUDA kernels under the emulator.
+"""The whole proximal step of a GPU: Triton kernels in Triton's interpreter, CUDA kernels in the emulator.
 
-Run with TRITON_INTERPRET=1, alone. Workspace is poisoned with NaN; the truth is fp64.
+Run with TRITON_INTERPRET=1, on its own. Workspace is filled with NaN beforehand; the truth is fp64.
 """
 
 import pytest
@@ -25,7 +25,7 @@ counted = []
 
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch):
-    """Launches go to the emulator and the interpreter, and are counted."""
+    """Send launches to the emulator and the interpreter, and count them."""
     counted.clear()
 
     def launch(kernel, grid, block, shared, device, stream, numbers):
@@ -43,7 +43,7 @@ def on_cpu(monkeypatch):
 
 
 def network(call=0, dtype=torch.float32):
-    """Ragged: a tall and a wide one of low rank, and small ones; they drift from call to call."""
+    """Ragged weights: a tall and a wide one of low rank, and small ones; they drift from call to call."""
     weights = [low_rank(200, 64, 6), low_rank(64, 170, 4), low_rank(20, 12, 3, largest=20),
                with_spectrum(40, 48, torch.linspace(3.1, 0, 40))]  # fmt: skip
     generator = torch.Generator().manual_seed(call)
@@ -51,7 +51,7 @@ def network(call=0, dtype=torch.float32):
 
 
 def check(weights, before, tau, infos, storage=2e-7):
-    """The result is that of fp64, as near as the report says, and as the tolerance asks."""
+    """The result is within the reported error bound of the fp64 truth, and within the tolerance."""
     for W, X, info in zip(weights, before, infos, strict=True):
         error = W.double() - torch.from_numpy(oracle.svt(X.double().numpy(), tau))
         assert float(error.norm()) <= float(info.error_bound), info.method
@@ -86,7 +86,8 @@ def test_half_types(dtype, storage):
 
 
 def test_spectra():
-    """s of the subspace route, and of small matrices; the other route has none."""
+    """Singular values reported by the subspace route and for small matrices; products of the whole matrix report
+    none."""
     state, weights = ck.WarmState(), network()
     for call in range(3):
         step(weights, network(call), state)
@@ -98,7 +99,7 @@ def test_spectra():
         torch.testing.assert_close(info.s[0], exact, rtol=1e-5, atol=1e-3)
 
 
-def test_the_rank_outgrows_the_basis():
+def test_rank_larger_than_the_basis():
     state, weights = ck.WarmState(), [low_rank(200, 64, 4).float()]
     methods = [step(weights, [low_rank(200, 64, 4, seed=9).float()], state) for _ in range(4)]
     methods.append(step(weights, [low_rank(200, 64, 30).float()], state))
@@ -106,19 +107,19 @@ def test_the_rank_outgrows_the_basis():
 
 
 @pytest.mark.parametrize("tau", [1e-4, 1e-2])
-def test_far_above_tau(tau):
+def test_singular_values_far_above_tau(tau):
     weights = [with_spectrum(200, 64, torch.logspace(1, -6, 64)).float()]
     step(weights, [weights[0].clone()], None, tau)
 
 
 @pytest.mark.parametrize("rank", [1, 64])
-def test_spectra_at_the_ends(rank):
-    """All of X = W^T W at one number: also the largest that the iterations can meet."""
+def test_equal_singular_values(rank):
+    """All nonzero eigenvalues of W^T W are equal: the largest value that the iterations can meet."""
     weights = [with_spectrum(200, 64, torch.full((rank,), 50.0)).float()]
     step(weights, [weights[0].clone()], None, 0.3)
 
 
-def test_nothing_to_do_and_all_below():
+def test_tau_zero_and_everything_below_tau():
     weights = network()
     before = [W.clone() for W in weights]
     infos = ck.svt_(weights, [0.0, 1e4, 1e4, 0.0])
@@ -129,7 +130,7 @@ def test_nothing_to_do_and_all_below():
 
 @pytest.mark.parametrize("broken", [1, 3], ids=["large", "small"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_refused(broken, value):
+def test_nonfinite_weights_are_refused(broken, value):
     state, weights, names = ck.WarmState(), network(), ["a", "b", "c", "d"]
     weights[broken][3, 4] = value
     before = [W.clone() for W in weights]
@@ -145,7 +146,7 @@ WAITS = {"item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "
 
 
 class NoSync(TorchFunctionMode):
-    """As a GPU would: what takes a number out of one of its tensors must wait."""
+    """Raises on a function that would synchronize with a GPU: one that reads a value of its tensors on the host."""
 
     def __init__(self, tensors):
         super().__init__()
@@ -170,7 +171,7 @@ class Counted(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_no_word_with_the_host():
+def test_no_synchronization_with_the_host():
     state, weights = ck.WarmState(), network()
     for call in range(3):
         step(weights, network(call), state)
@@ -183,7 +184,7 @@ def test_no_word_with_the_host():
     assert list(backend.engines(state).values()) == [engine]
 
 
-def test_torch_does_as_much_for_more_layers(monkeypatch):
+def test_number_of_torch_calls_does_not_grow_with_layers(monkeypatch):
     monkeypatch.setattr(plan.Program, "run", lambda self, counters: None)
     counts = []
     for copies in (1, 3):
@@ -192,10 +193,10 @@ def test_torch_does_as_much_for_more_layers(monkeypatch):
         with Counted() as counter:
             ck.svt_(weights, TAU, state=state)
         counts.append(counter.work)
-    assert counts[0] == counts[1] <= 20  # most of them of the host: the thresholds
+    assert counts[0] == counts[1] <= 20  # most of them on the host: the thresholds
 
 
-def test_a_saved_state_goes_on():
+def test_a_saved_state_resumes():
     state, weights = ck.WarmState(), network()
     for call in range(3):
         step(weights, network(call), state)
@@ -222,7 +223,7 @@ def test_proximal_step():
 
 @pytest.mark.parametrize("broken", ["0.weight", "0.bias", "2.weight"])
 def test_all_penalties_or_none(broken):
-    """Also where only group lasso sees what is not finite; the host knows at the next step, and says so once."""
+    """Also if only group lasso sees the NaN; the host learns of it at the next step and raises once."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 200), torch.nn.Tanh(), torch.nn.Linear(200, 10, bias=False))
     prox = ck.ProximalStep(model, torch.optim.SGD(model.parameters(), lr=1.0), nuclear=0.3, group=0.01, l1=0.001)

@@ -1,6 +1,6 @@
-"""The fused low-rank kernel under Triton's interpreter; run with TRITON_INTERPRET=1, alone.
+"""The fused low-rank kernel in Triton's interpreter; run with TRITON_INTERPRET=1, on its own.
 
-The truth is fp64, and the bound twice the error of two steps of plain torch in the same arithmetic.
+The truth is fp64; the bound is twice the error of two steps of plain torch in the same arithmetic.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ ARITHMETIC = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float1
 
 
 def conv(x, V, r, O, stride=(1, 1), padding=(0, 0), dilation=(1, 1), ends="br", activation="none"):
-    """Sizes: x [N, C, H, W], V [r, C, *V]; ends: b with a bias, r with a residual."""
+    """Sizes of a case: x [N, C, H, W], V [r, C, *V]; ends: b for a bias, r for a residual."""
     return SimpleNamespace(**locals())
 
 
@@ -45,7 +45,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
-    """gpu(multiprocessors, seed, precision): what the launcher and the simulated GPU are to be like."""
+    """gpu(multiprocessors, seed, precision): properties of the simulated GPU that the launcher sees."""
 
     def set_up(multiprocessors=1, seed=0, precision="ieee"):
         monkeypatch.setattr(triton_lowrank, "_multiprocessors", lambda device: multiprocessors)
@@ -82,7 +82,7 @@ def double(args):
 
 
 def assert_close(got, truth, plain):
-    """At most twice the error of plain torch; NaN is not."""
+    """The error is at most twice that of plain torch (NaN fails)."""
     assert got.dtype == plain.dtype
     for size in (Tensor.norm, lambda error: error.abs().max()):
         error, bound = size(got - truth), 2 * size(plain - truth)
@@ -149,7 +149,7 @@ def test_linear(shape, arithmetic, gpu):
 
 
 def test_any_strides():
-    """NCHW, a crop, a batch that is expanded, one that starts off the rows of 16 bytes, channels apart."""
+    """NCHW, a crop, an expanded batch, a start that is not aligned to 16 bytes, strided channels."""
     case = conv((2, 16, 6, 7), (3, 3), 8, 16, padding=(1, 1))
     big = torch.randn(2, 20, 9, 9).to(memory_format=torch.channels_last)
     xs = [torch.randn(2, 16, 6, 7), big[:, :16, 2:8, 1:8], torch.randn(1, 16, 6, 7).expand(2, -1, -1, -1)]
@@ -161,14 +161,14 @@ def test_any_strides():
         assert_close(fused(case, args), two_steps(case, *double(args)), two_steps(case, *args))
 
 
-def test_nothing_to_do():
+def test_empty_outputs():
     V, U = torch.randn(4, 8, 1, 1), torch.randn(16, 4, 1, 1)
     assert triton_lowrank.lowrank_conv2d(torch.randn(0, 8, 3, 3), V, U).shape == (0, 16, 3, 3)
     assert triton_lowrank.lowrank_linear(torch.randn(2, 0, 8), V[:, :, 0, 0], U[:, :, 0, 0]).shape == (2, 0, 16)
 
 
 def test_not_finite(gpu):
-    """NaN stays NaN through every activation, and only where it belongs; an unused pixel of the tile adds nothing."""
+    """NaN passes every activation and stays in its output; unused pixels of a tile add nothing."""
     for activation in ACTIVATIONS:
         case = conv((1, 8, 6, 6), (3, 3), 4, 8, padding=(1, 1), activation=activation)
         args = tensors(case, torch.float32)
@@ -179,7 +179,7 @@ def test_not_finite(gpu):
 
 @pytest.mark.parametrize("C", [8, 7], ids=["aligned", "not aligned"])
 def test_offsets_beyond_int32(C, tmp_path):
-    """Images 2^30 elements apart, in pages that are never touched in between."""
+    """Images 2^30 elements apart, in pages of virtual memory that are never touched."""
     case, apart = conv((3, C, 3, 3), (3, 3), 8, 8, padding=(1, 1)), 2**30
     memory = torch.frombuffer(mmap.mmap(-1, 6 * apart + 4096), dtype=torch.float16)
     x, *rest = tensors(case, torch.float16)
@@ -191,8 +191,9 @@ def test_offsets_beyond_int32(C, tmp_path):
 
 
 @pytest.mark.parametrize("kind, rank, pixels, multiprocessors, BR, BM, sharing", [
-    ("half", 1, 10**6, 132, 16, 128, 1),  # enough for all: the largest tile
-    ("half", 128, 98 * 128, 132, 128, 128, 1),  # V is loaded by every program: better a few idle than twice as many
+    ("half", 1, 10**6, 132, 16, 128, 1),  # enough pixels for all multiprocessors: the largest tile
+    # every program loads V: a few idle multiprocessors cost less than twice as many programs
+    ("half", 128, 98 * 128, 132, 128, 128, 1),
     ("half", 17, 132 * 64, 132, 32, 64, 1),
     ("tf32", 64, 49, 132, 64, 32, 66),
     ("ieee", 128, 10**6, 1, 128, 64, 1),
@@ -226,7 +227,7 @@ def unmasked(x, y):
 @triton.jit
 def running_sum(y):
     i = tl.program_id(0)
-    tl.store(y + i + 1, tl.load(y + i) + 1)  # the program before must have run
+    tl.store(y + i + 1, tl.load(y + i) + 1)  # needs the store of the program before
 
 
 @triton.jit
@@ -265,8 +266,8 @@ def test_tf32_is_simulated():
 
 
 @pytest.mark.parametrize("bound, n", [(1, 100), (0, 101)], ids=["store", "load"])
-def test_one_too_many_is_out_of_bounds(bound, n):
-    x, y = torch.randn(200)[:100], torch.empty(200)[:100]  # views: what follows them is memory, but not theirs
+def test_an_access_past_the_end_is_out_of_bounds(bound, n):
+    x, y = torch.randn(200)[:100], torch.empty(200)[:100]  # views: what follows them in memory is not theirs
     copy[(2,)](x, y, 100, 0, 64)
     assert torch.equal(x, y)
     with pytest.raises(Exception, match=rf"masked_{'store' if bound else 'load'} out of bounds in 1 of"):
@@ -278,7 +279,7 @@ def test_a_missing_mask_is_out_of_bounds():
         unmasked[(3,)](torch.randn(3), torch.empty(1))
 
 
-def test_a_race_shows_in_another_order(gpu):
+def test_a_race_shows_in_another_program_order(gpu):
     results = []
     for seed in range(4):
         gpu(seed=seed)
@@ -315,9 +316,9 @@ def test_sums_in_bf16_are_refused():
         total[(1,)](torch.ones(16, dtype=torch.bfloat16), torch.empty(1), 16)
 
 
-# --- planted bugs in the kernel itself --------------------------------------------------------------------------------
+# --- bugs injected into the kernel ------------------------------------------------------------------------------------
 
-BUGS = {  # what is replaced in the source, by what, and the case that shows it
+BUGS = {  # text replaced in the source, its replacement, and the case that detects it
     "a column past the right edge": ("left + right < W", "left + right <= W", "aligned", "fp32"),
     "a row past the top edge": ("top + down >= 0", "top + down >= -1", "aligned", "fp32"),
     "channels not masked": ("(c < C)[None, :]", "(c < C + BK)[None, :]", "strided", "fp32"),
@@ -348,7 +349,7 @@ BUGS = {  # what is replaced in the source, by what, and the case that shows it
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_shows(bug, tmp_path, gpu):
+def test_an_injected_bug_is_detected(bug, tmp_path, gpu):
     old, new, name, arithmetic = BUGS[bug]
     gpu(precision="tf32" if arithmetic == "tf32" else "ieee")
     planted = plant(old, new, tmp_path)
@@ -357,7 +358,7 @@ def test_a_planted_bug_shows(bug, tmp_path, gpu):
 
 
 def plant(old, new, folder):
-    """The kernel's module with one thing replaced in its source."""
+    """The kernel's module with one text replaced in its source."""
     source = Path(triton_lowrank.__file__).read_text()
     assert source.count(old) == 1, f"{old!r} is {source.count(old)} times in the source"
     path = folder / "planted.py"

@@ -1,6 +1,6 @@
-"""Matrix programs under Triton's interpreter; run with TRITON_INTERPRET=1, alone.
+"""Matrix programs in Triton's interpreter; run with TRITON_INTERPRET=1, on its own.
 
-The truth is fp64. Every matrix lies in memory of its own that is NaN around it, before the run and after.
+The truth is fp64. Every matrix is a view of a larger one that is NaN around it, before the run and after.
 """
 
 import copy
@@ -21,10 +21,10 @@ from tests.emulation.triton_planted import IN_KERNEL, IN_TABLES, plant
 
 pytestmark = pytest.mark.emulation
 
-PROGRAMS = 16  # of a launch on the CPU
-SEEDS = 0, 1, 2, 5, 9, 11  # all programs at a time in order; two, one, five, all and all in any
+PROGRAMS = 16  # Triton programs per launch on the CPU
+SEEDS = 0, 1, 2, 5, 9, 11  # all programs at a time in order; two, one, five, all and all in random order
 SIZES = (1, 15, 16, 17, 64, 65, 130)
-LIES = {  # [M, N] in its memory: both strides, and where it begins
+LIES = {  # how [M, N] lies in its memory: both strides, and the offset
     "rows": lambda M, N: (N, 1, 16),
     "columns": lambda M, N: (1, M, 16),
     "rows apart": lambda M, N: (N + 8, 1, 16),
@@ -37,7 +37,7 @@ LIES = {  # [M, N] in its memory: both strides, and where it begins
 
 
 class Case(NamedTuple):
-    """One product, and how it is computed."""
+    """One product C = alpha A B + beta plus + gamma I, with its dtypes and gate."""
 
     A: Tensor
     B: Tensor
@@ -66,7 +66,7 @@ def blank(M, N, dtype=torch.float32, lies="rows"):
 
 
 def signs(M, N):
-    """Whole numbers: products of them are exact."""
+    """Random signs: products of integers are exact in floating point."""
     return torch.randint(-1, 2, (M, N))
 
 
@@ -79,7 +79,7 @@ def gate(value):
 
 
 def formula(case, dtype=torch.float64):
-    """In plain torch."""
+    """The product in plain torch."""
     A, B, plus = (None if X is None else X.to(dtype) for X in (case.A, case.B, case.plus))
     alpha, beta, gamma = (1, 0, 0) if case.coef is None else case.coef.tolist()
     total = alpha * (A @ B) + gamma * torch.eye(*case.C.shape, dtype=dtype)
@@ -91,14 +91,14 @@ def bits(X):
 
 
 def around(X):
-    """All of its memory but X."""
+    """The memory around X, without X itself."""
     memory = X._base.clone()
     memory.as_strided(X.shape, X.stride(), X.storage_offset()).zero_()
     return bits(memory)
 
 
 def build(stages, **options):
-    """Of lists of products, each list after the one before."""
+    """Program of these products; each list is a stage."""
     layers = 1 + max(case.layer for case in itertools.chain(*stages))
     program = Program(layers, **options)
     for cases in stages:
@@ -109,7 +109,7 @@ def build(stages, **options):
 
 
 def run(program, seed=0):
-    """Shares of sums are NaN before. All tickets are drawn, and every program draws one too many; all tiles count."""
+    """Run a program and return its counters; partial sums are NaN before."""
     for X in program.tensors:
         if X.dtype == torch.uint8:
             X.fill_(255)
@@ -122,7 +122,7 @@ def run(program, seed=0):
 
 
 def allowed(case, truth, precision):
-    """Each of K products and some more operations round once; of two parts in tf32, 2^-20 of a product may be lost."""
+    """Error bound: each of K products and a few more operations round once; tf32x3 may lose 2^-20 of a product."""
     sizes = [None if X is None else X.abs() for X in (case.A, case.B, case.C, case.plus, case.coef)]
     most = formula(Case(*sizes))
     half = [X.dtype.itemsize == 2 for X in (case.A, case.B)]
@@ -133,7 +133,7 @@ def allowed(case, truth, precision):
 
 
 def check(*stages, seed=0, precision="tf32x3", program=None, **options):
-    """Every product is that of its operands after the run: none of them may be changed by a later one."""
+    """Run products and compare each with its operands after the run: no later product may have changed them."""
     program = program or build(stages, precision=precision, **options)
     cases = [case._replace(plus=None if case.plus is None else case.plus.clone()) for case in itertools.chain(*stages)]
     before = [(around(case.C), case.C.clone()) for case in cases]
@@ -160,8 +160,8 @@ KINDS = [("ieee", False, TYPES), ("tf32x3", False, TYPES), ("ieee", True, TYPES)
 
 
 @pytest.mark.parametrize("precision, wide, factors", KINDS)
-def test_types(precision, wide, factors):
-    """All of them at once: each product finds its own loop and end among those of all."""
+def test_dtypes(precision, wide, factors):
+    """All combinations in one launch: each product must find its own loop and epilogue."""
     lies, sizes = itertools.cycle(LIES), itertools.cycle([(17, 40, 24), (66, 33, 48), (40, 16, 37)])
     cases = []
     for a, b, c in itertools.product(factors, factors, TYPES):
@@ -184,7 +184,7 @@ def test_sizes(wide):
 
 @pytest.mark.parametrize("M, N, K", [(40, 24, 48), (33, 20, 17)], ids=["whole vectors", "not"])
 def test_strides(M, N, K):
-    """Those of A with all of B, then those of C with all of plus; what is near the matrices stays NaN."""
+    """Strides of A with all of B, then those of C with all of plus; NaN around the matrices stays."""
     bf16, lies = torch.bfloat16, itertools.cycle(LIES)
     cases = []
     for one, other in itertools.product(LIES, repeat=2):
@@ -195,8 +195,8 @@ def test_strides(M, N, K):
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["", "wide"])
-def test_ends(wide):
-    """In place, too; and where beta is 0, what plus holds is nothing to C."""
+def test_epilogues(wide):
+    """Also in place; and with beta = 0, NaN in plus does not reach C."""
     cases = []
     for (M, N), lies in itertools.product([(66, 70), (20, 66), (70, 3)], ["rows", "columns apart", "rows askew"]):
         A, B = matrix(M, 20), matrix(20, N)
@@ -210,8 +210,8 @@ def test_ends(wide):
     check(cases)
 
 
-def test_nothing_to_sum():
-    """C = 0, gamma I, beta plus; and C of no rows or columns, which has no tiles."""
+def test_empty_sums():
+    """K = 0: C = 0, gamma I or beta plus; and C without rows or columns, which has no tiles."""
     cases, nothing = [], blank(3, 0, torch.float64)
     for M, N in ((1, 1), (70, 40), (40, 66), (0, 5), (5, 0), (0, 0)):
         A, B, C = blank(M, 0, torch.float64), blank(0, N, torch.float64), matrix(M, N)
@@ -224,8 +224,8 @@ def test_nothing_to_sum():
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_as_near_as_plain_torch(dtype, precision):
-    """An error of twice that of torch, and 2^-21 of tf32x3; in fp64 where that is the dtype, else in fp32."""
+def test_as_accurate_as_plain_torch(dtype, precision):
+    """At most twice the error of torch, plus 2^-21 for tf32x3; in fp64 if that is the dtype, else in fp32."""
     wide = dtype == torch.float64
     case = Case(matrix(130, 200, dtype), matrix(200, 70, dtype), blank(130, 70, dtype), wide=wide)
     exact = np.matmul(*(X.double().numpy().astype(np.longdouble) for X in (case.A, case.B)))
@@ -261,7 +261,7 @@ def test_counters():
 
 
 def products(open, sizes):
-    """Whole numbers in layers of four stages: who starts early, reads or overwrites something else."""
+    """Integer matrices in layers of four stages: a product that starts early reads or overwrites wrong values."""
     stages = [[] for _ in range(4)]
     for layer, n in enumerate(sizes):
         A, B, T, S, G, V = (matrix(n, n, numbers=signs) for _ in range(6))
@@ -286,12 +286,13 @@ def check_chain(seed=0, open=1, sizes=(33, 16, 8)):
 
 
 @pytest.mark.parametrize("open", [0, 1], ids=["shut", "open"])
-def test_chains(open):
+def test_dependent_products(open):
     assert len({tuple(check_chain(seed, open)) for seed in SEEDS}) == 1
 
 
 def sums():
-    """Long ones of the same numbers: in fp32, fp64, halves, none behind a shut gate; then one of two of them."""
+    """Long sums that are split: in fp32, in fp64, in half types, behind a closed gate; then a product of two of
+    them."""
     torch.manual_seed(0)
     half, K = torch.bfloat16, 16 * 64
     rows, columns = matrix(20, 700, lies="rows askew"), matrix(700, 33, lies="columns askew")
@@ -303,7 +304,7 @@ def sums():
 
 
 def check_sums(seed=0):
-    """Twice: the second run finds what the first one left. Both give the same numbers, whoever comes last."""
+    """Run twice: the second run finds the counters of the first. Results are equal, whichever program arrives last."""
     stages, found = sums(), []
     program = build(stages)
     assert program.tiles > build(stages, at_once=1).tiles
@@ -321,14 +322,14 @@ def test_split_sums():
     assert all(torch.equal(C, D) for other in others for C, D in zip(first, other, strict=True))
 
 
-def test_split_as_wanted():
-    """Into none, some, and as many as there can be."""
+def test_number_of_parts():
+    """Split into one, some, and as many parts as possible."""
     for at_once in (1, 40, 10**6):
         check(*sums(), at_once=at_once)
 
 
-def test_all_that_tables_point_to_is_held():
-    """A program's tensors are all that it reaches: each of them is missed, but those that are given to the kernel."""
+def test_a_program_holds_all_tensors_its_tables_point_to():
+    """Without any one of them, the simulator reports an access out of bounds; kernel arguments are not needed."""
     C = matrix(20, 33)
     case = Case(matrix(20, 800), matrix(800, 33), C, matrix(20, 33), coef(1, 1), gate(1))
     program = build([[case]])
@@ -337,14 +338,14 @@ def test_all_that_tables_point_to_is_held():
     for i in range(len(pointed)):
         with triton_sim.register(*pointed[:i], *pointed[i + 1 :]), pytest.raises(Exception, match="out of bounds"):
             program.run(torch.zeros(2, dtype=torch.int32))
-        program.tensors[-2].zero_()  # arrivals
+        program.tensors[-2].zero_()  # arrival counters
 
 
-# --- planted bugs -----------------------------------------------------------------------------------------------------
+# --- injected bugs ----------------------------------------------------------------------------------------------------
 
 
 def check_ragged(seed=0):
-    """Ragged: tiles at all edges, and a last step of K that is not a whole one."""
+    """Ragged sizes: tiles at all edges, and a last step of K that is not full."""
     cases = [
         Case(matrix(66, 40, lies=a), matrix(40, 37, lies=b), blank(66, 37, lies=c), None, coef(1, 0, 2))
         for a, b, c in itertools.product(["rows", "columns"], repeat=3)
@@ -353,7 +354,7 @@ def check_ragged(seed=0):
 
 
 def check_vectors(seed=0):
-    """What is whole in one matrix is not in another."""
+    """Rows that hold whole vectors in one matrix and not in another."""
     cases = [
         Case(matrix(24, 40, lies=a), matrix(40, 24, lies=b), blank(24, 24), matrix(24, 24, lies=a), coef(1, 1))
         for a, b in itertools.product(["rows", "columns apart", "rows askew", "columns askew"], repeat=2)
@@ -369,7 +370,7 @@ SHOWN_BY = {
     "ragged": check_ragged,
     "vectors": check_vectors,
     "sums": check_sums,
-    "types": lambda seed: test_types("ieee", False, TYPES[:3]),
+    "types": lambda seed: test_dtypes("ieee", False, TYPES[:3]),
     "strides": lambda seed: test_strides(40, 40, 16),
 }
 
@@ -381,19 +382,19 @@ def red(check):
 
 
 @pytest.mark.parametrize("bug", IN_KERNEL)
-def test_a_planted_bug_shows(bug, tmp_path, monkeypatch):
+def test_an_injected_bug_is_detected(bug, tmp_path, monkeypatch):
     check, *replaced = IN_KERNEL[bug]
     monkeypatch.setattr(kernel, "run", plant(kernel, tmp_path, *replaced).run)
     red(SHOWN_BY[check])
 
 
 @pytest.mark.parametrize("bug", IN_TABLES)
-def test_a_bug_planted_in_the_tables_shows(bug, tmp_path, monkeypatch):
+def test_a_bug_injected_into_the_tables_is_detected(bug, tmp_path, monkeypatch):
     check, *replaced = IN_TABLES[bug]
     monkeypatch.setitem(globals(), "Program", plant(host, tmp_path, *replaced).Program)
     red(SHOWN_BY[check])
 
 
 @pytest.mark.parametrize("check", SHOWN_BY)
-def test_without_them_all_is_right(check):
+def test_checks_pass_without_bugs(check):
     SHOWN_BY[check](SEEDS[-1])

@@ -1,4 +1,4 @@
-"""Compiles CUDA C++ kernels with NVRTC, without a GPU, and reads what ptxas says of them."""
+"""Compiles CUDA C++ kernels with NVRTC, without a GPU, and parses the resource use that ptxas reports."""
 
 import ctypes
 import importlib.util
@@ -15,7 +15,7 @@ ARCHS = ("80", "90a", "100", "120")
 
 
 class Code(NamedTuple):
-    """What the machine code of a kernel uses."""
+    """Resources that a kernel's machine code uses."""
 
     registers: int
     stack: int  # bytes
@@ -25,13 +25,13 @@ class Code(NamedTuple):
 
 @cache
 def nvrtc() -> ctypes.CDLL | None:
-    """The library of the package nvidia-cuda-nvrtc."""
+    """Library of the package nvidia-cuda-nvrtc, or None."""
     package = importlib.util.find_spec("nvidia")
     folders = map(Path, package.submodule_search_locations if package else ())
     found = next((path.parent for folder in folders for path in folder.glob("cu*/lib/libnvrtc.so.*")), None)
     if found is None:
         return None
-    # builtins first: NVRTC finds by itself only what is loaded
+    # builtins first: NVRTC finds them only if they are loaded
     return [ctypes.CDLL(str(next(found.glob(f"libnvrtc{part}.so.*")))) for part in ("-builtins", "")][-1]
 
 
@@ -42,7 +42,7 @@ def version() -> str:
 
 
 def compile(source: str, options: tuple[str, ...]) -> tuple[bytes, str]:
-    """(machine code, log); raises ValueError with the log."""
+    """(Machine code, log); raises ValueError with the log."""
     program = ctypes.c_void_p()
     _check(nvrtc().nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None))
     texts = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
@@ -69,13 +69,13 @@ def _check(error: int) -> None:
 
 @cache
 def codes(arch: str, source: str = ALL) -> dict[str, Code]:
-    """Every kernel of the source: its name -> its code."""
+    """Resource use of every kernel of the source, by name."""
     options = (*OPTIONS, f"-arch=sm_{arch}", f"-I{CSRC / 'cuda'}", "--ptxas-options=-v")
     return parse(compile(source, options)[1])
 
 
 def parse(log: str) -> dict[str, Code]:
-    """What ``ptxas -v`` says. After each kernel come the functions that it calls."""
+    """Parse the output of ``ptxas -v``. The functions that a kernel calls follow it."""
     found = {}
     for part in re.split(r"Compiling entry function '", log)[1:]:
         stack, stores, loads = (
@@ -89,5 +89,5 @@ def parse(log: str) -> dict[str, Code]:
 
 
 def problems(code: Code) -> list[str]:
-    """What is wrong with this code, in words. Too many registers or too much shared memory does not even compile."""
+    """What exceeds the limits, in words. Too many registers or too much shared memory would not even compile."""
     return [f"{code.spills} bytes of spills"] if code.spills else []

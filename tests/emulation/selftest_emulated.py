@@ -1,7 +1,7 @@
-"""The self-test on the CPU: Triton kernels under the interpreter, CUDA kernels under the emulator.
+"""The self-test on the CPU: Triton kernels in Triton's interpreter, CUDA kernels in the emulator.
 
-test_quarantine.py runs this in processes of their own: FAMILY [PATTERN [planted]]. Prints the rows of the cases that
-match; planted: the kernels of the family then give one wrong number.
+test_quarantine.py runs this in separate processes: FAMILY [PATTERN [planted]]. Prints the rows of the cases that match;
+planted: the kernels of the family then return one wrong number.
 """
 
 import json
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def shrink(planted: bool) -> None:
-    """ck_shrink behind the ops of the CPU, which have no other kernels in this process."""
+    """Put ck_shrink behind the CPU ops, which have no other kernels in this process."""
     from tests.emulation import shrink_emulated
 
     path = shrink_emulated.library()
@@ -25,7 +25,7 @@ def shrink(planted: bool) -> None:
     if planted:
         library = torch.library.Library("compaware", "IMPL")
         library.impl("soft_threshold", wrong(shrinkage.soft_threshold._init_fn), "CPU", allow_override=True)
-        shrinkage.planted = library  # lives as long
+        shrinkage.planted = library  # keeps the registration alive
 
 
 def wrong(body):

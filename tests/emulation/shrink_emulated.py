@@ -1,4 +1,4 @@
-"""The shrinkage ops on ck_shrink, emulated: run in a process of its own, which has no other C++ kernels for the CPU."""
+"""The shrinkage ops with ck_shrink emulated; runs in a process of its own that has no other C++ kernels for the CPU."""
 
 import fcntl
 import hashlib
@@ -20,7 +20,7 @@ READ = (SOURCE, "csrc/core/shrink_ops.h", "csrc/cuda/shrink_launch.h", "csrc/cud
 
 
 def library() -> Path:
-    """The ops, compiled if they are new, and linked to the emulator."""
+    """Library of the ops, linked to the emulator; compiled if its sources have changed."""
     launcher = emulator.build("plain")
     setup = runpy.run_path(str(emulator.ROOT / "setup.py"))
     command = ["g++", *setup["CXX_FLAGS"].replace("-O3", "-O1").split(), setup["TARGET"]]
@@ -55,9 +55,9 @@ def cases() -> dict[str, Callable[[], None]]:
 
 
 def main() -> None:
-    """Prints what came of each case: its name, and nothing or what is wrong."""
+    """Prints the name of each case, with its error if it failed."""
     path = library()
-    load, torch.ops.load_library = torch.ops.load_library, None  # which fails, so that the package does without
+    load, torch.ops.load_library = torch.ops.load_library, None  # it fails, so the package works without its library
     import compaware_kernels as ck
 
     assert ck.info()["ops"]["soft_threshold"]["CPU"] != "C++ kernel"

@@ -1,6 +1,6 @@
-"""The checks that test_gpu_step.py makes on a GPU, emulated: they pass here, so there they test the GPU.
+"""The checks of test_gpu_step.py, emulated: they pass here, so a failure on a GPU is one of the GPU.
 
-Run with TRITON_INTERPRET=1, alone.
+Run with TRITON_INTERPRET=1, on its own.
 """
 
 import pytest
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.emulation
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
-    """Launches go to the emulator and the interpreter."""
+    """Send launches to the emulator and the interpreter."""
     run = matmul_program.Program.run
 
     def interpreted(self, counters):

@@ -1,4 +1,4 @@
-"""The proximal step of csrc/cuda/step.cuh on the CPU: its kernels under the emulator, torch for the Triton programs."""
+"""Proximal step of csrc/cuda/step.cuh on the CPU: its kernels in the emulator, its Triton programs by torch."""
 
 import math
 
@@ -17,11 +17,11 @@ FACTOR = error_bounds._factor(device_structs.PROBES)
 GATE = {name: i for i, name in enumerate(device_structs.GATES)}
 REPORT = {name: i for i, name in enumerate(device_structs.REPORT)}
 NO = dict.fromkeys(device_structs.GATES, 0)
-ZERO, NOTHING, SUBSPACE, FULL, UNSURE, REFUSED = 0, *range(3, 8)  # Method of step.h and small.h
+ZERO, NOTHING, SUBSPACE, FULL, UNSURE, REFUSED = 0, *range(3, 8)  # enum Method of step.h and small.h
 
 
 def multiply(listed: matmul_program.Program, *_) -> None:
-    """All products of a program in fp64, stage by stage; those of one stage in the order in which they should not."""
+    """Compute all products of a program in fp64, stage by stage; within a stage in reverse order."""
     if listed.awake is not None and not listed.awake:
         return
     for product in sorted(reversed(listed._products), key=lambda p: p.stage):
@@ -37,7 +37,7 @@ def multiply(listed: matmul_program.Program, *_) -> None:
 
 
 def sanitized(made: plan.Plan, sanitizer: str):
-    """Launches in a process of their own each."""
+    """Launcher that runs each launch in a process of its own under a sanitizer."""
 
     def launcher(kernel, grid, block, shared, device, stream, numbers):
         emulator.sanitize(sanitizer, [Launch(kernel, grid, block, shared, numbers)], tensors(made))
@@ -46,7 +46,7 @@ def sanitized(made: plan.Plan, sanitizer: str):
 
 
 def make(weights, widths, tau=1.0, known=False) -> plan.Plan:
-    """A plan; ``known``: with the basis that fp64 has."""
+    """Plan for these weights; ``known``: with bases of the true singular vectors."""
     made = plan.Plan(weights, widths)
     taus = tau if isinstance(tau, list) else [tau] * len(weights)
     made.inputs.copy_(torch.tensor([*taus, SEED, CALL], dtype=torch.float64))
@@ -61,7 +61,7 @@ def right_vectors(x) -> Tensor:
 
 
 def network(dtype=torch.float32) -> list[Tensor]:
-    """Ragged: tall, wide, one for a block, and one that a narrow basis serves."""
+    """Ragged weights: tall, wide, one that fits in a block, and one for which a narrow basis is enough."""
     weights = [low_rank(200, 64, 6), low_rank(64, 170, 4), low_rank(20, 12, 3), low_rank(130, 96, 9)]
     return [W.to(dtype) for W in weights]
 
@@ -76,7 +76,7 @@ def tensors(made: plan.Plan) -> list[Tensor]:
 
 
 def apart(made: plan.Plan) -> plan.Plan:
-    """With reports and singular values that have no neighbours: what is written beyond them is out of bounds."""
+    """Reports and singular values of each layer without neighbors in memory: writes beyond them are out of bounds."""
     for x in made.layers:
         x.report, x.s = x.report.clone(), x.s.clone()
     made.table = device_structs.table(device_structs.LAYER, made.layers, made.device)
@@ -84,14 +84,14 @@ def apart(made: plan.Plan) -> plan.Plan:
 
 
 def state(made: plan.Plan) -> dict[str, Tensor]:
-    """Everything that kernels write, as it is now."""
+    """Copies of everything that kernels write."""
     found = {f"{x.number}.{name}": value.clone() for x in made.layers for name, value in vars(x).items()
              if isinstance(value, Tensor) and name not in ("partial", "awake", "tau")}  # fmt: skip
     return found | {name: getattr(made, name).clone() for name in ("inputs", "out", "refused", "partials", "zeroed")}
 
 
 def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
-    """What is not the same to the last bit; NaN is the same as NaN."""
+    """Names of the tensors that differ in any bit; NaN equals NaN."""
     return {name for name, x in before.items() if not torch.equal(bits(x), bits(after[name]))}
 
 
@@ -108,7 +108,7 @@ def report(x) -> dict[str, float]:
 
 
 def judged(x, norm: float) -> tuple[float, float, float]:
-    """The bound of the error, an estimate of its spectral norm, and the bound of the rest, that ck_judge must find.
+    """(Error bound, estimate of the error's spectral norm, bound of the rest) that ck_judge must report.
 
     By the formulas of proximal/cuda/subspace_iteration.py, and the norms of error_bounds.py.
     """
@@ -147,13 +147,13 @@ def normal(*shape, seed=0):
 
 
 def one(m=200, n=64, k=16, tau=1.0, dtype=torch.float32, **options):
-    """A plan of one matrix, and that matrix."""
+    """Plan of one matrix, and its entry in the plan."""
     made = make([low_rank(m, n, 6).to(dtype)], [k], tau, **options)
     return made, made.layers[0]
 
 
 def trying(x, norm=100.0):
-    """As ck_orth leaves it, where the subspace is tried."""
+    """Set the state that ck_orth leaves if the subspace is tried."""
     x.gates.zero_()
     x.gates[GATE["try"]] = 1
     x.report.copy_(torch.tensor([norm, 0, 0, SUBSPACE, 1, 0]))
@@ -161,7 +161,7 @@ def trying(x, norm=100.0):
 
 
 def look_alike(x, y):
-    """Which part of the numbers of one random stream are those of another."""
+    """Fraction of the numbers of one random stream that also occur in another."""
     size = min(x.numel(), y.numel())
     return (x.flatten()[:size].float() == y.flatten()[:size].float()).double().mean()
 

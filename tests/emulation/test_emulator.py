@@ -1,4 +1,4 @@
-"""CUDA on the CPU: right kernels run as on a GPU, and each planted bug is noticed by what should notice it."""
+"""Emulator of CUDA: correct kernels run as on a GPU, and each injected bug is detected by the right check."""
 
 import re
 import struct
@@ -43,7 +43,7 @@ def half_sum(bug="kNone"):
     return [("ck_planted_half_sum", 1, 64, 0, [x, BUGS.index(bug)])], x, x.sum(1, keepdim=True).expand(4, 16).clone()
 
 
-def neighbour(bug="kNone"):
+def neighbor(bug="kNone"):
     x, y = torch.randn(16, 2), torch.zeros(16, 2)
     return [("ck_planted_neighbour", 1, 32, 128, [x, y, BUGS.index(bug)])], y, x.flip(1)
 
@@ -53,7 +53,7 @@ def either():
     return [("ck_planted_either", 1, 32, 0, [x])], x, torch.arange(16.0)
 
 
-CASES = [reverse, static, count, last, half_sum, neighbour, either]
+CASES = [reverse, static, count, last, half_sum, neighbor, either]
 
 
 def run(how, launches):
@@ -83,7 +83,7 @@ def test_right_kernels_pass_the_sanitizers(sanitizer):
 
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
-def test_pointers_in_a_table_follow_their_tensors(sanitizer):
+def test_pointers_in_tables_are_translated(sanitizer):
     x, y = torch.randn(2, 32), torch.zeros(2, 32)
     table = torch.tensor([[x[0].data_ptr(), y[1].data_ptr()], [x[1].data_ptr(), y[0].data_ptr()]])
     before = table.clone()
@@ -95,11 +95,11 @@ def test_pointers_in_a_table_follow_their_tensors(sanitizer):
 @pytest.mark.parametrize("case, bug, how, message", [
     (reverse, "kNoBarrier", "thread", r"data race(?s:.*)ck_planted_reverse .*planted.cuh:\d+"),
     (reverse, "kAhead", "thread", r"data race(?s:.*)ck_planted_reverse .*planted.cuh:\d+"),
-    (neighbour, "kAhead", "thread", r"data race(?s:.*)ck_planted_neighbour .*planted.cuh:\d+"),
+    (neighbor, "kAhead", "thread", r"data race(?s:.*)ck_planted_neighbour .*planted.cuh:\d+"),
     (static, "kNoBarrier", "thread", r"data race(?s:.*)ck_planted_static .*planted.cuh:\d+"),
     (count, "kPlainSum", "thread", r"data race(?s:.*)ck_planted_count .*planted.cuh:\d+"),
     (last, "kNoFence", "thread", r"data race(?s:.*)ck_planted_last .*planted.cuh:\d+"),
-    (neighbour, "kShuffleAsBarrier", "thread", r"data race(?s:.*)ck_planted_neighbour .*planted.cuh:\d+"),
+    (neighbor, "kShuffleAsBarrier", "thread", r"data race(?s:.*)ck_planted_neighbour .*planted.cuh:\d+"),
     (reverse, "kTwoBarriers", "plain", r"divergent barrier.* \(32 threads \(1 3 5 7 ...\) at .*planted.cuh:\d+; 32"),
     (half_sum, "kForeignMask", "plain", r"a mask without the lane that gives it: lane 16"),
     (half_sum, "kHalfMask", "plain", r"lane 0 reads lane 8, which is not in the mask"),
@@ -110,16 +110,16 @@ def test_pointers_in_a_table_follow_their_tensors(sanitizer):
     (static, "kBeyond", "address", r"planted.cuh:\d+:.*index 64 out of bounds"),
     (reverse, "kMisaligned", "address", r"planted.cuh:\d+:.*misaligned address"),
 ])  # fmt: skip
-def test_a_planted_bug_is_noticed(case, bug, how, message):
+def test_an_injected_bug_is_detected(case, bug, how, message):
     launches, _, _ = case(bug)
     with pytest.raises(RuntimeError, match=message):
         run(how, launches)
 
 
 @pytest.mark.parametrize("case", [reverse, static])
-def test_shared_memory_is_poisoned(case):
+def test_unwritten_shared_memory_reads_as_nan(case):
     launches, result, wanted = case("kUnwritten")
-    for _ in range(2):  # the second time, the first has left its numbers there
+    for _ in range(2):  # the second time, the first run's values must not be visible
         run("plain", launches)
         assert result.view(-1, 64)[:, 62].isnan().all() and torch.equal(
             result.isnan().sum(), torch.tensor(result.numel() // 64)
@@ -127,18 +127,18 @@ def test_shared_memory_is_poisoned(case):
         launch(*case()[0][0])
 
 
-def test_too_little_shared_memory_is_noticed():
+def test_too_little_shared_memory_is_detected():
     with pytest.raises(RuntimeError, match="heap-buffer-overflow"):
         sanitize("address", reverse(shared=4 * THREADS - 4)[0])
 
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
-def test_an_error_under_a_sanitizer_is_the_emulators(sanitizer):
+def test_emulator_errors_are_raised_under_a_sanitizer(sanitizer):
     with pytest.raises(RuntimeError, match=r"(?m)^ck_planted_reverse: divergent barrier"):
         sanitize(sanitizer, reverse("kTwoBarriers", blocks=1)[0])
 
 
-def test_what_cannot_be_launched():
+def test_invalid_launches():
     for grid, block, shared, message in [
         (0, 32, 0, "blocks; got 0"), (1, 1025, 0, "threads; got 1025"), (1, 32, 227 * 1024 + 1, "got 232449")
     ]:  # fmt: skip
@@ -149,14 +149,14 @@ def test_what_cannot_be_launched():
 
 
 @pytest.mark.parametrize("args", [[0], [0, 0, 0], [0, 0.0], [torch.zeros(1), torch.zeros(1)], [b"12345678", 0]])
-def test_arguments_that_the_kernel_does_not_take(args):
+def test_invalid_arguments(args):
     with pytest.raises(TypeError, match="ck_planted_count: wanted 'pi'"):
         launch("ck_planted_count", 1, 32, 0, args)
     with pytest.raises(TypeError, match="ck_planted_count: wanted 'pi'"):
         sanitize("thread", [("ck_planted_count", 1, 32, 0, args)])
 
 
-def test_a_failed_launch_leaves_nothing_behind():
+def test_a_failed_launch_leaves_no_state():
     with pytest.raises(RuntimeError):
         run("plain", half_sum("kHalfWarp")[0])
     for case in CASES:
@@ -167,7 +167,7 @@ def test_a_failed_launch_leaves_nothing_behind():
 
 @pytest.mark.parametrize("width", [4, 16, 32])
 @pytest.mark.parametrize("by", [1, 3, 5])
-def test_shuffles_within_parts_of_a_warp(width, by):
+def test_shuffles_within_subwarps(width, by):
     out = torch.zeros(4, 32, dtype=torch.int32)
     launch("ck_shuffles", 1, 32, 0, [out, width, by])
     lane, first = torch.arange(32), torch.arange(32) // width * width
@@ -204,7 +204,7 @@ def same(x, y):
 
 @pytest.mark.parametrize("dtype", TYPES[2:])
 @pytest.mark.parametrize("wide", [0, 1])
-def test_16_bits_are_loaded_and_stored_as_by_torch(dtype, wide):
+def test_half_types_convert_as_in_torch(dtype, wide):
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     assert all(same(convert(every, to, wide), every.to(to)) for to in TYPES)
     bits = torch.randint(-(2**31), 2**31, (9999,), dtype=torch.int64).to(torch.int32)
@@ -216,8 +216,9 @@ def test_16_bits_are_loaded_and_stored_as_by_torch(dtype, wide):
 
 @pytest.mark.parametrize("dtype", TYPES[2:])
 def test_fp64_is_rounded_once(dtype):
-    """Halfway between neighbours, and next to that by less than what fp32 can tell."""
-    low = torch.arange(0x7BFF if dtype == torch.float16 else 0x7F7F).to(torch.int16)  # as bits, all that are finite
+    """At the midpoint of two neighbors, and next to it by less than fp32 resolves."""
+    # bit patterns of all finite numbers
+    low = torch.arange(0x7BFF if dtype == torch.float16 else 0x7F7F).to(torch.int16)
     high = low + 1
     a, b = low.view(dtype).double(), high.view(dtype).double()
     middle, even = (a + b) / 2, torch.where(low % 2 == 0, low, high).view(dtype)
@@ -230,7 +231,7 @@ def test_fp64_is_rounded_once(dtype):
 
 
 def shrink_jobs(weights):
-    """ShrinkJobs of csrc/cuda/shrink.h: 341 of them, of 96 bytes each; and how many blocks they take."""
+    """ShrinkJobs of csrc/cuda/shrink.h: 341 jobs of 96 bytes each; and the number of blocks."""
     jobs, grid = [], 0
     for x, l1, tau in weights:
         steps = [(t.data_ptr() if t is not None else 0, t is not None and t.numel() > 1) for t in (l1, tau)]

@@ -1,4 +1,4 @@
-"""Compiles Triton kernels to machine code without a GPU, and reads from it what a GPU would refuse or run slowly."""
+"""Compiles Triton kernels to machine code without a GPU, and reads its resource use and instructions."""
 
 import re
 import subprocess
@@ -14,27 +14,27 @@ from triton.compiler import ASTSource
 from compaware_kernels.ops.triton_lowrank import Tile, lowrank_kernel
 from compaware_kernels.proximal.cuda.matmul_kernel import options, program_kernel
 
-# Bytes of shared memory a block can have: CUDA C++ Programming Guide, compute capabilities.
+# Shared memory of a block, in bytes: CUDA C++ Programming Guide, compute capabilities.
 SHARED = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
-TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTC", 120: "HMMA"}  # the opcode of 64 rows and more
-DOUBLE = (80, 90)  # those whose tensor cores multiply in fp64, for Triton
+TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTC", 120: "HMMA"}  # opcodes for tiles of 64 rows or more
+DOUBLE = (80, 90)  # architectures on which Triton uses tensor cores for fp64
 TYPES = {"half": "bf16", "tf32": "fp32", "ieee": "fp32"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Code(NamedTuple):
-    """What the machine code uses."""
+    """Resources and instructions of a kernel's machine code."""
 
     registers: int
     stack: int  # bytes: spilled registers
     spills: int  # loads and stores of local memory
     shared: int  # bytes
-    tensor_core: dict[str, int]  # opcode -> how many
+    tensor_core: dict[str, int]  # opcode -> count
     fma: int
 
 
 def compiled(kernel, capability: int, types: dict[str, str], constants: dict[str, object], **options: int) -> Code:
-    """``types``: Triton's type of each argument that is no constant; pointers are multiples of 16 bytes."""
+    """Compile a kernel; ``types``: Triton's type of each non-constant argument; pointers are aligned to 16 bytes."""
     at = {name: (kernel.arg_names.index(name),) for name in kernel.arg_names}
     source = ASTSource(
         fn=kernel,
@@ -63,7 +63,7 @@ def lowrank_code(
     capability: int, kind: str, BR: int, tile: Tile, kernel: int = 3, activation: str = "gelu", ends: str = "br",
     dtype: str = "", stride: str = "i32",
 ) -> Code:  # fmt: skip
-    """The fused kernel; by default with everything it can have: 3 x 3, bias, residual, gelu."""
+    """The fused low-rank kernel; by default with all its features: 3 x 3, bias, residual, gelu."""
     dtype = dtype or TYPES[kind]
     constants = {
         **dict(KH=kernel, KW=kernel, ACTIVATION=activation, PRECISION=kind if kind == "tf32" else "ieee"),
@@ -79,7 +79,7 @@ def lowrank_code(
 
 
 def program_code(capability: int, program) -> Code:
-    """The kernel as this :class:`compaware_kernels.proximal.cuda.matmul_program.Program` launches it."""
+    """The matrix program kernel as :class:`compaware_kernels.proximal.cuda.matmul_program.Program` launches it."""
     names = ("GROUPS", "LOOPS", "ENDS", "PRECISION")
     constants = dict(zip(names, (*program.kinds, program.precision), strict=True))
     types = {name: "*i64" if name == "problems" else "*i32" for name in ("problems", "tiles", "counters", "awake")}
@@ -88,7 +88,7 @@ def program_code(capability: int, program) -> Code:
 
 
 def problems(code: Code, capability: int, kind: str, BM: int) -> list[str]:
-    """What is wrong with this code of the fused kernel, in words."""
+    """What exceeds the limits or misses tensor cores in the fused kernel, in words."""
     wanted = TENSOR_CORES[capability] if BM >= 64 else "HMMA"
     on_tensor_cores = any(opcode.startswith(wanted) for opcode in code.tensor_core)
     found = {f"no {wanted}": kind != "ieee" and not on_tensor_cores,
@@ -97,7 +97,7 @@ def problems(code: Code, capability: int, kind: str, BM: int) -> list[str]:
 
 
 def program_problems(code: Code, capability: int, program) -> list[str]:
-    """What is wrong with this code of a matrix program, in words."""
+    """What exceeds the limits or misses tensor cores in a matrix program, in words."""
     types = {group[0] for group in program.kinds[0]}
     wanted = {TENSOR_CORES[capability]: 0 in types, "DMMA": 3 in types and capability in DOUBLE}
     used = " ".join(code.tensor_core)

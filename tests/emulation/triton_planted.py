@@ -1,4 +1,4 @@
-"""Bugs that tests plant in the matrix programs: what is replaced in the source, by what; and what is to show them."""
+"""Bugs to inject into the matrix programs: text replaced in the source, its replacement, and the check to detect it."""
 
 import importlib.util
 from pathlib import Path
@@ -64,7 +64,7 @@ IN_CODE = {
 
 
 def plant(module, folder, *replaced):
-    """The module with some things replaced in its source."""
+    """The module with some texts replaced in its source."""
     source = Path(module.__file__).read_text()
     for old, new in replaced:
         assert source.count(old) == 1, f"{old!r} is {source.count(old)} times in the source"

@@ -1,13 +1,13 @@
-"""Makes Triton's interpreter trustworthy: import it first, in a process started with TRITON_INTERPRET=1 (triton 3.7).
+"""Makes Triton's interpreter as strict as a GPU: import it first, in a process with TRITON_INTERPRET=1 (triton 3.7).
 
-The interpreter runs kernels on the CPU with numpy, but computes bf16 as 16-bit integers, truncates where a GPU rounds
-to bf16, takes tf32 for fp32, ignores device_assert, and reads and writes anywhere. With this
+The interpreter runs kernels on the CPU with numpy, but it computes bf16 as 16-bit integers, truncates to bf16 instead
+of rounding, computes tf32 as fp32, ignores device_assert, and allows accesses to any address. With this module
 
-* bf16 values are computed in fp32 and rounded to nearest even (reductions and atomics in bf16 are refused);
-* of the operands of a tf32 product the last 13 bits are dropped, those of tf32x3 are rounded to two tf32 parts;
-* every load, store and atomic must lie inside a tensor of the launch, or one that :func:`register` names;
-* programs start in an order shuffled by ``seed`` (0: as numbered), some or all at a time, and after every atomic
-  operation another one may go on; that all of them wait raises, as device_assert and integer overflow do.
+* bf16 values are computed in fp32 and rounded to nearest even (reductions and atomics in bf16 raise);
+* operands of a tf32 product lose their last 13 bits, those of tf32x3 are rounded to two tf32 parts;
+* every load, store and atomic must be inside a tensor of the launch, or one named by :func:`register`;
+* programs start in an order shuffled by ``seed`` (0: as numbered), some or all at a time, and take turns after every
+  atomic operation; a deadlock raises, as device_assert and integer overflow do.
 """
 
 import inspect
@@ -30,12 +30,12 @@ FLOAT += [f"create_{name}" for name in ("exp", "exp2", "log", "log2", "sqrt", "p
 FLOAT += ["create_erf", "create_ceil"]
 
 seed = 0
-registered: list[tuple[int, int]] = []  # first byte, and the one after the last, of tensors that tables point to
-launched = np.empty((2, 0), np.int64)  # those of every tensor of the launch, in order, the touching ones as one
+registered: list[tuple[int, int]] = []  # address ranges (first byte, end) of tensors that tables point to
+launched = np.empty((2, 0), np.int64)  # ranges of every tensor of the launch, sorted, adjacent ones merged
 
 
 def patch(owner, *names):
-    """Replace methods of ``owner`` by the decorated function, which gets the replaced one as its first argument."""
+    """Replace methods of ``owner`` by the decorated function, whose first argument is the original method."""
 
     def decorate(function):
         for name in dict.fromkeys(names):
@@ -51,7 +51,7 @@ def is_bf16(x) -> bool:
 
 
 def round_bits(x: np.ndarray, dropped: int) -> np.ndarray:
-    """fp32 with the last ``dropped`` bits of the significand rounded away, ties to even; inf and NaN as they are."""
+    """fp32 with the last ``dropped`` bits of the significand rounded, ties to even; inf and NaN are kept."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     half, odd = np.uint32((1 << (dropped - 1)) - 1), (bits >> np.uint32(dropped)) & np.uint32(1)
     rounded = ((bits + half + odd) >> np.uint32(dropped)) << np.uint32(dropped)
@@ -59,7 +59,7 @@ def round_bits(x: np.ndarray, dropped: int) -> np.ndarray:
 
 
 def widen(x):
-    """A bf16 handle as fp32; anything else as it is."""
+    """bf16 values as fp32; anything else unchanged."""
     return Handle((x.data.astype(np.uint32) << np.uint32(16)).view(np.float32), tl.float32) if is_bf16(x) else x
 
 
@@ -76,7 +76,7 @@ def _(operation, self, *args):
 
 @patch(Builder, *(name for name in vars(Builder) if name.startswith(("create_fcmp", "create_icmp"))))
 def _(compare, self, *args):
-    return Handle(compare(self, *args).data, tl.int1)  # as the type of what was compared, it would be splat as that
+    return Handle(compare(self, *args).data, tl.int1)  # with the type of the operands, splat would broadcast it as that
 
 
 @patch(Builder, "cast_impl", "create_fp_to_fp")
@@ -98,7 +98,7 @@ def _(operation, self, *args):
 
 
 def drop_bits(x: np.ndarray) -> np.ndarray:
-    """What a tensor core reads of fp32, if tf32 is asked for: Triton rounds nothing (its issue 4574)."""
+    """fp32 as a tensor core reads it for tf32: Triton truncates (its issue 4574)."""
     return (np.ascontiguousarray(x).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
@@ -110,7 +110,7 @@ def _(dot, self, a, b, total, precision, *rest):
     if name == "tf32":
         return Handle(total.data + drop_bits(a.data) @ drop_bits(b.data), tl.float32)
     A, B = round_bits(a.data, 13), round_bits(b.data, 13)
-    rest = A @ round_bits(b.data - B, 13) + round_bits(a.data - A, 13) @ B  # that of both is dropped
+    rest = A @ round_bits(b.data - B, 13) + round_bits(a.data - A, 13) @ B  # the product of both remainders is dropped
     return Handle(total.data + A @ B + rest, tl.float32)
 
 
@@ -137,14 +137,14 @@ checked("create_atomic_cas", 0, None)
 
 
 def bytes_of(tensor) -> tuple[int, int]:
-    """From its first element to the end of its last: a view's neighbours in the storage are outside."""
+    """Address range of a tensor from its first element to its last: a view's neighbors in the storage are outside."""
     steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (1 + steps) * tensor.itemsize * (tensor.numel() > 0)
 
 
 @contextmanager
 def register(*tensors):
-    """Launches may reach these, too: they have their addresses from memory."""
+    """Allow launches to access these tensors, too, whose addresses they read from memory."""
     before = registered.copy()
     registered.extend(map(bytes_of, tensors))
     try:
@@ -169,7 +169,7 @@ def _(call, self, *args, **kwargs):
 
 
 class Programs:
-    """Stands for the kernel: collects the programs of a launch, and runs them when the last one is there."""
+    """Replaces the kernel function: collects the programs of a launch, and runs them when the last one is called."""
 
     def __init__(self, kernel):
         self.kernel, self.started = kernel, []
@@ -203,14 +203,14 @@ class Programs:
 
 
 class Program(greenlet):
-    """One of a launch; hands control back after every atomic operation."""
+    """One program of a launch; yields control after every atomic operation."""
 
     def __init__(self, kernel, arguments, index):
         super().__init__(lambda: kernel(**arguments))
         self.index, self.seen = index, None
 
     def step(self) -> bool:
-        """Goes on to its next atomic operation; whether that found something else than the last one did."""
+        """Run to the next atomic operation; returns whether it read another value than the last one."""
         before, self.seen = self.seen, self.switch()
         return self.dead or self.seen != before
 
@@ -234,5 +234,6 @@ def _(set_grid_dim, self, *dims):
 
 
 patch(Builder, "set_grid_idx")(lambda set_grid_idx, self, *index: set_grid_idx(self, *next(self.programs)))
-object.__setattr__(interpreter.interpreter_builder.options, "debug", True)  # device_assert asks for it
-tl.condition.__bool__ = lambda self: bool(self.condition)  # else a loop with one never ends
+# device_assert is checked in debug mode only
+object.__setattr__(interpreter.interpreter_builder.options, "debug", True)
+tl.condition.__bool__ = lambda self: bool(self.condition)  # without it, a loop over one never ends

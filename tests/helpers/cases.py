@@ -1,4 +1,4 @@
-"""The shapes, dtypes, spectra and tolerances that the tests go through, and matrices of a given spectrum."""
+"""Shapes, dtypes, spectra and tolerances of the tests, and matrices with a given spectrum."""
 
 import math
 
@@ -12,7 +12,7 @@ TAU = 0.5
 
 
 def _ulps(k):
-    """Singular values at tau and one fp32 step to each side of it."""
+    """Singular values at tau and one fp32 ulp to each side of it."""
     t = np.float32(TAU)
     near = [np.nextafter(t, np.float32(9)), t, np.nextafter(t, np.float32(0))]
     return np.sort(np.resize(np.array(near, dtype=np.float64), k))[::-1]
@@ -31,7 +31,7 @@ SPECTRA = {
 
 
 def matrix(shape, spectrum, seed=0):
-    """An fp64 matrix (or batch of different ones) with the given singular values."""
+    """fp64 matrix (or a batch of different ones) with the given singular values."""
     *batch, m, n = shape
     rng = np.random.default_rng(seed)
     k = min(m, n)
@@ -47,7 +47,8 @@ def with_spectrum(m, n, s, seed=0):
 
 
 def low_rank(m, n, r, largest=100.0, outside=0.4, seed=0):
-    """Singular values from 1.5 to ``largest``, and full-rank noise of spectral norm ``outside``."""
+    """fp64 matrix [m, n]: r singular values from 1.5 to ``largest``, plus full-rank noise of spectral norm
+    ``outside``."""
     generator = torch.Generator().manual_seed(seed + 1)
     noise = torch.randn(m, n, generator=generator, dtype=torch.float64)
     noise *= outside / torch.linalg.matrix_norm(noise, 2)

@@ -3,8 +3,9 @@
     python tests/helpers/fingerprint.py > before.json            # on one commit
     python tests/helpers/fingerprint.py --against before.json    # on another: lists what differs, and then exits with 1
 
-One JSON object: section/case/what -> a number, a text, or the dtype, shape, strides and sha256 of a tensor or a file.
-Uses public names only. Bits depend on processor and torch: compare runs of one machine, with the library built alike.
+Writes one JSON object: section/case/what -> a number, a text, or dtype, shape, strides and sha256 of a tensor or file.
+Uses public names only. Bits depend on processor and torch: compare runs on one machine with equal builds of the
+library.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # this checkout's library, whichever is installed
+sys.path.insert(0, str(ROOT))  # import this checkout, not an installed package
 
 import compaware_kernels as ck  # noqa: E402
 from compaware_kernels.demo.networks import small_convnet  # noqa: E402
@@ -50,7 +51,7 @@ def of_tensor(x: Tensor) -> str:
 
 
 def of_file(path: Path) -> str:
-    """Of its bytes, but with sorted keys in the header of a safetensors file: those of its metadata come at random."""
+    """Fingerprint of a file; of safetensors with sorted header keys, because metadata is written in random order."""
     raw = path.read_bytes()
     if path.suffix == ".safetensors":
         end = 8 + int.from_bytes(raw[:8], "little")
@@ -59,7 +60,7 @@ def of_file(path: Path) -> str:
 
 
 def leaves(name: str, value: object) -> Iterator[tuple[str, str]]:
-    """name/part -> fingerprint, for everything in the value."""
+    """(name/part, fingerprint) of everything in a nested value."""
     if isinstance(value, ck.SvtInfo):  # without its reason, which is prose
         value = {what: getattr(value, what) for what in ("rank", "s", "error_bound", "method", "name")}
     elif isinstance(value, nn.Module):
@@ -87,12 +88,12 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def low_rank(m: int, n: int, r: int, seed: int = 0) -> Tensor:
-    """Matrix [m, n] of r large singular values and noise of a norm of about 0.4."""
+    """Matrix [m, n] with r large singular values and noise of a norm of about 0.4."""
     return normal(m, r, seed=seed) @ normal(r, n, seed=seed) / 4 + 0.4 * normal(m, n, seed=seed) / (m**0.5 + n**0.5)
 
 
 def ragged(dtype: torch.dtype) -> list[Tensor]:
-    """Weights of a network, some strided, such that every route is taken."""
+    """Weights of a network, some strided, such that every route of the solver is taken."""
     made = [normal(64, 48), low_rank(200, 170, 6), low_rank(300, 64, 5).mT, normal(32, 16, 3, 3), normal(32, 8, 3, 3),
             normal(1, 9), normal(9, 2), 1e-3 * normal(40, 30),
             normal(24, 20, 3, 3).contiguous(memory_format=torch.channels_last)]  # fmt: skip
@@ -103,7 +104,7 @@ GROUPS, TAUS = [1, 1, 1, 1, 4, 1, 1, 1, 1], [1.0, 1.0, 1.0, 3.0, 2.0, 0.3, 0.3, 
 
 
 def filled(model: nn.Module, dead: int = 0) -> nn.Module:
-    """The model with weights of low rank and noise, and some dead neurons."""
+    """The model with random weights of low rank plus noise, and some dead neurons."""
     for i, (name, x) in enumerate((name, x) for name, x in model.state_dict().items() if x.ndim):
         m, n = len(x), x[0].numel()
         y = low_rank(m, n, max(1, min(m, n) // 6), seed=i).reshape(x.shape) / (n / 4) ** 0.5
@@ -113,7 +114,7 @@ def filled(model: nn.Module, dead: int = 0) -> nn.Module:
 
 
 class Residual(nn.Module):
-    """Batch norms, a sum, a grouped and a transposed convolution, a layer norm."""
+    """Network with batch norms, a residual sum, a grouped and a transposed convolution, and a layer norm."""
 
     def __init__(self):
         super().__init__()
@@ -141,7 +142,7 @@ def parametrized() -> nn.Sequential:
 
 
 def names() -> Found:
-    """Public names; ops with their schemas, and whether they have a compiled body."""
+    """Public names, and ops with their schemas and whether they have a compiled body."""
     ops = {name: name.removeprefix("compaware::") for name in sorted(torch._C._dispatch_get_all_op_names())}
     return {"torch": torch.__version__, "processor": torch.backends.cpu.get_cpu_capability(),
             "public": dict.fromkeys(ck.__all__, "here")} | {
@@ -151,7 +152,7 @@ def names() -> Found:
 
 
 def derived(op: Callable, *args: object, order: int = 1) -> list:
-    """Outputs, and gradients by all tensors, up to this order."""
+    """Outputs, and derivatives by all tensors up to this order."""
     args = [a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in args]
     found = [y := op(*args)]
     for i in range(1, order + 1):
@@ -194,7 +195,7 @@ def low_rank_ops() -> Found:
         x, residual = normal(2, 36, 14, 11).to(dtype), normal(2, 48, *([14, 11] if stride == 1 else [7, 6])).to(dtype)
         x = x.contiguous(memory_format=torch.channels_last) if stride == 2 else x
         b, geometry = normal(48).to(dtype), ([stride, stride], [1, 2], [1, 1], G, fold, act)
-        # A header of 16 numbers, which has addresses, comes before what is packed.
+        # What is packed starts with a header of 16 numbers that holds addresses.
         packed, conv = OPS.lowrank_pack(V, U, G), lambda *a, g=geometry: OPS.lowrank_conv2d(*a, None, *g)
         here = found[f"{dtype} {fold} {G} {act}"] = {
             "packed": packed[16:], "conv2d": derived(conv, x, V, U, b, residual),
@@ -210,7 +211,7 @@ def low_rank_ops() -> Found:
 
 
 def called(op: Callable, weights: list[Tensor], *args: object, threads: int = 1, **options: object) -> Found:
-    """Three calls with one state; the weights move a little in between."""
+    """Three calls with one warm state; the weights drift in between."""
     state, found = ck.WarmState(seed=3), {}
     torch.set_num_threads(threads)
     for i in range(3):
@@ -222,7 +223,7 @@ def called(op: Callable, weights: list[Tensor], *args: object, threads: int = 1,
 
 
 def shrinking() -> Found:
-    """The public functions that shrink whole networks in place."""
+    """Public functions that apply proximal operators to lists of weights in place."""
     found, grouped = {}, {"groups": GROUPS, "names": [f"layer{i}" for i in range(len(GROUPS))]}
     for dtype in DTYPES:
         center = [0.1 * normal(*W.shape, seed=9).to(dtype) for W in ragged(dtype)]
@@ -248,7 +249,7 @@ def shrinking() -> Found:
 
 
 def trained(make: Callable, dtype: torch.dtype = torch.float32, adam: bool = False, **options: object) -> Found:
-    """20 optimizer steps on random images, from a checkpoint after 10; a ``center`` is where they begin."""
+    """20 optimizer steps on random images, resumed from a checkpoint after 10; ``center``: the initial weights."""
     torch.manual_seed(0)
     model, x, y, found = make().to(dtype), normal(32, 1, 8, 8).to(dtype), torch.arange(32) % 10, {}
     options = {name: copy.deepcopy(model) if name == "center" else value for name, value in options.items()}
@@ -275,7 +276,7 @@ def trained(make: Callable, dtype: torch.dtype = torch.float32, adam: bool = Fal
 
 
 def training() -> Found:
-    """ProximalStep."""
+    """Training with ProximalStep."""
     found, orders = {}, itertools.permutations(PENALTIES)
     for order, fold, every in zip(orders, FOLDS * 2, (1, 2, 3, "epoch", 7, 1), strict=True):
         for make in (small_convnet, mlp, parametrized, Residual):
@@ -298,7 +299,7 @@ def compressed(model: nn.Module, ranks: object, x: Tensor, **options: object) ->
 
 
 def compressing() -> Found:
-    """Ranks, allocate, compress; and of what is compressed: save, load, to_plain, to_dense, fuse."""
+    """Ranks, allocate and compress; then save, load, to_plain, to_dense and fuse of the compressed model."""
     found, x, seen = {}, normal(4, 1, 8, 8).float(), [(normal(16, 1, 8, 8).float(),)]
     rules = map(ck.ranks.parse, itertools.cycle(("energy:0.9", "nuclear:0.8", "fixed:4", "share:0.25", "relative:0.1")))
     for make, fold in itertools.product((small_convnet, mlp, Residual), (*FOLDS, "auto")):
@@ -319,13 +320,14 @@ def compressing() -> Found:
             found[f"{path.stem} {of} {by} {len(batches)}"] = {layer: str(rank) for layer, rank in ranks.items()}
     wide = filled(nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)))
     deep = filled(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 4, 1)))
-    for model, x in ((wide, normal(64, 512).float()), (deep, normal(8, 64, 16, 16).float())):  # much faster, surely
+    # so much faster that noise in the timing cannot change the choice
+    for model, x in ((wide, normal(64, 512).float()), (deep, normal(8, 64, 16, 16).float())):
         found[f"speed {len(model)}"] = compressed(model, {"0": ck.ranks.fixed(3)}, x)[1]
     return found
 
 
 def lora() -> Found:
-    """export_lora of an update of low rank, with changed biases and norms."""
+    """export_lora of a low-rank update, with changed biases and norms."""
     found, base = {}, filled(Residual())
     model = copy.deepcopy(base)
     for i, x in enumerate(model.parameters()):
@@ -349,7 +351,7 @@ LAYERS = {
 
 
 def layers() -> Found:
-    """Low-rank layers: of dense ones and back, with gradients, sums and activations, and loaded from a dense one."""
+    """Low-rank layers: from dense and back, gradients, residual sums, activations, loading a dense checkpoint."""
     found = {}
     for (name, (dense, size)), fold, dtype in itertools.product(LAYERS.items(), FOLDS, DTYPES[:3]):
         dense, x = filled(dense).to(dtype), normal(*size).to(dtype)
@@ -366,7 +368,7 @@ def layers() -> Found:
 
 
 def run(*words: object) -> str:
-    """What the command prints."""
+    """Output of the compaware command."""
     command = [sys.executable, "-m", "compaware_kernels", *map(str, words)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -391,7 +393,7 @@ ARMS = {
 
 
 def study() -> Found:
-    """The records and the results of a small study."""
+    """Records and results of a small study."""
     settings = ["epochs = 2", "seeds = 1", "batch = 128", "lr = 0.02", "tune_epochs = 1", "rules = ['energy:0.9']",
                 "sparsities = [0.5]", "map = { nuclear = [2], group = [0.1] }"]  # fmt: skip
     Path("small.toml").write_text("\n".join([*settings, *(f'arms."{a}" = [{{{s}}}]' for a, s in ARMS.items())]))

@@ -1,4 +1,4 @@
-"""Models to fuse, and what every fused model must keep."""
+"""Models to fuse, and the checks that every fused model must pass."""
 
 import copy
 
@@ -14,7 +14,7 @@ TOKENS = torch.randn(2, 3, 16)
 
 
 class Net(nn.Module):
-    """``run(self, x)`` over these modules."""
+    """Model whose forward is ``run(self, x)`` with these modules as attributes."""
 
     def __init__(self, run, **modules):
         super().__init__()
@@ -27,14 +27,14 @@ class Net(nn.Module):
 
 
 class Net2(Net):
-    """``run(self, x, y)``."""
+    """Model whose forward is ``run(self, x, y)``."""
 
     def forward(self, x, y):
         return self.run(self, x, y)
 
 
 def prepared(model):
-    """Batch norms that do something."""
+    """The model with batch norms that change their input."""
     torch.manual_seed(1)
     for module in model.modules():
         if isinstance(module, NORMS) and module.running_mean is not None:
@@ -47,7 +47,7 @@ def prepared(model):
 
 
 def steps(model):
-    """What is left to run: class names of modules, names of functions and methods."""
+    """Ops that remain: class names of modules, names of functions and methods."""
     named = {"call_module": lambda n: type(model.get_submodule(n.target)).__name__, "call_method": lambda n: n.target,
              "call_function": lambda n: n.target.__name__}  # fmt: skip
     return [named[node.op](node) for node in model.graph.nodes if node.op in named]
@@ -62,7 +62,8 @@ def same(got, wanted):
 
 
 def check(model, *inputs):
-    """The fused model: the same outputs twice in a row, of inputs that stay; the model stays, too."""
+    """Fuse the model and compare outputs, twice in a row; inputs and the model itself must not change. Returns the
+    fused one."""
     model, before = prepared(model), copy.deepcopy(model.state_dict())
     kept = [x.clone() for x in inputs]
     fused = ck.fuse(model, inputs)
@@ -74,12 +75,12 @@ def check(model, *inputs):
         for _ in range(2):
             same(fused(*inputs), wanted)
             assert all(map(torch.equal, inputs, kept))
-    same(fused(*inputs), wanted)  # with gradients: two steps
+    same(fused(*inputs), wanted)  # with gradients the two-step path runs
     return fused
 
 
 def conv(kernel=1, inputs=16, outputs=16, **more):
-    """A low-rank convolution that keeps the size, and that the kernel takes."""
+    """Low-rank convolution with "same" padding that the fused kernel takes."""
     return ck.LowRankConv2d(inputs, outputs, kernel, 12, padding=kernel // 2, **more)
 
 

@@ -1,4 +1,4 @@
-"""Cases for the low-rank ops, their fp64 truth, and the bound every body must keep, on any device."""
+"""Cases for the low-rank ops, their fp64 truth, and the error bound of every body, on any device."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import compaware_kernels as ck
 from compaware_kernels.ops import lowrank
 
-# x [N, C, H, W], O outputs, rank r per group, kernel; and the geometry where it is not torch's default.
+# x [N, C, H, W], O outputs, rank r per group, kernel; and the geometry if it is not torch's default.
 CONV = {
     "one of each": {"x": (1, 1, 1, 1), "O": 1, "r": 1, "kernel": (1, 1)},
     "1 x 1": {"x": (3, 17, 5, 7), "O": 65, "r": 3, "kernel": (1, 1)},
@@ -58,7 +58,8 @@ def values(shape, generator, scale=1.0):
 
 
 def conv2d_case(name, fold, dtype=torch.float32, device="cpu", layout="contiguous", bias=True, residual=False, **more):
-    """Keyword arguments of ``ck.lowrank_conv2d``; outputs are about 1 large, with a bias some reach relu6's 6."""
+    """Keyword arguments of ``ck.lowrank_conv2d``; outputs have a standard deviation of about 1, some reach relu6's
+    6."""
     case = CONV[name]
     N, C, H, W = case["x"]
     O, r, G, (kh, kw) = case["O"], case["r"], case.get("groups", 1), case["kernel"]
@@ -102,7 +103,7 @@ def _finished(y, bias, residual, activation):
 
 def truth_conv2d(x, V, U, bias=None, *, residual=None, stride=1, padding=0, dilation=1, groups=1, fold=None,
                  activation="none"):  # fmt: skip
-    """In fp64 the one dense convolution whose kernel is the product of the factors: no two steps, no fold."""
+    """One dense convolution in fp64 whose kernel is the product of the factors: neither two steps nor folds."""
     U, V = (W.double().unflatten(0, (groups, -1)) for W in (U, V))
     W = torch.einsum("gorab,grcde->gocadbe", U, V).flatten(5).flatten(3, 4).flatten(0, 1)
     y = F.conv2d(x.double(), W, None, stride, padding, dilation, groups)
@@ -116,7 +117,7 @@ def truth_linear(x, V, U, bias=None, *, residual=None, activation="none"):
 
 def reference_conv2d(x, V, U, bias=None, *, residual=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1,
                      fold="paper", activation="none"):  # fmt: skip
-    """Two steps of plain PyTorch."""
+    """Two convolutions of plain PyTorch."""
     body = lowrank.lowrank_conv2d._init_fn
     return body(x, V, U, bias, residual, None, stride, padding, dilation, groups, fold, activation)
 
@@ -128,7 +129,7 @@ def reference_linear(x, V, U, bias=None, *, residual=None, activation="none"):
 def assert_as_good(got, truth, reference, label=""):
     """The largest error is at most twice that of plain PyTorch in two steps, plus 8 ulps of the largest output.
 
-    The floor is what one running sum may stray: about sqrt(n)/4 ulps over n products, n = 1030 in the deepest case that
+    The 8 ulps allow for one running sum: about sqrt(n)/4 ulps over n products, n = 1030 in the deepest case, which
     PyTorch sums in blocks (measured: 6.0 ulps there, PyTorch 1.1).
     """
     assert got.shape == truth.shape == reference.shape and got.dtype == reference.dtype, label

@@ -1,4 +1,4 @@
-"""Several processes for a test: one gloo group on this machine for each number of them, kept from test to test."""
+"""Several processes for a test: one gloo group on this machine per number of processes, reused from test to test."""
 
 import os
 import pickle
@@ -14,16 +14,16 @@ import torch.multiprocessing as mp
 from threadpoolctl import threadpool_limits
 
 LIMIT = 120.0  # seconds
-SEED = torch.Generator().initial_seed()  # of every new process
+SEED = torch.Generator().initial_seed()  # of the default generator in a new process
 
 _teams: dict[int, "Team"] = {}  # by number of processes
 
 
 def run(work, processes, *args):
-    """``work(rank, *args)`` in so many processes; what each returns, by rank, None for one that died.
+    """Run ``work(rank, *args)`` in this many processes; returns the results by rank, None for a process that died.
 
-    Raises what the first one raised. Processes of which one raised, died or hangs are not used again; what ``work``
-    changes for its whole process it must change back.
+    Raises what the first one raised. A group in which a process raised, died or hung is not used again. ``work`` must
+    undo what it changes for its whole process.
     """
     team = _teams.pop(processes, None) or Team(processes)
     found, hanging = team.run(work, args)
@@ -38,7 +38,7 @@ def run(work, processes, *args):
 
 
 class Team:
-    """Processes of one gloo group, from a server that has imported torch already. They end with this process."""
+    """Processes of one gloo group, forked by a server that has imported torch already. They end with this process."""
 
     def __init__(self, processes):
         context = mp.get_context("forkserver")
@@ -51,7 +51,7 @@ class Team:
             entry = (rank, processes, os.path.join(self.folder.name, "store"), there)
             self.started.append(context.Process(target=_serve, args=entry, daemon=True))
             self.started[-1].start()
-            there.close()  # so that its end shows here
+            there.close()  # so that the process's end closes the pipe
             self.pipes.append(here)
 
     def run(self, work, args):
@@ -65,7 +65,7 @@ class Team:
                 rank = waiting.pop(pipe)
                 try:
                     found[rank] = pipe.recv()
-                except (EOFError, OSError):  # it died
+                except (EOFError, OSError):  # the process died
                     self.whole = False
         return found, sorted(waiting.values())
 
@@ -81,7 +81,7 @@ def _serve(rank, processes, store, pipe):
     store = dist.FileStore(store, processes)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=timedelta(seconds=60))
     error = None
-    while error is None:  # who has failed ends, and with it what the others still wait for
+    while error is None:  # a failed process ends, and so unblocks those that wait for it in a collective
         result = None
         try:
             received = pipe.recv_bytes()

@@ -1,4 +1,4 @@
-"""What every body of the shrinkage ops must do, on any device: used by test_shrink_kernels.py and test_gpu.py."""
+"""Checks that every body of the shrinkage ops must pass, on any device."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [
     (1, 1), (7, 1), (1, 5000), (64, 147), (33, 1031),  # one element, biases, one long row, no multiple of anything
     (3, 10, 65), (2, 3, 4, 17), (5, 1, 1),  # batches
-    (0, 4), (4, 0), (0, 5, 3),  # nothing to do
+    (0, 4), (4, 0), (0, 5, 3),  # empty
 ]  # fmt: skip
 LAYOUTS = {
     "contiguous": lambda W: W,
@@ -30,7 +30,8 @@ def reference(name):
 
 
 def weight(shape, dtype, device, seed=0):
-    """Rows from tiny to large, so that some die and some live; about half of the elements below 0.5 or so."""
+    """Weight whose rows have norms from tiny to large, so that some become zero; about half of the elements are below
+    0.5."""
     generator = torch.Generator().manual_seed(seed)
     W = torch.randn(shape, generator=generator, dtype=torch.float64)
     W = W * torch.logspace(-2, 1, shape[-2], dtype=torch.float64)[:, None]
@@ -44,7 +45,7 @@ def thresholds(count, batch, dtype=torch.float64, device="cpu", seed=1):
 
 
 def assert_as_good(got, name, W, taus):
-    """The error against the fp64 truth is at most twice what plain PyTorch loses in W's dtype, plus rounding."""
+    """The error against the fp64 truth is at most twice that of plain PyTorch in W's dtype, plus rounding."""
     compute = compute_dtype(W.dtype)
     assert got.dtype == W.dtype and got.shape == W.shape and got.device == W.device
     if not W.numel():
@@ -69,7 +70,7 @@ def check_values(name, dtype, device):
 
 
 def check_tau_dtypes(name, device):
-    """A threshold of any float dtype is used as if it had been cast to the compute dtype first."""
+    """A threshold of any float dtype is used as if cast to the compute dtype first."""
     for dtype in DTYPES:
         W = weight((4, 9, 33), dtype, device)
         for tau_dtype in DTYPES:
@@ -79,7 +80,7 @@ def check_tau_dtypes(name, device):
 
 
 def check_in_place(name, device):
-    """A ragged list of every dtype and layout: each entry becomes what the functional form gives, bit for bit."""
+    """Ragged list of every dtype and layout: each entry becomes what the functional form gives, bit for bit."""
     entries = [(layout, dtype, shape) for shape in SHAPES for layout in LAYOUTS for dtype in DTYPES]
     weights = [LAYOUTS[layout](weight(shape, dtype, device, i)) for i, (layout, dtype, shape) in enumerate(entries)]
     taus = thresholds(OPS[name], (len(weights),))  # fp64 on the CPU, whatever the weights
@@ -92,7 +93,8 @@ def check_in_place(name, device):
 
 
 def neuron_values(device):
-    """Rows with a bias each: as good as rows that hold it, in every dtype and layout, ragged, tied, without weights."""
+    """Rows with a bias each: as accurate as rows that contain it; every dtype and layout, ragged, tied, without
+    weights."""
     entries = [(layout, dtype, shape) for shape in [*SHAPES, (3, 0)] for layout in LAYOUTS for dtype in DTYPES]
     weights = [LAYOUTS[layout](weight(shape, dtype, device, i)) for i, (layout, dtype, shape) in enumerate(entries)]
     biases = [weight((*shape[:-1], 2), dtype, device, i)[..., i % 2] for i, (_, dtype, shape) in enumerate(entries)]
@@ -122,7 +124,7 @@ def neuron_refusals(device):
 
 
 def check_nothing(name, device):
-    """Thresholds of 0 leave what is not finite where it is, and nowhere else."""
+    """Thresholds of 0 keep NaN and Inf where they are."""
     for dtype in DTYPES:
         W = weight((6, 40), dtype, device)
         W[2, 3], W[4, 1] = torch.nan, torch.inf
@@ -141,7 +143,7 @@ def check_long_list(name, device):
 
 
 def check_shared_memory(name, device):
-    """Tied weights: every entry is computed from the weights as they came, the last one is what stays."""
+    """Tied weights: every entry is computed from the original weights, and the last one is what stays."""
     base = weight((40, 50), torch.float32, device)
     cuts = [slice(0, 30), slice(10, 40), slice(0, 40), slice(0, 30)]
     taus = thresholds(OPS[name], (len(cuts),))
@@ -171,7 +173,7 @@ def check_special_values(name, device):
 
 
 def check_refusals(name, device):
-    """What is refused is named, and nothing is changed: the entries before the bad one least of all."""
+    """The refused argument is named, and nothing is changed, not even the entries before it."""
     good, count = weight((4, 6), torch.float32, device), OPS[name]
     zero, other = torch.zeros((), device=device), "cpu" if device != "cpu" else None
     functional = {

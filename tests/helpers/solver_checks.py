@@ -1,4 +1,4 @@
-"""What the engine must do on a GPU: test_gpu_step.py runs it there, solver_emulated.py, as far as it goes, here."""
+"""Checks of the solver on a GPU: test_gpu_step.py runs them there, solver_emulated.py emulated."""
 
 import copy
 from contextlib import nullcontext
@@ -19,7 +19,7 @@ MANY = [*FEW, (1, 9, 1), (9, 1, 1), (40, 48, 40), (64, 576, 5), (1000, 1000, 20)
 
 
 def network(shapes=FEW, dtype=torch.float32, call=0, device="cpu"):
-    """Ragged, of low rank; the weights drift from call to call."""
+    """Ragged low-rank weights that drift from call to call."""
     generator = torch.Generator().manual_seed(call)
     weights = [low_rank(*shape, seed=7 * i) if min(shape[:2]) > 1 else with_spectrum(*shape[:2], [3.0], seed=i)
                for i, shape in enumerate(shapes)]  # fmt: skip
@@ -27,13 +27,13 @@ def network(shapes=FEW, dtype=torch.float32, call=0, device="cpu"):
 
 
 def wait(device):
-    """What a call has left arrives: the next one chooses by it."""
+    """Wait for the reports that the last call copies to the host; the next call chooses its routes by them."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def assert_right(weights, before, infos, tau=TAU):
-    """As near to the fp64 oracle as the report says, and as the tolerance asks."""
+    """The error is within the reported bound and within the tolerance."""
     for W, X, info in zip(weights, before, infos, strict=True):
         X = X.double().cpu()
         error = W.double().cpu() - torch.from_numpy(oracle.svt(X.numpy(), tau))
@@ -50,7 +50,7 @@ def call(weights, fresh, state, tau=TAU, **options):
 
 
 def warm(device, shapes=FEW, dtype=torch.float32, calls=3, **options):
-    """Weights, and a state after so many calls."""
+    """Weights, and a warm state after this many calls."""
     weights, state = network(shapes, dtype, device=device), ck.WarmState()
     for i in range(calls):
         call(weights, network(shapes, dtype, i, device), state, **options)
@@ -70,7 +70,7 @@ def check_values(device, dtype, shapes=FEW, calls=3):
 
 
 def check_replay(device, capture):
-    """``capture(queue)`` -> what replays it. Weights, and thresholds, are those at the time of the replay."""
+    """``capture(queue)`` returns a graph; its replay uses the weights and thresholds of that time."""
     weights, state = warm(device)
     twin = copy.deepcopy(state.state_dict())
     graph = capture(lambda: ck.svt_(weights, TAU, state=state, tol=TOL), state, weights)
@@ -98,7 +98,7 @@ def capture_on_gpu(queue, state, weights):
 
 
 class CaptureOnCpu:
-    """The launches that a graph would hold, and the copy before them."""
+    """Stand-in for a CUDA graph: the recorded launches and the copy before them."""
 
     def __init__(self, queue, state, weights):
         (self.engine,) = backend.engines(state).values()
@@ -110,7 +110,7 @@ class CaptureOnCpu:
 
 
 def check_refusal(device):
-    """NaN in one weight: all are as they were, the next call says which, and the one after that goes on."""
+    """NaN in one weight: no weight changes, the next call names it, and the one after that works."""
     names = ["first", "second", "third"]
     weights, state = warm(device, names=names)
     fresh = network(call=3, device=device)
@@ -128,7 +128,7 @@ def check_refusal(device):
 
 
 def check_no_wait(device, forbidden=nullcontext):
-    """In the steady state; ``forbidden``: a context in which waiting raises."""
+    """A warm call must not synchronize; ``forbidden``: a context in which synchronizing raises."""
     weights, state = warm(device)
     fresh = network(call=3, device=device)
     with forbidden():
@@ -138,7 +138,7 @@ def check_no_wait(device, forbidden=nullcontext):
 
 
 def model():
-    """Two large layers and a small one."""
+    """Model with two large layers and a small one."""
     net = nn.Sequential(nn.Linear(64, 200), nn.ReLU(), nn.Linear(200, 64), nn.ReLU(), nn.Linear(64, 10))
     with torch.no_grad():
         for layer, shape in ((net[0], (200, 64, 6)), (net[2], (64, 200, 6))):
@@ -147,7 +147,7 @@ def model():
 
 
 def check_proximal_step(device, forbidden=nullcontext):
-    """ProximalStep, steady: the optimizer moves nothing, so the singular values sink by the threshold every time."""
+    """ProximalStep, warm: the optimizer changes nothing, so singular values fall by the threshold in every step."""
     torch.manual_seed(0)
     net = model().to(device)
     prox = ck.ProximalStep(net, torch.optim.SGD(net.parameters(), lr=1.0), nuclear=0.1)
@@ -165,7 +165,7 @@ def check_proximal_step(device, forbidden=nullcontext):
 
 
 def check_soak(device, steps, settled, allocated=lambda: 0):
-    """So many calls; what is allocated does not grow once it has settled."""
+    """Many calls in a row; allocated memory stops growing after ``settled`` calls."""
     weights, state = warm(device)
     fresh, held = [network(call=i, device=device) for i in range(4)], []
     for i in range(steps):

@@ -1,4 +1,4 @@
-"""A study of every arm that takes seconds."""
+"""A study with all arms that runs in seconds."""
 
 from compaware_kernels.study.config import Config, Key
 from compaware_kernels.study.data import InMemory

@@ -1,7 +1,7 @@
-"""timm, from where make puts it, or wherever else it is; what imports this is skipped, with the reason, without it.
+"""timm, from where make installs it or from the environment; a test that imports this is skipped without it.
 
-PyPI's torchvision is made for CUDA: beside a CPU build of torch it lacks its compiled operators, which nothing here
-needs, and fails as it describes two of them. So they are declared first.
+PyPI's torchvision is built for CUDA. Beside a CPU build of torch it lacks its compiled operators, which are not needed
+here, and its import fails where it registers fakes for two of them. So these are declared first.
 """
 
 import importlib.util

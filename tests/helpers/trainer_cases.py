@@ -1,4 +1,4 @@
-"""A small network, six batches of digits, and the plain loop that trainers are compared with, bit by bit."""
+"""A small network, six batches of digits, and the plain training loop to which trainers are compared bit for bit."""
 
 import contextlib
 
@@ -19,7 +19,7 @@ def network():
 
 
 def optimizer_of(model):
-    """Two parameter groups: the first layer learns more slowly."""
+    """SGD with two parameter groups: the first layer has a smaller learning rate."""
     first, *rest = model.parameters()
     return torch.optim.Adam([{"params": [first], "lr": 0.005}, {"params": rest}], lr=0.02)
 
@@ -34,7 +34,10 @@ def batches():
 
 
 def plain_loop(model, prox, *, accumulate=1, shares=None, dtype=None, clip=0.0, schedule=None):
-    """What each trainer is to do; ``shares``: what the losses of one epoch are divided by; schedule: of the epochs."""
+    """Reference training loop.
+
+    shares: by what the losses of one epoch are divided; schedule: learning-rate scheduler, stepped after every epoch.
+    """
     data = batches()
     for _ in range(EPOCHS):
         for i, (x, y) in enumerate(data, 1):
@@ -57,7 +60,7 @@ def same(one, other):
 
 
 def same_state(one, other):
-    """Of two ProximalStep."""
+    """Whether two ProximalStep have equal states."""
     leaves, others = tree_leaves(one.state_dict()), tree_leaves(other.state_dict())
     return len(leaves) == len(others) and all(
         torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(leaves, others, strict=True)

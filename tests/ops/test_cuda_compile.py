@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels compile for every architecture, by NVRTC, to code without spills."""
+"""CUDA C++ kernels: NVRTC compiles them for every architecture, without spills."""
 
 import re
 
@@ -42,22 +42,22 @@ def test_no_kernel_spills(arch):
     assert not {name: found for name, code in codes.items() if (found := aot.problems(code))}
 
 
-def test_every_kernel_can_be_launched():
+def test_every_kernel_has_a_launcher():
     table = (aot.CSRC / "cuda" / "kernels.cuh").read_text()
     assert set(re.findall(r"X\((ck_\w+)\)", table)) == declared()
 
 
 @pytest.mark.parametrize("inline", ["__forceinline__", "__noinline__"])
-def test_spills_show(inline):
+def test_spills_are_reported(inline):
     (found,) = aot.problems(aot.codes("90a", MANY_NUMBERS.replace("INLINE", inline))["ck_many"])
     assert re.fullmatch(r"\d+ bytes of spills", found)
 
 
-def test_too_much_shared_memory_shows():
+def test_too_much_shared_memory_is_reported():
     with pytest.raises(ValueError, match="too much shared data"):
         aot.codes("120", MUCH_SHARED)
 
 
-def test_what_is_wrong_is_shown():
+def test_compilation_errors_are_raised():
     with pytest.raises(ValueError, match='identifier "undeclared" is undefined'):
         aot.codes("80", "__device__ int x = undeclared;")

@@ -1,4 +1,4 @@
-"""How the CUDA C++ kernels are found and launched: ops/cuda_launcher.py, on a machine without a GPU."""
+"""Launcher of the CUDA C++ kernels (ops/cuda_launcher.py): how kernels are found and launched, without a GPU."""
 
 import ctypes
 import shutil
@@ -42,7 +42,7 @@ def gpus(monkeypatch):
 
 @pytest.fixture
 def cupy(monkeypatch, tmp_path):
-    """CuPy, with nothing in its cache, and one kernel to compile."""
+    """CuPy with an empty cache, and one kernel to compile."""
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
     for folder in ("core", "cuda"):
         shutil.copytree(cuda_launcher.sources() / folder, tmp_path / "csrc" / folder)
@@ -72,8 +72,8 @@ def test_launch_by_cupy(gpus, cupy, without_library, older):
 
 
 @needs_nvrtc
-def test_what_is_compiled_is_kept(gpus, cupy, without_library, tmp_path, monkeypatch):
-    for _ in range(2):  # as another process would find it
+def test_compiled_kernels_are_cached(gpus, cupy, without_library, tmp_path, monkeypatch):
+    for _ in range(2):  # the second pass is what another process would find
         cuda_launcher._tried.clear()
         assert cuda_launcher.missing(SECOND) == ""
     assert len(cupy.compiled) == 1 and "-arch=sm_90" in cupy.compiled[0]
@@ -90,11 +90,11 @@ def test_what_is_compiled_is_kept(gpus, cupy, without_library, tmp_path, monkeyp
     cupy.version = (13, 1)
     assert cuda_launcher.compiled(90) and len(cupy.compiled) == 4
     files = list((tmp_path / "cache").iterdir())
-    assert len(files) == 4 and {file.suffix for file in files} == {".cubin"}, "nothing half written is left"
+    assert len(files) == 4 and {file.suffix for file in files} == {".cubin"}, "no partial file is left"
 
 
 @needs_nvrtc
-def test_why_nothing_can_be_launched(gpus, cupy, without_library, monkeypatch):
+def test_reasons_why_nothing_can_be_launched(gpus, cupy, without_library, monkeypatch):
     (cuda_launcher.sources() / "cuda" / "kernels.cuh").write_text("undeclared x;")
     assert cuda_launcher.missing(SECOND).startswith("built: not built; nvrtc: NVRTC -std=c++17 -arch=sm_90")
     with pytest.raises(RuntimeError, match=r'ck_shrink: built: not built; nvrtc: .*\n.*identifier "undeclared"'):
@@ -104,7 +104,7 @@ def test_why_nothing_can_be_launched(gpus, cupy, without_library, monkeypatch):
     assert cuda_launcher.about()["nvrtc"] == "the package has no sources of the kernels"
 
 
-def test_which_way_is_taken(gpus, cupy, monkeypatch):
+def test_choice_of_launcher(gpus, cupy, monkeypatch):
     monkeypatch.setattr(library, "missing", None)
     monkeypatch.setattr(cuda_launcher.Built, "_library", lambda: SimpleNamespace(ck_launch=None))
     folder = cuda_launcher.cache_folder()
@@ -124,7 +124,7 @@ def test_which_way_is_taken(gpus, cupy, monkeypatch):
         cuda_launcher.missing()
 
 
-def test_what_runs_what_was_built():
+def test_build_record():
     runs = {"80": (80, 86, 90, 100, 120), "90a": (90,), "100": (100, 103, 120), "120": (120, 121)}
     for sm in (75, 80, 86, 90, 100, 103, 120, 121):
         for arch, those in runs.items():
@@ -139,14 +139,14 @@ def test_without_a_gpu(monkeypatch):
     assert cuda_launcher.about()["taken"] == "neither: torch sees no CUDA device"
 
 
-def test_numbers_become_eight_bytes():
+def test_arguments_are_packed_into_eight_bytes():
     pointers = cuda_launcher._cells([-1, 2**62, 0.5])
     assert [ctypes.c_int64.from_address(pointers[i]).value for i in range(2)] == [-1, 2**62]
     assert ctypes.c_double.from_address(pointers[2]).value == 0.5
 
 
 @needs_built
-def test_the_library_says_what_is_wrong(gpus, monkeypatch):
+def test_library_errors_are_raised(gpus, monkeypatch):
     monkeypatch.setenv("COMPAWARE_CUDA", "built")
     assert cuda_launcher.missing(SECOND) == ""
     with pytest.raises(RuntimeError, match="not launched: no kernel is called ck_absent"):
@@ -158,7 +158,7 @@ def test_the_library_says_what_is_wrong(gpus, monkeypatch):
 
 @pytest.mark.emulation
 @pytest.mark.skipif(bool(emulator.missing), reason=emulator.missing)
-def test_another_launcher():
+def test_replacement_launcher():
     count = torch.zeros(1, dtype=torch.int32)
     with cuda_launcher.registered(emulator.launcher):
         assert cuda_launcher.missing(count.device) == ""
@@ -175,7 +175,7 @@ def test_another_launcher():
 @pytest.mark.skipif(no_gpu, reason="torch.cuda.is_available() is False")
 @pytest.mark.parametrize("way", cuda_launcher.WAYS)
 def test_on_a_gpu(way, monkeypatch):
-    """Behind what the current stream still has to do; the second time with much shared memory."""
+    """Ordered after pending work of the current stream; the second launch uses much shared memory."""
     monkeypatch.setenv("COMPAWARE_CUDA", way)
     if reason := cuda_launcher.missing():
         pytest.skip(reason)

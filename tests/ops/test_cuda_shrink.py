@@ -1,4 +1,4 @@
-"""ck_shrink on the CPU, in the ops: all checks of the shrinkage ops; races and bounds of the kernel itself."""
+"""ck_shrink emulated on the CPU: all checks of the shrinkage ops; races and bounds of the kernel."""
 
 import json
 import os
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.emulation, pytest.mark.skipif(bool(emulator.missing), 
 
 @pytest.fixture(scope="module")
 def found():
-    """What is wrong with each case, in a process that has no other C++ kernels for the CPU."""
+    """Errors by case, from a process that has no other C++ kernels for the CPU."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, shrink_emulated.__file__], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -35,7 +35,7 @@ def test_ops(case, found):
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
 def test_no_races_and_nothing_out_of_bounds(sanitizer):
-    """A row per block, rows per warp, elements of two blocks."""
+    """One block per row, one warp per row, and an elementwise job of two blocks."""
     cases = [((2, 1100), 1100), ((3, 10, 65), 65), ((3, 1500), 4096)]
     weights = [weight(shape, dtype, "cpu") for (shape, _), dtype in zip(cases, DTYPES, strict=False)]
     l1, tau = torch.tensor([0.1, 0.2, 0.3]).double(), torch.tensor([1.0, 2.0]).double()

@@ -1,4 +1,4 @@
-"""The fused low-rank kernel on a GPU, against fp64 and two convolutions of torch. Needs a GPU and Triton."""
+"""Fused low-rank kernel on a GPU, against fp64 and two convolutions of torch. Needs a GPU and Triton."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def precision():
-    """precision("tf32"): how torch is to compute fp32 convolutions and products; ieee, where nothing is said."""
+    """precision("tf32"): arithmetic of torch's fp32 convolutions and products; the default is ieee."""
     places = torch.backends.cudnn.conv, torch.backends.cuda.matmul
     before = [place.fp32_precision for place in places]
 
@@ -72,7 +72,7 @@ def check(args, label="", tf32=False):
 
 
 def assert_close(got, truth, rounded, label):
-    """At most twice what the rounding of x, V and U to tf32 does to the truth; that of T is in the factor."""
+    """At most twice the error of rounding x, V and U to tf32; the factor 2 also covers the rounding of T = V x."""
     assert (got - truth).norm() <= 2 * (rounded - truth).norm(), label
 
 
@@ -89,7 +89,7 @@ def test_values(name, arithmetic, precision):
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
 @pytest.mark.parametrize("multiprocessors", [1, 10, 10_000])
 def test_every_tile(multiprocessors, arithmetic, precision, monkeypatch):
-    """The launcher is told of other numbers of multiprocessors: it then takes other tiles."""
+    """Told of other numbers of multiprocessors, the launcher chooses other tiles."""
     from compaware_kernels.ops import triton_lowrank
 
     monkeypatch.setattr(triton_lowrank, "_multiprocessors", lambda device: multiprocessors)
@@ -121,7 +121,7 @@ def test_linear(arithmetic, precision):
 
 
 def test_not_contiguous():
-    """NCHW, crops of larger images that start on a row of 16 bytes and off it, an expanded batch, a cut of U."""
+    """NCHW, crops of larger images with and without 16-byte alignment, an expanded batch, a slice of U."""
     args = arguments("3 x 3, strided")
     N, C, H, W = args["x"].shape
     larger = torch.randn(N, C + 8, H + 2, W + 2).to(DEVICE, torch.bfloat16).to(memory_format=torch.channels_last)
@@ -132,15 +132,16 @@ def test_not_contiguous():
     check(args | {"U": wide[:, 1:], "residual": args["residual"].contiguous(memory_format=torch.contiguous_format)})
 
 
-def test_what_is_not_fused():
-    """Odd channels, a high rank, groups, fp64: two steps, the same values."""
+def test_cases_that_are_not_fused():
+    """Odd channels, a high rank, groups, fp64: two steps, with the same values."""
     for name in ("3 x 3", "3 x 3, strided", "rank 200", "4 groups", "17 groups"):
         checks.check_conv2d(name, "paper", device=DEVICE, dtype=torch.bfloat16, activation="relu")
     checks.check_conv2d("3 x 3", "paper", device=DEVICE, dtype=torch.float64)
 
 
 def test_odd_channels_can_be_fused():
-    """The kernel itself takes any; the op does not use it there, because every element is loaded on its own."""
+    """The kernel takes any number of channels; the op avoids odd ones, where every element would be loaded
+    separately."""
     from compaware_kernels.ops.triton_lowrank import lowrank_conv2d
 
     args = checks.conv2d_case("3 x 3", "paper", dtype=torch.bfloat16, device=DEVICE)
@@ -149,7 +150,7 @@ def test_odd_channels_can_be_fused():
 
 
 def test_current_stream():
-    """Work queued on the current stream is ordered with the kernel: it sees the x that is still being computed."""
+    """The kernel is ordered after work queued on the current stream: it sees the x that is still being computed."""
     args = arguments("3 x 3")
     wanted = ck.lowrank_conv2d(**args | {"x": args["x"] * 2})
     torch.cuda.synchronize()

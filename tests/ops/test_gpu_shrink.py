@@ -1,4 +1,5 @@
-"""The CUDA kernels, against the reference bodies and the fp64 truth. Needs a GPU and a library built with nvcc."""
+"""CUDA kernels of the shrinkage ops, against the reference bodies and the fp64 truth. Needs a GPU and nvcc's
+library."""
 
 import pytest
 import torch
@@ -53,7 +54,8 @@ def test_opcheck(name):
 
 
 def test_current_stream(name):
-    """Work queued on the current stream is ordered with the kernel: it sees the weight that is still being computed."""
+    """The kernel is ordered after work queued on the current stream: it sees the weight that is still being
+    computed."""
     W, taus = weight((512, 4096), torch.float32, "cuda"), thresholds(OPS[name], (), torch.float32, "cuda")
     wanted = op(name)(W * 2, *taus)
     torch.cuda.synchronize()
@@ -69,7 +71,7 @@ def test_long_list(name):
 
 
 def test_graph(name):
-    """A list shrunk in a graph: a replay reads the weights and thresholds of then, and nothing that has been freed."""
+    """A replayed graph reads the weights and thresholds of that time, and no memory that has been freed."""
     weights = [weight((7, 50 + i), torch.float32, "cuda", i) for i in range(20)]
     fresh, graph = [W.clone() for W in weights], torch.cuda.CUDAGraph()
     taus = [tau.cuda() for tau in thresholds(OPS[name], (len(weights),))]

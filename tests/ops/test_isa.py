@@ -1,4 +1,4 @@
-"""The kernels of every instruction set this machine has, each in a process of its own: COMPAWARE_ISA is read once."""
+"""CPU kernels of every instruction set of this machine, each in its own process: COMPAWARE_ISA is read once."""
 
 import hashlib
 import json

@@ -18,7 +18,7 @@ kernel = pytest.mark.skipif(bool(library.missing), reason=f"no C++ kernel: {libr
 dtypes = pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16), ids=str)
 folds = pytest.mark.parametrize("fold", FOLDS)
 
-# The arguments of the ops from those of their public forms; `packed` is None.
+# Turns the keyword arguments of the public functions into the positional ones of the ops; `packed` is None.
 CONV_ARGS = {"bias": None, "residual": None, "packed": None, "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1),
              "groups": 1, "fold": "paper", "activation": "none"}  # fmt: skip
 LINEAR_ARGS = {"bias": None, "residual": None, "packed": None, "activation": "none"}
@@ -46,7 +46,7 @@ def test_linear(dtype):
         checks.check_linear(name, dtype=dtype, residual=True, layout="strided", activation="relu6")
 
 
-def test_every_way_to_end_and_every_layout():
+def test_every_epilogue_and_layout():
     small = ("1 x 1", "3 x 3", "7 x 7", "4 groups")
     for name, layout, activation in zip(cycle(small), *zip(*product(LAYOUTS, ACTIVATIONS), strict=True), strict=False):
         for bias, residual in product((False, True), repeat=2):
@@ -69,7 +69,7 @@ def test_arguments_of_any_strides():
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)  # the kernel, and two steps
 def test_memory_format_of_the_output(dtype):
-    """As for any convolution of torch: channels_last where x or the weight is."""
+    """As for any convolution of torch: channels_last if x or the weight is."""
     args = conv2d_case("3 x 3", "paper", dtype)
     for formats in product((torch.contiguous_format, torch.channels_last), repeat=2):
         x, V = (args[key].contiguous(memory_format=f) for key, f in zip("xV", formats, strict=True))
@@ -78,8 +78,8 @@ def test_memory_format_of_the_output(dtype):
         assert y.is_contiguous(memory_format=wanted)
 
 
-def test_nothing_to_multiply():
-    """No channels, no rank, no outputs: what two steps give, or their refusal."""
+def test_empty_sizes():
+    """No channels, rank 0, no outputs: the result, or the error, of two steps."""
     for C, r, O in ((0, 3, 4), (8, 0, 4), (8, 3, 0)):
         conv = (torch.randn(2, C, 5, 5), torch.randn(r, C, 3, 3), torch.randn(O, r, 1, 1))
         linear = (torch.randn(2, C), torch.randn(r, C), torch.randn(O, r))
@@ -96,7 +96,7 @@ def test_nothing_to_multiply():
 
 @kernel
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_thread_count_does_not_change_the_answer(activation):
+def test_thread_count_does_not_change_the_result(activation):
     cases = [conv2d_case(name, "paper", residual=True, activation=activation) for name in CONV]
     linear = [linear_case(name, residual=True, activation=activation) for name in LINEAR]
     results, threads = [], torch.get_num_threads()
@@ -106,14 +106,14 @@ def test_thread_count_does_not_change_the_answer(activation):
             results.append([ck.lowrank_conv2d(**c) for c in cases] + [ck.lowrank_linear(**c) for c in linear])
     finally:
         torch.set_num_threads(threads)
-    exact = activation not in ("silu", "gelu")  # torch's own: the ends of a chunk are not computed as its middle is
+    exact = activation not in ("silu", "gelu")  # torch's own vectorized code differs at the ends of a chunk
     for other in results[1:]:
         for y, first in zip(other, results[0], strict=True):
             torch.testing.assert_close(y, first, rtol=0 if exact else 1e-6, atol=0 if exact else 1e-6)
 
 
 @pytest.mark.parametrize("value", (math.nan, math.inf, -math.inf))
-def test_nan_and_inf_come_out_where_two_steps_give_them(value):
+def test_nan_and_inf_propagate_as_in_two_steps(value):
     for name, activation in product(("1 x 1", "3 x 3", "7 x 7", "17 groups"), ACTIVATIONS):
         args = conv2d_case(name, "paper", activation=activation)
         args["x"][0, 1 % args["x"].shape[1], 2, 3] = value
@@ -195,13 +195,13 @@ def _edit(W):
 
 
 def _edit_data(W):
-    W.data.mul_(2)  # autograd counts no version
+    W.data.mul_(2)  # does not change the tensor's version counter
 
 
 @kernel
 @pytest.mark.parametrize("edit", (_edit, _edit_data))
 @pytest.mark.parametrize("factor", ("V", "U"))
-def test_factors_that_changed_since_they_were_packed(factor, edit):
+def test_packed_factors_are_ignored_after_a_change(factor, edit):
     for op, args in ((ck.lowrank_conv2d, conv2d_case("4 groups", "paper")), (ck.lowrank_linear, linear_case("deep"))):
         packed = ops.lowrank_pack(args["V"], args["U"], args.get("groups", 1))
         before = op(**args, packed=packed)
@@ -211,7 +211,7 @@ def test_factors_that_changed_since_they_were_packed(factor, edit):
 
 
 @kernel
-def test_what_was_packed_for_something_else_is_not_used():
+def test_packed_factors_of_something_else_are_ignored():
     args, other = linear_case("deep"), linear_case("deep")
     other["V"] = other["V"] + 1
     packed = ops.lowrank_pack(args["V"], args["U"], 1)
@@ -232,11 +232,12 @@ def test_what_was_packed_for_something_else_is_not_used():
 
 
 @kernel
-def test_pack_is_used():
-    """What is packed decides the answer, as long as the factors look unchanged: the hint is not simply ignored."""
+def test_packed_factors_are_used():
+    """While the factors look unchanged, the packed copy determines the result: the hint is not simply ignored."""
     args = linear_case("deep", bias=False)
     packed = ops.lowrank_pack(args["V"], args["U"], 1)
-    packed[16:] = torch.where(packed[16:] == packed[16 + 3], 1e6, packed[16:])  # one weight that is no sample
+    # changes no element that is sampled to detect changes
+    packed[16:] = torch.where(packed[16:] == packed[16 + 3], 1e6, packed[16:])
     assert ck.lowrank_linear(**args, packed=packed).abs().max() > 1e3
 
 
@@ -254,7 +255,7 @@ TINY_GEOMETRY = {"stride": (1, 2), "padding": (1, 1), "dilation": (2, 1), "group
 
 
 def tiny(fold, dtype=torch.float64):
-    """x, V, U, bias and residual that want gradients."""
+    """x, V, U, bias and residual that require gradients."""
     generator = torch.Generator().manual_seed(3)
     shapes = (TINY["x"], TINY["V"][fold], TINY["U"][fold], (6,), (2, 6, 4, 2))
     return [checks.values(shape, generator).to(dtype).requires_grad_() for shape in shapes]
@@ -307,7 +308,7 @@ def test_gradients_of_some_arguments_only():
 
 
 def test_forward_mode_derivatives_are_refused():
-    """torch would take them for zero."""
+    """torch would treat them as zero."""
     x, V, U, *_ = (A.detach() for A in tiny("paper"))
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(lambda x: ck.lowrank_conv2d(x, V, U, **TINY_GEOMETRY), (x,), (x.cos(),))
@@ -316,7 +317,7 @@ def test_forward_mode_derivatives_are_refused():
         torch.func.jvp(lambda x: ck.lowrank_linear(x, V, U), (x,), (x.cos(),))
 
 
-def test_autocast_is_that_of_torch():
+def test_autocast_equals_that_of_torch():
     args, linear = conv2d_case("4 groups", "paper", residual=True), linear_case("tokens", residual=True)
     for op, reference, case in ((ck.lowrank_conv2d, checks.reference_conv2d, args),
                                 (ck.lowrank_linear, checks.reference_linear, linear)):  # fmt: skip
@@ -380,7 +381,7 @@ def test_opcheck_linear(case):
 
 @kernel
 def test_opcheck_pack():
-    """Without test_aot_dispatch, which compares two results: what is packed begins with addresses."""
+    """Without test_aot_dispatch, which compares two results: what is packed starts with addresses."""
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     for V, U, groups in (((6, 5), (7, 6), 1), ((6, 5, 3, 2), (8, 3, 1, 1), 2), ((6, 5, 1, 3), (8, 6, 3, 1), 1)):
         for dtype in (torch.float32, torch.float64):

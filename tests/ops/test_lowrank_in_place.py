@@ -1,4 +1,4 @@
-"""lowrank_conv2d_ writes over the residual what lowrank_conv2d returns; and what the ops cost."""
+"""lowrank_conv2d_ writes the result of lowrank_conv2d over the residual; FLOP formulas of the ops."""
 
 from itertools import product
 
@@ -25,7 +25,7 @@ RESIDUALS = {
 
 
 def in_place(args, op=ops.lowrank_conv2d_):
-    """What the op makes of the residual, which it must have written where it was."""
+    """Result of the op, which must be in the memory of the residual."""
     address, strides = args["residual"].data_ptr(), args["residual"].stride()
     assert op(*positional(args, CONV_ARGS)) is None
     assert args["residual"].data_ptr() == address and args["residual"].stride() == strides
@@ -57,7 +57,7 @@ def test_residuals_of_any_strides(layout):
             assert torch.equal(around[:, 33:], before[:, 33:]), "it wrote beside the residual"
 
 
-def test_a_residual_that_is_one_value_many_times_is_refused():
+def test_an_expanded_residual_is_refused():
     args = conv2d_case("1 x 1", "paper", residual=True)
     args["residual"] = args["residual"][:1].expand(3, -1, -1, -1)
     with pytest.raises(RuntimeError, match=r"memory of its own.*stride 0 along axis 0|single memory location"):
@@ -89,7 +89,7 @@ def test_x_is_the_residual(case, layout, body):
 
 
 def test_x_overlaps_the_residual():
-    """One begins within the other."""
+    """One begins inside of the other."""
     memory = checks.values((3, 9, 9, 32), torch.Generator().manual_seed(0)).float().movedim(-1, 1)
     args = {"V": torch.randn(20, 32, 3, 3), "U": torch.randn(32, 20, 1, 1), "padding": (1, 1)}
     for x, residual in ((slice(2), slice(1, 3)), (slice(1, 3), slice(2))):
@@ -99,7 +99,7 @@ def test_x_overlaps_the_residual():
         assert torch.equal(in_place(call), wanted)
 
 
-def test_weights_in_the_memory_of_the_residual():
+def test_weights_that_overlap_the_residual():
     x, memory = torch.randn(2, 32, 9, 9), torch.randn(2, 9, 9, 32)
     shapes = {"V": (20, 32, 1, 1), "U": (32, 20, 1, 1), "bias": (32,)}
     plain = {"x": x, **{name: torch.randn(shape) for name, shape in shapes.items()}}
@@ -114,7 +114,7 @@ def test_weights_in_the_memory_of_the_residual():
 
 @kernel
 @pytest.mark.parametrize("wrong", CONV_REFUSALS)
-def test_nothing_is_written_if_anything_is_wrong(wrong):
+def test_nothing_is_written_on_an_error(wrong):
     change, words = CONV_REFUSALS[wrong]
     args = {"x": A(1, 8, 5, 5), "V": A(3, 8, 3, 3), "U": A(4, 3, 1, 1), "residual": torch.ones(1, 4, 3, 3)} | change
     args |= {key: (args[key],) * 2 for key in ("stride", "padding", "dilation") if isinstance(args.get(key), int)}

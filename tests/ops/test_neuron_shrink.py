@@ -68,7 +68,7 @@ def test_public_refusals(biases, message):
 
 @pytest.fixture(params=DEVICES)
 def device(request):
-    """On the CPU as on a GPU, without what only that could compute."""
+    """The GPU path on the CPU, except for what only a GPU can compute; and on a GPU, if there is one."""
     with cuda_launcher.registered(lambda *launch: None) if request.param == "cpu" else nullcontext():
         yield request.param
 
@@ -76,7 +76,7 @@ def device(request):
 def network(device):
     torch.manual_seed(0)
     half = torch.nn.Linear(20, 30).bfloat16()
-    half.bias = torch.nn.Parameter(torch.randn(30))  # of another dtype than its weight
+    half.bias = torch.nn.Parameter(torch.randn(30))  # a dtype other than its weight's
     return torch.nn.Sequential(torch.nn.Conv2d(3, 20, 3), half, torch.nn.Linear(30, 5, bias=False)).to(device)
 
 
@@ -89,8 +89,8 @@ def wait(device):
         torch.cuda.synchronize()
 
 
-def test_step_as_on_the_cpu(device):
-    """In place, and without a copy for the host: bit for bit what the copies become."""
+def test_step_equals_the_cpu_path(device):
+    """In place and without a copy on the host, bit for bit equal to the path with copies."""
     models, steps = [network(device), network("cpu")], []
     at = [p.data_ptr() for p in models[0].parameters()]
     for model in models:
@@ -108,8 +108,8 @@ def test_step_as_on_the_cpu(device):
 
 @pytest.mark.parametrize("broken", ["0.weight", "1.bias"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_is_not_finite_stops_all(device, broken, value):
-    """At once, and at the next step the host knows; once mended, it goes on."""
+def test_nonfinite_weights_stop_all_penalties(device, broken, value):
+    """At once; the host raises at the next step, and after the weights are repaired training goes on."""
     model = network(device)
     step = ck.ProximalStep(model, torch.optim.SGD(model.parameters(), lr=1.0), group=0.05, l1=0.01)
     parameter = model.get_parameter(broken).detach().view(-1)
@@ -127,7 +127,7 @@ def test_what_is_not_finite_stops_all(device, broken, value):
     assert not torch.equal(numbers(model)[0], before[0]) and all(x.isfinite().all() for x in numbers(model))
 
 
-def test_launches_do_not_grow_with_layers(device):
+def test_number_of_launches_does_not_grow_with_layers(device):
     class Counted(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             found.append(str(function))

@@ -1,4 +1,4 @@
-"""The self-test: what it says of right and of wrong kernels, here emulated, and that wrong ones are not used then."""
+"""Self-test and quarantine: correct kernels (here emulated) pass; wrong ones are reported and not used any more."""
 
 import fnmatch
 import json
@@ -20,14 +20,14 @@ from compaware_kernels.proximal.spectral_functions import SoftThreshold
 
 EMULATED = Path(__file__).parents[1] / "emulation/selftest_emulated.py"
 CPU = torch.device("cpu")
-STEPS = [f"step, {route}, fp32" for route in ("small", "cold", "warm", "NaN")]  # other types: a few seconds each
+STEPS = [f"step, {route}, fp32" for route in ("small", "cold", "warm", "NaN")]  # other dtypes take a few seconds each
 PROCESSES = [("shrink", "*"), ("low rank", "*"), ("step", "matrix program*"), *(("step", step) for step in STEPS)]
 RIGHT = [(*process, name) for process in PROCESSES for name in fnmatch.filter(selftest.CASES[process[0]], process[1])]
 
 
 @pytest.fixture(autouse=True)
 def empty_cache(monkeypatch, tmp_path):
-    """No verdicts before, none after."""
+    """Empty folder for the self-test's record, which is read again before and after."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("COMPAWARE_VERDICTS", raising=False)
     quarantine.found.cache_clear()
@@ -52,7 +52,7 @@ def right(family, pattern):
 
 @pytest.mark.emulation
 @pytest.mark.parametrize("family, pattern, name", RIGHT, ids=str)
-def test_right_kernels_pass(family, pattern, name):
+def test_correct_kernels_pass(family, pattern, name):
     rows = right(family, pattern)
     assert not rows[name].failed and not rows[name].skipped and 0 <= rows[name].error <= 1, rows[name]
     assert any(row.error > 0 for row in rows.values()) or pattern == "step, NaN, fp32"
@@ -65,7 +65,7 @@ def test_right_kernels_pass(family, pattern, name):
     ("step", "matrix program, tf32x3, bf16", {"matrix program, tf32x3, bf16"}),
     ("step", "step, NaN, fp32", {"step, NaN, fp32"}),
 ])  # fmt: skip
-def test_a_wrong_kernel_fails_is_written_down_and_refused(family, pattern, wrong, empty_cache):
+def test_a_wrong_kernel_is_recorded_and_refused(family, pattern, wrong, empty_cache):
     rows = emulated(family, pattern, "planted")
     assert {row.name for row in rows if row.failed} == wrong, rows
     assert all(row.failed.startswith(("error", "AssertionError")) for row in rows if row.failed), rows
@@ -82,7 +82,7 @@ def failing(family):
     selftest.record(CPU, [selftest.Row(family, "case", 3.0, 0.1, "error 3 times its bound")])
 
 
-def test_the_step_is_refused(caplog):
+def test_a_failed_step_is_refused(caplog):
     pytest.importorskip("triton")
     weights, functions = [torch.randn(4, 5)], [SoftThreshold(1.0)]
     with cuda_launcher.registered(lambda *launch: pytest.fail("launched")):
@@ -94,7 +94,7 @@ def test_the_step_is_refused(caplog):
     assert len([r for r in caplog.records if "failed the self-test here (case: error 3" in r.message]) == 1
 
 
-def test_the_fused_low_rank_kernel_is_refused():
+def test_a_failed_fused_low_rank_kernel_is_refused():
     pytest.importorskip("triton")
     x, V, U = torch.randn(4, 16), torch.randn(8, 16), torch.randn(16, 8)
 
@@ -107,8 +107,8 @@ def test_the_fused_low_rank_kernel_is_refused():
     assert "low rank kernels failed" in backends.describe("lowrank_linear", CPU, kind="cuda")
 
 
-def test_shrink_is_replaced(caplog):
-    """Its ops go from torch to the library; on a GPU the key is CUDA."""
+def test_failed_shrink_kernels_are_replaced(caplog):
+    """Its ops move from the library's kernels to the reference bodies; on a GPU the dispatch key is CUDA."""
     failing("shrink")
     assert "shrink kernels: plain PyTorch instead" in caplog.text
     script = """if True:
@@ -137,7 +137,7 @@ def test_shrink_is_replaced(caplog):
     )
 
 
-def test_verdicts_can_be_ignored(monkeypatch):
+def test_records_can_be_ignored(monkeypatch):
     failing("step")
     assert quarantine.refused("step", CPU)
     quarantine.found.cache_clear()
@@ -145,21 +145,21 @@ def test_verdicts_can_be_ignored(monkeypatch):
     assert not quarantine.refused("step", CPU)
 
 
-def test_other_code_needs_another_test(monkeypatch):
+def test_changed_code_needs_a_new_test(monkeypatch):
     failing("step")
     monkeypatch.setattr(quarantine, "_code", lambda: "of another version")
     quarantine.found.cache_clear()
     assert quarantine.refused("step", CPU) == ""
 
 
-def test_a_damaged_file_says_nothing():
+def test_a_damaged_record_is_ignored():
     failing("step")
     quarantine._file().write_text("{")
     quarantine.found.cache_clear()
     assert quarantine.refused("step", CPU) == ""
 
 
-def test_a_process_that_dies_or_hangs_fails_the_case_it_was_in(monkeypatch, tmp_path):
+def test_a_crash_or_timeout_fails_the_running_case(monkeypatch, tmp_path):
     script, python = tmp_path / "child", sys.executable
 
     def child(text):

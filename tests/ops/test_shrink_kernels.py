@@ -1,4 +1,4 @@
-"""The C++ kernels of the shrinkage ops on the CPU, against the reference bodies and the fp64 truth."""
+"""C++ kernels of the shrinkage ops on the CPU, against the reference bodies and the fp64 truth."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """torch.empty returns NaN: an element that no kernel writes shows."""
+    """torch.empty returns NaN, so that an element that no kernel writes is seen."""
     torch.use_deterministic_algorithms(True)  # and torch.utils.deterministic.fill_uninitialized_memory is on by default
     assert torch.empty(1).isnan()
     yield
@@ -83,7 +83,7 @@ def test_thread_count_does_not_change_a_bit(name, dtype):
 
 
 def test_norms_are_accumulated_in_fp64(name):
-    """A long fp32 row: the error of the result is that of rounding it, not of a naive sum."""
+    """A long fp32 row: the error is that of rounding the result, not of a naive sum."""
     W = weight((2, 1_000_000), torch.float32, "cpu")
     taus = [torch.tensor(0.25), torch.tensor(900.0)][-OPS[name] :]
     truth = checks.reference(name)(W.double(), *(tau.double() for tau in taus))

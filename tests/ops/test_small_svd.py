@@ -23,12 +23,12 @@ both_dtypes = pytest.mark.parametrize("dtype", (torch.float32, torch.float64), i
 SHAPES = [
     (1, 1), (1, 9), (9, 1), (2, 2), (3, 2), (7, 13), (16, 16), (31, 37), (37, 31), (64, 5), (5, 64), (32, 32), (64, 64),
 ]  # fmt: skip
-BATCHES = (1, 8, 19)  # less than a group of lanes, whole groups, and a rest
+BATCHES = (1, 8, 19)  # less than a group of vector lanes, whole groups, and a remainder
 EMPTY = [(0, 4, 3), (0, 3, 4), (2, 0, 5), (2, 5, 0), (0, 0, 0)]
 SPECTRA = cases.SPECTRA | {"one 1e6": lambda k: [1e6] + [1.0] * (k - 1)}
 
-# In units of eps: ||U diag(s) V^T - W||_F / ||W||_F, the largest entry of U^T U - I and of V^T V - I, and the largest
-# error of s, over s_1. Twice what this file measured: 9.4, 21 and 12 for the kernel, 42, 52 and 9.5 for LAPACK.
+# Limits in eps: ||U diag(s) V^T - W||_F / ||W||_F, the largest entry of U^T U - I and of V^T V - I, and the largest
+# error of s over s_1. Twice what was measured here: 9.4, 21 and 12 for the kernel, 42, 52 and 9.5 for LAPACK.
 KERNEL_LIMITS, REFERENCE_LIMITS = (19, 42, 24), (84, 104, 19)
 
 
@@ -123,7 +123,7 @@ def test_strides(svd, dtype):
 @kernel
 @both_dtypes
 def test_scale(dtype):
-    """A power of two scales s and changes no bit of U and V, from subnormal squares to overflowing ones."""
+    """Scaling W by a power of two scales s and changes no bit of U and V; the squares of W under- and overflow."""
     W = gaussian((9, 8, 5), dtype)
     U, s, V = small_svd(W)
     largest = math.log2(torch.finfo(dtype).max)
@@ -160,7 +160,7 @@ def test_thread_count_does_not_change_a_bit(dtype):
 
 @kernel
 @both_dtypes
-def test_nan_and_inf_end_and_stay_in_their_matrix(dtype):
+def test_nan_and_inf_terminate_and_stay_in_their_matrix(dtype):
     W = gaussian((5, 6, 4), dtype)
     good = small_svd(W)
     for value in (math.nan, math.inf, -math.inf):

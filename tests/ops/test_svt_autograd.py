@@ -11,7 +11,7 @@ from compaware_kernels._utils.dtypes import compute_dtype
 from compaware_kernels.ops.svt import differentiable_svt as svt
 from tests.helpers.cases import DTYPES, SPECTRA, TAU, matrix
 
-SMOOTH = {  # three singular values, none of them at TAU: there P is smooth
+SMOOTH = {  # three singular values different from TAU, where P is smooth
     "distinct": (2.0, 1.2, 0.3),
     "all above": (2.0, 1.2, 0.8),
     "ties above": (1.5, 1.5, 0.3),
@@ -26,7 +26,7 @@ SHAPES = {"square": (3, 3), "tall": (5, 3), "wide": (3, 4)}
 
 
 def exact(shape, s, seed=0):
-    """A permuted diagonal matrix: its ties and zeros are exact in floating point."""
+    """Permuted diagonal matrix: its ties and zeros are exact in floating point."""
     W = torch.zeros(shape, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     rows, cols = (torch.randperm(n, generator=generator)[: len(s)] for n in shape[-2:])
@@ -35,7 +35,7 @@ def exact(shape, s, seed=0):
 
 
 def rotated(shape, s, seed=0):
-    """Ties and zeros up to rounding, as they occur in practice."""
+    """Random singular vectors: ties and zeros up to rounding, as they occur in practice."""
     torch.manual_seed(seed)
     Q, R = (torch.linalg.qr(torch.randn(*shape[:-2], n, n, dtype=torch.float64)).Q for n in shape[-2:])
     return Q @ exact(shape, s) @ R
@@ -46,7 +46,7 @@ def leaves(W, tau):
 
 
 def newton_schulz(Y, steps):
-    """Y's singular values to 1; zero stays zero."""
+    """Polar factor of Y: all nonzero singular values become 1."""
     for _ in range(steps):
         Y = 1.5 * Y - 0.5 * Y @ Y.mT @ Y
     return Y
@@ -78,7 +78,7 @@ def second_order(f, W, tau, G, H, h):
 @pytest.mark.parametrize("build", [exact, rotated])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("spectrum", SMOOTH)
-def test_derivatives_of_P_by_both(spectrum, shape, build):
+def test_derivatives_of_P_by_W_and_tau(spectrum, shape, build):
     inputs = leaves(build(SHAPES[shape], SMOOTH[spectrum]), TAU)
     assert gradcheck(lambda W, tau: svt(W, tau)[0], inputs)
     assert gradgradcheck(lambda W, tau: svt(W, tau)[0], inputs)
@@ -86,7 +86,7 @@ def test_derivatives_of_P_by_both(spectrum, shape, build):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("spectrum", ["distinct", "all above"])
-def test_derivatives_of_P_and_s_by_both(spectrum, shape):
+def test_derivatives_of_P_and_s_by_W_and_tau(spectrum, shape):
     inputs = leaves(rotated(SHAPES[shape], SMOOTH[spectrum]), TAU)
     assert gradcheck(svt, inputs)
     assert gradgradcheck(svt, inputs)
@@ -96,7 +96,7 @@ def test_derivatives_of_P_and_s_by_both(spectrum, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("spectrum", SMOOTH)
 def test_derivatives_of_the_sum_of_s_at_ties(spectrum, shape, build):
-    """Singular values that meet have no derivatives of their own; their sum has."""
+    """Singular values that coincide have no derivatives of their own, but their sum has."""
     inputs = leaves(build(SHAPES[shape], SMOOTH[spectrum]), TAU)
     assert gradcheck(lambda W, tau: svt(W, tau)[1].sum(), inputs)
     assert gradgradcheck(lambda W, tau: svt(W, tau)[1].sum(), inputs)
@@ -148,7 +148,7 @@ def test_above_sigma_max_every_derivative_is_exactly_zero():
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("tau", [0.0, TAU, 2.0])
 def test_derivatives_are_finite_everywhere_and_keep_the_dtype(spectrum, tau, dtype):
-    """Also at singular values equal to tau, where there is no derivative, and in both outputs."""
+    """Also at singular values equal to tau, where there is no derivative, and for both outputs."""
     for shape in ((6, 4), (4, 6), (5, 5)):
         W, G = (torch.from_numpy(matrix(shape, name)).to(dtype) for name in (spectrum, "half zeros"))
         W.requires_grad_()

@@ -1,7 +1,7 @@
-"""The Triton kernels compile for every architecture to code without spills that fits, on tensor cores.
+"""Triton kernels compile for every architecture: to tensor-core code without spills, within the GPU's limits.
 
-Of the fused low-rank kernel the largest and the smallest ranks, of the matrix programs those with most kinds of
-products; ``python -m bench.models.gpu_table`` does all.
+Tested are the largest and smallest ranks of the fused low-rank kernel, and the matrix programs with most kinds of
+products; ``python -m bench.models.gpu_table`` compiles all.
 """
 
 from functools import cache
@@ -23,7 +23,7 @@ BIGGEST = [(kind, BR, TILES[kind][BR][0]) for kind in TILES for BR in (16, 128)]
 
 @pytest.mark.parametrize("capability", SHARED)
 @pytest.mark.parametrize("kind, BR, tile", BIGGEST, ids=str)
-def test_biggest_tiles(capability, kind, BR, tile):
+def test_largest_tiles(capability, kind, BR, tile):
     code = lowrank_code(capability, kind, BR, tile)
     assert not problems(code, capability, kind, tile.BM), code
 
@@ -53,7 +53,7 @@ def test_variants(variant):
 
 @cache
 def step(dtype: torch.dtype) -> list[Program]:
-    """A step of layers in all layouts: with and without whole vectors, tall and wide."""
+    """Matrix programs of a step for layers in all layouts: aligned or not, tall and wide."""
     shapes = [(2048, 512), (512, 2048), (300, 201), (201, 333), (576, 147)]
     return Plan([torch.empty(shape, device="meta", dtype=dtype) for shape in shapes], [80, 80, 32, 32, 32]).programs
 
@@ -66,26 +66,26 @@ def test_programs(capability, dtype, number):
     assert not program_problems(code, capability, program), code
 
 
-def test_what_is_wrong_with_a_program_shows():
+def test_problems_of_a_program_are_reported():
     program, code = step(torch.float32)[2], Code(255, stack=8, spills=2, shared=0, tensor_core={"HMMA": 1}, fma=0)
     assert program_problems(code, 80, program) == ["2 spills, 8 bytes", "no DMMA"]
     assert program_problems(code, 90, program)[1:] == ["no HGMMA", "no DMMA"]
     assert program_problems(code, 100, program)[1:] == ["no UTC"]
 
 
-def test_too_much_shared_memory_shows():
+def test_too_much_shared_memory_is_reported():
     tile = Tile(128, 128, 64, 8, 4)
     (found,) = problems(lowrank_code(90, "half", 128, tile), 90, "half", tile.BM)
     assert "bytes of shared memory, of 232448" in found
 
 
-def test_spills_show():
+def test_spills_are_reported():
     tile = Tile(128, 64, 128, 4, 2)
     (found,) = problems(lowrank_code(80, "half", 128, tile), 80, "half", tile.BM)
     assert "spills" in found
 
 
-def test_the_wrong_arithmetic_shows():
+def test_wrong_arithmetic_is_reported():
     code = Code(registers=256, stack=0, spills=0, shared=0, tensor_core={"HMMA": 8}, fma=0)
     assert problems(code, 90, "half", 64) == ["256 registers", "no HGMMA"]
     assert problems(code._replace(registers=9), 90, "ieee", 64) == ["fp32 on tensor cores"]

@@ -1,4 +1,4 @@
-"""The fused low-rank kernel: the way from the op to it. Its values: tests/emulation/lowrank_interpreted.py."""
+"""Dispatch to the fused low-rank kernel. Values of the kernel: tests/emulation/lowrank_interpreted.py."""
 
 import logging
 import subprocess
@@ -28,7 +28,7 @@ def test_registered_and_imported_late():
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """What is remembered about Triton is forgotten before and after."""
+    """Clears the cached choice of the Triton kernel before and after."""
     caches = backends.triton_missing, backends._no_triton, backends.log_once
     for cached in caches:
         cached.cache_clear()
@@ -37,7 +37,7 @@ def fresh(monkeypatch):
         cached.cache_clear()
 
 
-def test_what_is_missing(fresh):
+def test_reasons_for_a_missing_triton(fresh):
     triton = pytest.importorskip("triton")
     assert backends.triton_missing() == ""
     backends.triton_missing.cache_clear()
@@ -60,7 +60,7 @@ def test_info_says_what_runs(fresh, there):
 
 
 @pytest.mark.parametrize("triton", [True, False], ids=["with triton", "without"])
-def test_two_steps_where_it_is_not_for(fresh, caplog, triton):
+def test_two_steps_where_the_kernel_does_not_apply(fresh, caplog, triton):
     if not triton:
         fresh.setitem(sys.modules, "triton", None)
     x, V, U, bias = torch.randn(2, 8, 5, 5), torch.randn(3, 8, 3, 3), torch.randn(4, 3, 1, 1), torch.randn(4)
@@ -96,7 +96,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("reason", REFUSED)
 def test_why_not(reason, fresh):
-    """On tensors that are only said to be on a GPU."""
+    """With tensors that only claim to be on a GPU."""
     pytest.importorskip("triton")
     case = CONV | REFUSED[reason]
     fresh.setattr(torch.cuda, "is_available", lambda: True)

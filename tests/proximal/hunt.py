@@ -1,10 +1,11 @@
-"""Seeded cases that try to break the error bounds and the tolerance of the proximal engine.
+"""Search for violations of the SVT solver's error bounds and tolerance, over seeded random cases.
 
     python -m tests.proximal.hunt 20000 --seed 0 [--family "tau +- 1 ulp"] [--op firm_svt_]
 
-``case(seed)`` makes a case, ``check`` runs it against the fp64 truth. Whatever the matrix, the scale and the state: the
-bounds hold, the tolerance is met, ``s`` and ``rank`` are those of the result, twice the same gives the same, and no
-finite input is refused. Most matrices are too small for the subspace route to pay: in half of the cases it is forced.
+``case(seed)`` makes a case, ``check`` compares it with the fp64 truth. Whatever the matrix, the scale and the state:
+the bounds hold, the tolerance is met, ``s`` and ``rank`` are those of the result, a repeated call gives the same bits,
+and no finite input is refused. Most matrices are too small for the subspace route to be chosen: in half of the cases it
+is forced.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ from tests.helpers import oracle
 class Case:
     name: str
     op: str
-    calls: list[list[torch.Tensor]]  # the weights of every call
+    calls: list[list[torch.Tensor]]  # weights of every call
     parameter: list  # tau, weights or rank of every layer
     kwargs: dict
     state: ck.WarmState | None = None
-    forced: bool = False  # the subspace route, also where it does not pay
-    first: int = subspace_iteration.FIRST  # columns where nothing is known
-    wrong: int | None = None  # seed of what replaces the state after the first call
+    forced: bool = False  # force the subspace route
+    first: int = subspace_iteration.FIRST  # columns of the first subspace
+    wrong: int | None = None  # seed of a wrong state that replaces the one after the first call
 
 
 @dataclass
 class Measured:
-    """One matrix of one call."""
+    """Result of one matrix in one call."""
 
     route: str
     ratio: float = math.inf  # bound / error
@@ -51,7 +52,7 @@ class Measured:
 
 
 def _cluster(values: Callable) -> Callable:
-    """A few above it, and ``values(count, rng)``."""
+    """Spectrum with a few values above a cluster, which is ``values(count, rng)``."""
 
     def spectrum(k, top, rng):
         r = rng.integers(0, min(k, 9))
@@ -60,7 +61,7 @@ def _cluster(values: Callable) -> Callable:
     return spectrum
 
 
-SPECTRA = {  # singular values in units of tau: of (k, the largest, rng)
+SPECTRA = {  # singular values in units of tau, from (k, the largest, rng)
     "log-spaced": lambda k, top, rng: np.geomspace(top, 1e-9, k),
     "half zeros": lambda k, top, rng: np.where(np.arange(k) < k // 2, np.linspace(top, 0.1, k), 0),
     "few above": lambda k, top, rng: np.where(np.arange(k) < 6, np.geomspace(top, 1.01, k), 0.99 * rng.random(k)),
@@ -74,12 +75,12 @@ SPECTRA = {  # singular values in units of tau: of (k, the largest, rng)
     "rank 1": lambda k, top, rng: np.where(np.arange(k) == 0, top, 0),
 }
 
-MATRICES = {  # of (m, n, rng)
+MATRICES = {  # matrices, from (m, n, rng)
     "zero": lambda m, n, rng: np.zeros((m, n)),
     "constant": lambda m, n, rng: np.full((m, n), rng.choice([1, 1 / 3, 0.1, 1.0000001])),
     "ones and noise": lambda m, n, rng: 1 + rng.choice([1e-6, 1e-3, 0.1]) * rng.standard_normal((m, n)),
     "positive": lambda m, n, rng: rng.random((m, n)),
-    "alternating": lambda m, n, rng: (  # what a power iteration from a positive vector does not see
+    "alternating": lambda m, n, rng: (  # invisible to a power iteration from a positive vector
         np.outer(rng.random(m), (-1.0) ** np.arange(n)) + rng.choice([0, 1e-4, 1e-2]) * rng.standard_normal((m, n))
     ),
     "Hilbert": lambda m, n, rng: 1 / (np.arange(m)[:, None] + np.arange(n) + 1.0),
@@ -123,7 +124,7 @@ def _dim(rng) -> int:
 
 
 def _wrong(V: torch.Tensor, rng) -> torch.Tensor:
-    """Another finite matrix in the place of the basis V [n, k] of a state."""
+    """Another finite matrix to replace the basis V [n, k] of a state."""
     n, k = V.shape
     noise = torch.tensor(rng.standard_normal((n, int(rng.integers(1, max(2, n // 2))))))
     wrong = [
@@ -136,7 +137,7 @@ def _wrong(V: torch.Tensor, rng) -> torch.Tensor:
 
 
 def _next(W: np.ndarray, how: str, rng) -> np.ndarray:
-    """The weights of the next call."""
+    """Weights of the next call."""
     m, n = W.shape[-2:]
     size = rng.choice([1, 3, np.linalg.norm(W)]) / math.sqrt(m * n)
     return {
@@ -197,7 +198,7 @@ def case(seed: int, family: str | None = None, wanted: str | None = None) -> Cas
 
 
 def run(case: Case) -> list[tuple[list[torch.Tensor], list[ck.SvtInfo]]]:
-    """Per call the weights after it and what it said."""
+    """For every call the weights after it and its reports."""
     state, out, patches = copy.deepcopy(case.state), [], {"FIRST": case.first}
     if case.forced:
         patches |= {"worth_it": lambda m, n, columns: True, "jacobi": mock.Mock(wraps=jacobi)}
@@ -240,7 +241,7 @@ def _truth(op: str, X: np.ndarray, parameter, gamma: float) -> np.ndarray:
 
 
 def _compare(case: Case, W, R, C, s, bound: float, parameter) -> Measured:
-    """One result R [m, n] against the truth, all of it scaled by a power of two, so that nothing overflows here."""
+    """Compare one result R [m, n] with the truth, all scaled by a power of two so that nothing overflows here."""
     info, got = torch.finfo(W.dtype), Measured("")
     if not bool(R.isfinite().all()):
         return Measured("", problems=["not finite"])
@@ -256,7 +257,7 @@ def _compare(case: Case, W, R, C, s, bound: float, parameter) -> Measured:
     got.ratio = bound / error if error > noise else math.inf
     wrong = np.linalg.norm(s - np.linalg.svd(shrunk, compute_uv=False))
     about = f"||X|| = {norm:.2e}, parameter {np.ravel(t)[0]:.3e}, tol {case.kwargs['tol']}, scale 2^{-e}"
-    if not error <= bound + noise:  # or NaN
+    if not error <= bound + noise:  # also for NaN
         got.problems.append(f"bound {bound:.3e} < error {error:.3e}, {about}")
     elif not wrong <= bound + noise:
         got.problems.append(f"s is off by {wrong:.3e}, bound {bound:.3e}, {about}")
@@ -269,7 +270,7 @@ def _compare(case: Case, W, R, C, s, bound: float, parameter) -> Measured:
 
 
 def check(case: Case, found: list[Measured] | None = None) -> tuple[bool, float, str]:
-    """Whether all of it holds, the least bound / error, and what does not hold; ``found`` gets what was measured."""
+    """(Whether everything holds, least bound / error, what does not hold); appends measurements to ``found``."""
     found = [] if found is None else found
     try:
         found += measure(case)

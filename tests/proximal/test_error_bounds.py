@@ -1,4 +1,4 @@
-"""What the error bounds are made of: probes, estimates, products in fp64."""
+"""Probabilistic error bounds: random probes, norm estimates, fp64 products."""
 
 import math
 
@@ -12,7 +12,7 @@ from compaware_kernels.proximal.subspace_iteration import MARGIN, Subspace
 from tests.helpers.cases import with_spectrum
 
 
-def test_probes_fail_as_rarely_as_they_say():
+def test_probes_fail_as_rarely_as_predicted():
     from scipy.stats import chi2
 
     c = 1 / (error_bounds._factor(error_bounds.PROBES) ** 2 * error_bounds.PROBES)
@@ -45,7 +45,7 @@ def test_products_in_fp64(dtype):
         torch.ops.compaware.wide_product(torch.randn(2, 3), torch.randn(2, 3))
 
 
-def test_product_is_a_product_whatever_the_strides():
+def test_wide_product_of_any_strides():
     for m, n, p in ((300, 200, 40), (200, 300, 24), (5, 4, 3)):
         A, B = torch.randn(m, n), torch.randn(n, p)
         for X in (A, A.mT.contiguous().mT):
@@ -54,8 +54,8 @@ def test_product_is_a_product_whatever_the_strides():
 
 
 @pytest.mark.parametrize("rank", [1, 3, 40])
-def test_the_estimate_of_a_spectral_norm_is_rarely_too_small(rank):
-    """In a thousand draws: with the margin it is allowed; for one direction as for many."""
+def test_spectral_norm_estimates_are_rarely_too_small(rank):
+    """With the documented margin, in a thousand draws; for one direction as for many."""
     R = with_spectrum(80, 60, torch.ones(rank))
     small = 0
     for seed in range(1000):
@@ -65,8 +65,8 @@ def test_the_estimate_of_a_spectral_norm_is_rarely_too_small(rank):
     assert small <= 3
 
 
-def test_what_is_left_out_together_may_stand_out():
-    """A pair found just below the threshold, and the rest beside it: sqrt(0.8^2 + 0.7^2) > 1."""
+def test_two_parts_below_the_threshold_may_exceed_it_together():
+    """A singular pair just below the threshold, and the rest orthogonal to it: sqrt(0.8^2 + 0.7^2) > 1."""
     V = torch.eye(6, 2, dtype=torch.float64)
     search = Subspace(
         torch.eye(6).double(), 1.0, V, 1e-3, torch.Generator(), max_columns=3, slack=0.01, gain=SoftThreshold(1.0).gain

@@ -1,4 +1,4 @@
-"""The proximal operators: values against the fp64 oracle, the laws they obey, gradients, tracing, bad input."""
+"""Proximal operators: values against the fp64 oracle, their mathematical laws, gradients, tracing, bad input."""
 
 import numpy as np
 import pytest
@@ -13,11 +13,11 @@ from tests.helpers.cases import DTYPES, EMPTY, SHAPES, SPECTRA, TAU, matrix
 
 PROX = {"svt": ck.svt, "group_shrink": ck.group_shrink, "soft_threshold": ck.soft_threshold}
 IN_PLACE = {"svt": ck.svt_, "group_shrink": ck.group_shrink_, "soft_threshold": ck.soft_threshold_}
-FP64_LOSS = 1e-13  # relative to the largest entry; measured worst over all cases here: 3e-15
+FP64_LOSS = 1e-13  # relative to the largest entry; worst case measured here: 3e-15
 
 
 def plain(name, W, tau):
-    """What plain PyTorch gives in W's dtype (half types through fp32): the yardstick of every error bound."""
+    """Result of plain PyTorch in W's dtype (half types through fp32), to which errors are compared."""
     X = W.to(compute_dtype(W.dtype))
     if name == "svt":
         U, s, Vh = torch.linalg.svd(X, full_matrices=False)
@@ -34,7 +34,7 @@ def difference(P, truth):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("name", PROX)
-def test_value_is_as_good_as_plain_pytorch(name, spectrum, dtype):
+def test_values_are_as_accurate_as_plain_pytorch(name, spectrum, dtype):
     for shape in SHAPES:
         W = torch.from_numpy(matrix(shape, spectrum)).to(dtype)
         truth = getattr(oracle, name)(W.double().numpy(), TAU)
@@ -181,7 +181,7 @@ def test_in_place_on_parameters_keeps_them_trainable():
     assert W.requires_grad and W.grad_fn is None
 
 
-def test_no_layers_is_fine():
+def test_empty_list():
     assert ck.svt_([], 0.1) == []
     ck.group_shrink_([], 0.1)
 
@@ -215,7 +215,7 @@ def test_gradient_of_sparse_group_shrink():
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("tau", [0.0, TAU])
 def test_gradient_is_finite_and_bounded_at_ties_and_zeros(spectrum, tau):
-    """prox is non-expansive, so its derivative is at most 1 in norm, also where singular values meet or vanish."""
+    """prox is non-expansive, so its derivative has at most norm 1, also where singular values coincide or vanish."""
     for shape in ((8, 5), (5, 8)):
         W = torch.from_numpy(matrix(shape, spectrum)).requires_grad_()
         G = torch.from_numpy(matrix(shape, "exact ties", seed=5))

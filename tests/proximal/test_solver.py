@@ -1,4 +1,4 @@
-"""The engine behind svt_: routes, error bounds, tolerance, warm states, and its relatives."""
+"""The solver behind svt_: routes, error bounds, tolerance, warm states; truncate_, spectral_ball_, weighted_svt_."""
 
 import copy
 import math
@@ -25,7 +25,7 @@ def exact(W, tau=1.0):
 
 
 def check(P, truth, info, tau=1.0, tol=1e-3):
-    """The bound holds, and the tolerance: relative to tau, and what the dtype cannot hold."""
+    """The error is within the bound and the tolerance: tol x tau, plus the rounding of the dtype."""
     error, rounding = P.double() - truth, torch.finfo(P.dtype).eps * float(truth.norm())
     assert float(error.norm()) <= float(info.error_bound)
     assert float(torch.linalg.matrix_norm(error, 2)) <= tol * tau + rounding
@@ -79,7 +79,7 @@ def test_all_layers_in_one_call_equal_one_by_one():
         check(W, truth, info, tau)
 
 
-def test_many_small_matrices_go_together():
+def test_many_small_matrices_share_a_batch():
     W = torch.randn(40, 30, 20)
     truth = torch.stack([exact(M, 2.0) for M in W])
     listed = [M.clone() for M in W]
@@ -110,7 +110,7 @@ def test_scales_at_the_ends_of_fp64(scale):
 # --- a tolerance met, or the next route ------------------------------------------------------------------------------
 
 
-def test_slow_decay_below_the_threshold_is_not_taken_for_low_rank():
+def test_slow_decay_below_the_threshold_is_not_treated_as_low_rank():
     s = torch.cat([torch.logspace(2, 0.1, 20), torch.linspace(0.999, 0.9, 280)])
     W = with_spectrum(500, 300, s).float()
     truth = exact(W)
@@ -118,8 +118,8 @@ def test_slow_decay_below_the_threshold_is_not_taken_for_low_rank():
     check(W, truth, info)
 
 
-def test_constant_matrices_round_coherently_and_are_caught():
-    """A product of constants rounds always in the same direction: 1,600 times as far as random ones, in fp32."""
+def test_coherent_rounding_of_constant_matrices_is_detected():
+    """Products of constants round in one direction: in fp32, 1,600 times as far as random ones."""
     for shape in ((600, 400), (300, 2000)):
         W = torch.full(shape, 1 / 3)
         W += 1e-4 * torch.randn(shape)
@@ -137,8 +137,8 @@ def test_a_smaller_tolerance_is_met():
         check(W, truth, info, tol=tol)
 
 
-def test_rounding_that_no_one_expected_is_seen(monkeypatch):
-    """Products a thousand times less accurate than they should be: the probes notice, and the route is not taken."""
+def test_unexpected_rounding_is_detected(monkeypatch):
+    """With products a thousand times less accurate than expected, the probes notice and the route is rejected."""
     honest = linalg.product
     monkeypatch.setattr(
         "compaware_kernels.proximal.subspace_iteration.product",
@@ -156,7 +156,7 @@ def test_rounding_that_no_one_expected_is_seen(monkeypatch):
 
 
 def drifting(calls, state, dtype=torch.float32, seed=0):
-    """Weights as training moves them: shrunk, regrown and disturbed between the calls."""
+    """Weights as training moves them: shrunk, regrown and perturbed between the calls."""
     generator = torch.Generator().manual_seed(seed)
     W = low_rank(500, 300, 20, seed=seed).to(dtype)
     for _ in range(calls):
@@ -209,7 +209,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_wrong_state_costs_time_only(wrong):
+def test_a_wrong_state_costs_only_time(wrong):
     state = ck.WarmState()
     list(drifting(2, state))
     state.bases["layer.0"] = WRONG[wrong](state.bases["layer.0"])
@@ -220,7 +220,7 @@ def test_a_wrong_state_costs_time_only(wrong):
     assert int(info.rank) == 20
 
 
-def test_a_direction_that_grows_between_two_calls_is_found():
+def test_a_direction_that_grows_between_calls_is_found():
     state = ck.WarmState()
     for W, _, _ in drifting(3, state):
         last = W.clone()
@@ -244,7 +244,7 @@ def test_more_new_directions_than_fresh_columns_are_found():
     assert int(info.rank) > columns
 
 
-def test_state_moves_and_refuses_what_is_no_state():
+def test_state_moves_between_devices_and_refuses_other_states():
     state = ck.WarmState()
     list(drifting(1, state))
     assert state.to(torch.float64).bases["layer.0"].dtype == torch.float64
@@ -302,7 +302,7 @@ def test_bad_tolerance(tol):
         ck.svt_([torch.randn(3, 3)], 0.1, tol=tol)
 
 
-def test_threads_are_as_they_were():
+def test_number_of_threads_is_restored():
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     ck.svt_([low_rank(300, 200, 5, seed=i).float() for i in range(3)], 1.0)
@@ -355,7 +355,7 @@ def test_truncate(shape):
         assert float((W - truth).norm()) <= float(info.error_bound) < math.inf and int(info.rank) == rank
 
 
-def test_truncate_says_where_the_projection_is_not_unique():
+def test_truncate_reports_a_projection_that_is_not_unique():
     W = with_spectrum(60, 40, [3.0, 2.0, 2.0, 1.0])
     (info,) = ck.truncate_([W], 2)
     assert info.error_bound == math.inf
@@ -379,7 +379,7 @@ def test_weighted_svt(shape):
 
 @pytest.mark.parametrize("part", range(4))
 def test_hunt(part):
-    """The first few hundred of the cases of hunt.py, which has any number of them."""
+    """The first few hundred cases of hunt.py."""
     for seed in range(100 * part, 100 * part + 100):
         holds, _, message = hunt.check(hunt.case(seed))
         assert holds, (seed, message)

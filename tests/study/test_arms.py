@@ -1,4 +1,4 @@
-"""The study's arms do what their sources say, and go on where they were stopped as if nothing had happened."""
+"""Arms of the study: each follows its source, and resumes bit-identically."""
 
 import copy
 import math
@@ -22,7 +22,7 @@ data = pytest.fixture(scope="module")(some_digits)
 
 
 def started(arm, **strength):
-    """The arm on a fresh network, and one batch."""
+    """The arm on a fresh network, with its optimizer, and one batch."""
     arm = ARMS[arm](strength, PLAN)
     model = arm.prepare(build("dec", (1, 8, 8), 10, 0))
     optimizer = torch.optim.SGD(model.parameters(), 0.1, **arm.options())
@@ -32,7 +32,7 @@ def started(arm, **strength):
 
 
 def step(arm, model, optimizer, x, y):
-    """One step; returns the gradients that the optimizer got."""
+    """Take one training step; returns the gradients that the optimizer got."""
     arm.before()
     optimizer.zero_grad()
     F.cross_entropy(model(x), y).backward()
@@ -47,13 +47,13 @@ def matrices(model):
     return {layer.name: layer.matrix().detach().clone() for layer in foldable_layers(model, PLAN.skip)[0]}
 
 
-def test_all_arms_are_tried():
+def test_all_arms_are_covered():
     assert set(STRENGTHS) == set(ARMS) and all(set(STRENGTHS[arm]) <= set(kind.knobs) for arm, kind in ARMS.items())
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_stopped_trainings_go_on(arm, data, tmp_path, monkeypatch):
-    """Stopped after every epoch; the same to the last bit as one that ran through."""
+def test_resumed_trainings_are_bit_identical(arm, data, tmp_path, monkeypatch):
+    """A training stopped after every epoch equals, bit for bit, one that ran through."""
     monkeypatch.setattr(fit, "SAVE_EVERY", 0)
     whole = fit.fit(CONFIG, key(arm), data, tmp_path / "whole", lambda: None)
     for stop in range(1, CONFIG.epochs + 1):
@@ -78,7 +78,7 @@ def test_stopped_trainings_go_on(arm, data, tmp_path, monkeypatch):
 
 
 def test_per_step_strengths_add_up_to_an_epoch():
-    """What is subtracted from singular values in an epoch of ten steps is the learning rate times the strength."""
+    """In an epoch of ten steps, learning rate x strength is subtracted from the singular values in total."""
     for arm, every in (("nuclear", "epoch"), ("nuclear-steps", 10), ("l1", 1)):
         name = "l1" if arm == "l1" else "nuclear"
         made, *_ = started(arm, **{name: 0.7})
@@ -88,7 +88,7 @@ def test_per_step_strengths_add_up_to_an_epoch():
             assert times * thresholds[name] == pytest.approx(0.1 * 0.7)
 
 
-def test_sparse_group_takes_l1_first():
+def test_sparse_group_applies_l1_first():
     arm, *_ = started("sparse-group", group=0.1, l1=0.1)
     assert arm.prox.order.index("l1") < arm.prox.order.index("group")
 
@@ -109,7 +109,7 @@ def test_l2_is_weight_decay():
 
 
 def test_trained_rank_pruning():
-    """At the first step, and every 20th, each layer is its own truncated SVD; between, it is free."""
+    """At the first step and every 20th, each layer becomes its truncated SVD; in between it is not constrained."""
     arm, model, *rest = started("trp", energy=0.7)
     before = matrices(model)
     arm.before()
@@ -155,7 +155,7 @@ def test_low_rank_from_scratch():
 
 
 def test_magnitude_pruning():
-    """The cubic schedule over three quarters of all steps; what is zero stays so; one threshold for all layers."""
+    """Cubic schedule over three quarters of all steps; pruned weights stay zero; one threshold for all layers."""
     arm, model, *rest = started("magnitude", sparsity=0.9)
     arm.every = 5
     zero = {}
@@ -172,7 +172,7 @@ def test_magnitude_pruning():
     assert not (model[16].weight == 0).any()
 
 
-def test_threshold_is_of_all_weights():
+def test_pruning_threshold_is_global():
     scores = {"a": torch.arange(6.0), "b": torch.arange(6.0, 10.0)}
     for share, level in ((0, -1), (0.1, 0), (0.5, 4), (0.7, 6)):
         assert threshold(scores, share) == level
@@ -180,7 +180,8 @@ def test_threshold_is_of_all_weights():
 
 
 def test_variational_gradients():
-    """Those of loss + cost KL / N, by autograd through the drawn weights, the prior fixed at its best."""
+    """Equal to the gradients of loss + cost KL / N by autograd through sampled weights, with the optimal prior held
+    fixed."""
     arm, model, optimizer, x, y = started("variational", cost=2.0)
     for rho in arm.log_deviations:
         rho.add_(0.3 * torch.randn_like(rho))
@@ -220,7 +221,7 @@ def test_variational_description_and_scores():
 
 
 def test_reload(data, tmp_path):
-    """At half of the epochs the network becomes a smaller one, on which no penalty acts."""
+    """At half of the epochs the network is replaced by a smaller one, on which no penalty acts."""
     run, plain = (fit.fit(CONFIG, key(arm), data, tmp_path / arm, lambda: None) for arm in ("reload", "plain"))
     count = [sum(p.numel() for p in r.model.parameters()) for r in (run, plain)]
     assert any(isinstance(module, LowRank) for module in run.model.modules()) and count[0] < count[1]
@@ -228,21 +229,21 @@ def test_reload(data, tmp_path):
 
 
 @pytest.mark.parametrize("arm", ["nuclear", "nuclear-steps", "nuclear-loss", "trp", "nuclear+group"])
-def test_ranks_fall(arm, data, tmp_path):
-    """Of the singular values that are left, those that make 99 % of the energy."""
+def test_penalties_reduce_ranks(arm, data, tmp_path):
+    """Rank: the number of singular values that hold 99 % of the energy."""
     ends = [fit.fit(CONFIG, key(a), data, tmp_path / a, lambda: None) for a in ("plain", arm)]
     count = [sum(ranks.energy(0.99)(singular_values(M)) for M in matrices(run.model).values()) for run in ends]
     assert count[1] < 0.9 * count[0]
 
 
 @pytest.mark.parametrize(("arm", "share"), [("l1", 0.05), ("sparse-group", 0.05), ("magnitude", 0.75)])
-def test_zeros_come(arm, share, data, tmp_path):
+def test_penalties_produce_zeros(arm, share, data, tmp_path):
     run = fit.fit(CONFIG, key(arm), data, tmp_path, lambda: None)
     weights = torch.cat([M.flatten() for M in matrices(run.model).values()])
     assert float((weights == 0).float().mean()) > share
 
 
-def test_divergence_is_told(data, tmp_path):
+def test_divergence_is_reported(data, tmp_path):
     from dataclasses import replace
 
     with pytest.raises(fit.Diverged, match="became nan"):

@@ -1,4 +1,4 @@
-"""What a study's settings may be."""
+"""Study settings: what is accepted, and how the rest is refused."""
 
 import re
 
@@ -15,7 +15,7 @@ SAME = "arms, map: wanted strengths that differ in their first 6 digits, which n
         ("epoch = 3", "unknown settings: epoch"),
         ("epochs = 0", "epochs: wanted a whole number >= 1; got 0"),
         ('network = "lenet"', "network: wanted one of mlp, dec"),
-        ('rules = ["magic:1"]', "a rank rule is written"),
+        ('rules = ["magic:1"]', "rank rule: wanted name:value"),
         ("rules = []", "rules: wanted at least one rank rule; got ()"),
         ('weights = "timm"', "weights: wanted timm, for a network of timm's"),
         ('weights = "nowhere.safetensors"', "weights: wanted timm, for a network of timm's, or a safetensors file"),

@@ -1,4 +1,4 @@
-"""A study's images and the networks that photographs take: any data gives the same trainings again."""
+"""Study data: images, networks for photographs; the same data gives the same trainings."""
 
 import json
 from dataclasses import replace
@@ -29,7 +29,7 @@ PHOTOS = replace(
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Two classes: light above, and light below; 32 to train on, 8 to test."""
+    """Two classes of images, light at the top or light at the bottom: 32 for training, 8 for testing."""
     folder = tmp_path_factory.mktemp("photos")
     torch.manual_seed(0)
     for part, count in (("train", 16), ("val", 4)):
@@ -52,7 +52,7 @@ def test_validation_images_are_never_trained_on():
 
 
 @pytest.mark.parametrize("photographs", [False, True])
-def test_seed_and_epoch_decide_the_order(photographs, photos):
+def test_seed_and_epoch_determine_the_order(photographs, photos):
     data = Folder(photos, PHOTOS) if photographs else some_digits()
 
     def images(seed, epoch):
@@ -64,7 +64,7 @@ def test_seed_and_epoch_decide_the_order(photographs, photos):
 
 
 def test_photographs(photos):
-    """Augmented only where they are trained on; scaled as the network wants them."""
+    """Augmented in training only; normalized as the network expects."""
     data = Folder(photos, PHOTOS)
     assert data.shape == (3, 160, 160) and data.classes == 2 and data.examples == 24
     held, again = ([torch.cat(part) for part in zip(*data.validation(), strict=True)] for _ in range(2))
@@ -76,8 +76,9 @@ def test_photographs(photos):
     assert Folder(photos, replace(PHOTOS, network="dec")).shape == (3, 32, 32)
 
 
+@pytest.mark.slow
 def test_a_study_of_photographs(photos, tmp_path, monkeypatch):
-    """The whole of it; and a stopped training goes on as if it had not been stopped, to the last bit."""
+    """A whole study, and a training that is stopped and resumed: bit-identical."""
     monkeypatch.setattr(fit, "SAVE_EVERY", 0)
     config = replace(PHOTOS, arms={arm: CONFIG.arms[arm] for arm in ("plain", "nuclear+group")})
     data = load(replace(config, data=str(photos)))
@@ -98,9 +99,9 @@ def test_a_study_of_photographs(photos, tmp_path, monkeypatch):
     assert fit.fit(config, key("plain"), data, tmp_path / "part", lambda: None).losses == records[0].losses
 
 
-def test_times_are_of_one_machine(tmp_path, monkeypatch):
-    """What is known is not measured again, unless something is missing that only another machine could be compared to;
-    a file of another version is refused."""
+def test_times_are_compared_on_one_machine_only(tmp_path, monkeypatch):
+    """Known times are not measured again, unless one is missing that would have to be compared across machines; files
+    of another version are refused."""
 
     def record(*ranks):
         points = [Point(LOW_RANK, "", 1, 1, 1, 0, 0, structure={"0": {"rank": rank}}) for rank in ranks]
@@ -133,7 +134,7 @@ def test_bfloat16_trains_too(tmp_path):
     assert exact != rounded and rounded == pytest.approx(exact, rel=0.05)
 
 
-def test_weights_to_start_from(tmp_path):
+def test_initial_weights(tmp_path):
     shape, path = (3, 160, 160), tmp_path / "weights.safetensors"
     for name in ("timm/test_vit", "dec"):
         save_model(build(name, shape, 5, 1), path)
@@ -162,7 +163,7 @@ def test_weights_to_start_from(tmp_path):
         ("timm/resnetv2_50", ("head.fc",)),
     ],
 )
-def test_the_classifier_is_left_alone(name, layers):
+def test_the_classifier_is_skipped(name, layers):
     with torch.device("meta"):
         model = build(name, (3, 224, 224), 5, 0)
     assert last_layers(model) == layers
@@ -177,13 +178,13 @@ def test_a_network_without_a_classifier():
 
 
 @pytest.mark.parametrize("share", [0.001, 0.999])
-def test_validation_images_must_leave_some(share):
+def test_validation_share_must_leave_training_images(share):
     d = some_digits()
     with pytest.raises(ValueError, match=rf"validation: wanted a share of the 216 training images.*got {share}"):
         InMemory(Images("few", d.train_x, d.train_y, d.test_x, d.test_y), share)
 
 
-def test_data_that_is_not_there(photos, tmp_path):
+def test_missing_data(photos, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder; wanted digits, a folder of IDX files, or"):
         load(Config(data="nowhere", arms={"plain": [{}]}))
     (tmp_path / "train" / "cat").mkdir(parents=True)
@@ -204,7 +205,7 @@ def test_devices(monkeypatch):
     assert replace(CONFIG, device="cpu").devices == [torch.device("cpu")]
 
 
-def test_settings_that_a_study_was_begun_without_had_their_default(tmp_path):
+def test_settings_missing_in_old_records_have_their_default(tmp_path):
     Study(CONFIG, "digits", tmp_path)
     path = tmp_path / "study.json"
     before = json.loads(path.read_text())
@@ -226,6 +227,6 @@ def test_shipped_studies():
         assert len(set(config.keys)) == len(config.keys)
 
 
-def test_no_such_network():
+def test_unknown_network():
     with pytest.raises(ValueError, match="network: wanted one of mlp, dec, resnet20, or a network of timm's"):
         replace(CONFIG, network="timm/lenet")

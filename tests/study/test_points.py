@@ -1,4 +1,4 @@
-"""What a study makes of trained networks: sizes are counted right, and curves say what the points say."""
+"""Points and curves of a study: sizes are counted right, and curves follow from the points."""
 
 import math
 from dataclasses import replace
@@ -19,14 +19,14 @@ data = pytest.fixture(scope="module")(some_digits)
 
 
 def made(model, arm="plain"):
-    """The network as if it had been trained."""
+    """The network as the result of a training."""
     made = ARMS[arm]({}, Plan(1, 1, 1, 0, ("4",), torch.zeros(1, 1, 4, 4)))
     made.attach(model, None, 0)
     return fit.Trained(model, made, None)
 
 
 def test_zeros_are_not_counted(data):
-    """Two layers of known zeros; a dead neuron's outgoing weights do not count either."""
+    """Two layers with known zeros; outgoing weights of a dead neuron do not count either."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Dropout(0.0), nn.Linear(4 * 36, 10))
     with torch.no_grad():
@@ -40,7 +40,7 @@ def test_zeros_are_not_counted(data):
     assert size == 4 * params + math.ceil(27 / 8) + math.ceil(1080 / 8)
 
 
-def test_pruning_takes_the_least(data):
+def test_pruning_removes_the_smallest(data):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 20), nn.Linear(20, 10))
     run = made(model)
@@ -74,7 +74,7 @@ def record(arm, seed, *found, validation=98.0, test=97.0):
     return Record(Key(arm, strength, seed), validation=validation, test=test, points=list(found), seconds=1.0)
 
 
-def test_validation_chooses_and_test_counts():
+def test_points_are_chosen_by_validation_and_judged_by_test_accuracy():
     few = [point(10, 90, 70), point(20, 80, 99), point(30, 95, 94), point(30, 94, 98), point(50, 97, 96)]
     choice = Choice(tuned=False)
     assert curves.front(few, choice) == [few[0], few[2], few[4]]
@@ -83,15 +83,15 @@ def test_validation_chooses_and_test_counts():
     assert curves.need(few, choice, 94.5) is few[2] and curves.need(few, choice, 99) is None
 
 
-def test_choices_read_their_points():
+def test_choices_filter_points():
     few = [point(10, 1, 2, tuned=(3, 4)), point(20, 5, 6, SPARSE), point(30, 7, 8)]
     r = record("l2", 0, *few)
     assert Choice(True).of([r]) == few[:1] and Choice(True).accuracies(few[0]) == (3, 4)
     assert Choice(False).of([r]) == [few[0], few[2]] and Choice(False, (LOW_RANK, SPARSE)).of([r]) == few
 
 
-def test_needs():
-    """At each seed's own plain accuracy less a point; what is not reached is told."""
+def test_multiply_adds_needed():
+    """To reach each seed's own plain accuracy minus one point; a seed that never does is reported."""
     plain = [record("plain", s, point(100, 98, 97), validation=98 + s, test=97) for s in (0, 1)]
     low = [record("l2", 0, point(50, 97, 96), point(20, 96.9, 99)), record("l2", 1, point(10, 97.9, 99))]
     arms = curves.by_arm([*plain, *low], CONFIG)
@@ -102,15 +102,16 @@ def test_needs():
     assert curves.needs(arms, Choice(False), "milliseconds")[0].values == []  # nothing was timed
 
 
-def test_the_plot_says_who_wins():
-    def said(**macs):
+def test_the_plot_names_the_best_arm():
+    def caption(**macs):
         found = {arm.replace("_", "-"): record(arm.replace("_", "-"), 0, point(m, 98, 97)) for arm, m in macs.items()}
         return plots.least({arm: {0: [r]} for arm, r in found.items()}, Choice(False), "macs")
 
     assert (
-        said(plain=100, nuclear=27, l2=70) == "least at that accuracy: nuclear norm, per epoch (paper): 0.27 of plain"
+        caption(plain=100, nuclear=27, l2=70)
+        == "least at that accuracy: nuclear norm, per epoch (paper): 0.27 of plain"
     )
-    assert said(plain=100, nuclear_steps=41, fixed_rank=26) == (
+    assert caption(plain=100, nuclear_steps=41, fixed_rank=26) == (
         "least at that accuracy: low rank from scratch: 0.26 of plain\n"
         "this project's: nuclear norm, per step: 0.41 of plain"
     )
@@ -123,15 +124,16 @@ def test_the_plot_says_who_wins():
     assert plots.least(missed, Choice(False), "macs") == "least at that accuracy: L2"
 
 
-def test_layers_that_became_two_factors_count_once():
-    """The first by its rank, the second by its rows; from the epoch on in which the layer itself is no longer there."""
+def test_ranks_of_factorized_layers():
+    """A layer replaced by two factors counts once: the first factor by its rank, the second by its rows, from that
+    epoch on."""
     ranks = {"0": [3, 3, 2], "2": [8], "2.first": [4, 3], "2.second": [4, 4]}
     rows = {"0": [9, 9, 9], "2": [7], "2.first": [4, 4], "2.second": [7, 6]}
     changed = replace(record("l2", 0), losses=[1.0, 1.0, 1.0], ranks=ranks, rows=rows)
     assert plots.totals(changed, "ranks") == [11, 7, 5] and plots.totals(changed, "rows") == [16, 16, 15]
 
 
-def test_arms_leave_out_the_map_and_what_diverged():
+def test_arms_exclude_the_sensitivity_map_and_diverged_trainings():
     other = replace(CONFIG, map={"nuclear": [1.0], "group": [2.0]})
     grid = Record(Key("nuclear+group", (("nuclear", 1.0), ("group", 2.0)), 0))
     assert grid.key in other.keys and len(other.keys) == len(CONFIG.keys) + 1
@@ -140,7 +142,7 @@ def test_arms_leave_out_the_map_and_what_diverged():
     assert curves.by_arm([grid, broken, record("plain", 0)], other) == {"plain": {0: [record("plain", 0)]}}
 
 
-def test_without_a_plain_network_nothing_is_compared():
+def test_no_comparison_without_a_plain_network():
     broken = record("plain", 1)
     broken.diverged = "NaN"
     with pytest.raises(ValueError, match="plain none seed 1: diverged, so there is nothing to compare with"):

@@ -1,4 +1,4 @@
-"""A study: nothing is done twice and nothing is lost, whatever stops it."""
+"""Study runs: interrupted at any moment, nothing is trained twice and nothing is lost."""
 
 import json
 import math
@@ -36,6 +36,17 @@ plain = [{}]
 [map]
 nuclear = [2, 8]
 group = [0.1]
+"""
+SMALL = """
+epochs = 1
+seeds = 1
+lr = 0.02
+tune_epochs = 1
+rules = ["energy:0.9", "energy:0.999"]
+sparsities = [0.5]
+[arms]
+plain = [{}]
+"nuclear+group" = [{ nuclear = 2, group = 0.1 }]
 """
 
 
@@ -75,9 +86,24 @@ def stamps(folder, pattern="runs/**/*.json"):
 # --- a whole study --------------------------------------------------------------------------------------------------
 
 
-def test_killed_and_run_again(config, tmp_path):
-    """SIGKILL in the middle: its processes end, finished trainings stay; the next run does the rest, and a third one
-    nothing. None does anything while another one is there."""
+def test_from_the_command_to_the_report(tmp_path):
+    """Two trainings; test_killed_and_resumed has more of everything."""
+    config, out = tmp_path / "small.toml", tmp_path / "out"
+    config.write_text(SMALL)
+    done = command(config, "--out", out, "--processes", 1)
+    assert done.returncode == 0, done.stderr
+    assert "2 trainings, 2 left" in done.stdout and "nuclear+group" in done.stdout and "Written:" in done.stdout
+    page, results = (out / "report.html").read_text(), json.loads((out / "results.json").read_text())
+    assert page.count("<svg") >= 8 and "nan" not in page.lower()
+    assert (out / "curves.svg").read_text().startswith("<svg")
+    assert len(results["records"]) == 2 and results["config"]["epochs"] == 1
+    assert all(r["points"][0]["milliseconds"] > 0 for r in results["records"])
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(config, tmp_path):
+    """SIGKILL in the middle: child processes end, finished trainings stay; the next run does the rest, and a third one
+    nothing. While one run holds the folder, another refuses to start."""
     out = tmp_path / "out"
     words = [sys.executable, "-m", "compaware_kernels", "study", str(config), "--out", str(out)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -114,7 +140,7 @@ def test_killed_and_run_again(config, tmp_path):
 
 
 def alive(group):
-    """Whether any process of the group is left."""
+    """Whether any process of the group is still running."""
     try:
         os.killpg(group, 0)
     except ProcessLookupError:
@@ -129,8 +155,9 @@ def wait(until, seconds):
         time.sleep(0.05)
 
 
-def test_orphans_end_at_once(tmp_path):
-    """In the middle of a training, before they save anything."""
+@pytest.mark.slow
+def test_workers_end_with_their_parent(tmp_path):
+    """They end in the middle of a training, before they save anything."""
     script = tmp_path / "orphan.py"
     script.write_text(ORPHAN)
     words = [sys.executable, str(script), str(tmp_path / "out")]
@@ -140,7 +167,7 @@ def test_orphans_end_at_once(tmp_path):
     wait(lambda: not alive(process.pid), 15)
 
 
-def test_who_is_alone_may_ask_again(config, tmp_path):
+def test_the_lock_is_reentrant_within_a_process(config, tmp_path):
     work = Study(Config.read(str(config)), "scikit-learn digits, 8 x 8", tmp_path / "out")
     with work.alone(), work.alone():
         pass
@@ -149,7 +176,7 @@ def test_who_is_alone_may_ask_again(config, tmp_path):
     assert done.returncode == 1 and "another process works on this study" in done.stderr
 
 
-def test_more_arms_are_added_and_other_settings_refused(data, tmp_path):
+def test_arms_can_be_added_but_settings_not_changed(data, tmp_path):
     study = Study(replace(CONFIG, arms={"plain": [{}]}), "digits", tmp_path)
     study.train(key("plain"), data, lambda: None)
     more = Study(replace(CONFIG, arms={"plain": [{}], "l2": [{"l2": 1e-3}]}, seeds=2), "digits", tmp_path)
@@ -170,7 +197,7 @@ def test_damaged_record_is_named(data, tmp_path):
             study.records()
 
 
-def test_records_are_read_as_written(data, tmp_path):
+def test_records_round_trip(data, tmp_path):
     study, seen = Study(replace(CONFIG, arms={"group": [{"group": 0.8}], "plain": [{}]}), "digits", tmp_path), []
     record = study.train(key("group"), data, lambda: seen.append(1))
     assert study.records() == [record] and len(seen) == study.units
@@ -180,8 +207,8 @@ def test_records_are_read_as_written(data, tmp_path):
         assert sum(p.numel() for p in model.parameters()) == point.params
 
 
-def test_validation_and_test_are_not_mixed_up(tmp_path):
-    """All validation labels are wrong."""
+def test_validation_and_test_images_are_kept_apart(tmp_path):
+    """With wrong validation labels only the validation accuracy is low."""
     data = some_digits()
     data.held_y = (data.held_y + 1) % 10
     record = Study(replace(CONFIG, arms={"plain": [{}]}), "digits", tmp_path).train(key("plain"), data, lambda: None)
@@ -190,13 +217,13 @@ def test_validation_and_test_are_not_mixed_up(tmp_path):
         assert max(point.validation, point.tuned_validation) < 15 < 20 < min(point.test, point.tuned_test)
 
 
-def test_diverged_trainings_are_kept(data, tmp_path):
+def test_diverged_trainings_are_recorded(data, tmp_path):
     study = Study(replace(CONFIG, lr=1e4, arms={"plain": [{}]}), "digits", tmp_path)
     assert "nan" in study.train(key("plain"), data, lambda: None).diverged
     assert study.left == [] and study.records()[0].diverged
 
 
-def test_a_shrunk_weight_that_overflowed_has_diverged(tmp_path):
+def test_overflow_seen_by_the_proximal_step_is_divergence(tmp_path):
     """L1's proximal step finds it in the middle of an epoch, before the loss does."""
     config = replace(CONFIG, lr=100.0, batch=32, validation=0.25, arms={"plain": [{}], "l1": [{"l1": 0.5}]})
     record = Study(config, "digits", tmp_path).train(key("l1"), load(config), lambda: None)
@@ -205,7 +232,7 @@ def test_a_shrunk_weight_that_overflowed_has_diverged(tmp_path):
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 @pytest.mark.parametrize(("arm", "step"), [("trp", 20), ("nuclear", 11), ("nuclear+group", 11), ("reload", 22)])
-def test_a_weight_that_overflowed_has_diverged(arm, step, bad, data, tmp_path, monkeypatch):
+def test_overflow_before_an_svd_or_proximal_step_is_divergence(arm, step, bad, data, tmp_path, monkeypatch):
     """Just before an SVD, or a proximal step after an epoch of 11."""
     monkeypatch.setattr(ARMS[arm], "after_step", planted(step, bad))
     study = Study(replace(CONFIG, arms={"plain": [{}], arm: [STRENGTHS[arm]]}), "digits", tmp_path)
@@ -213,8 +240,8 @@ def test_a_weight_that_overflowed_has_diverged(arm, step, bad, data, tmp_path, m
     assert "linalg.svd" in why or "NaN or Inf" in why
 
 
-def test_factors_whose_product_overflows_have_diverged(data, tmp_path):
-    """In the last step, so that no loss tells."""
+def test_overflow_in_the_product_of_factors_is_divergence(data, tmp_path):
+    """In the last step, after the last loss."""
     config = replace(CONFIG, lr=1e25, epochs=1, batch=216, arms={"plain": [{}], "fixed-rank": [{"share": 0.25}]})
     record = Study(config, "digits", tmp_path).train(key("fixed-rank"), data, lambda: None)
     assert record.diverged == "0.weight contains NaN or Inf"
@@ -229,7 +256,7 @@ def planted(step, bad):
     return after_step
 
 
-def test_other_errors_are_told(data, tmp_path, monkeypatch):
+def test_other_errors_are_raised(data, tmp_path, monkeypatch):
     def broken(self, model, epoch):
         raise ValueError("another reason")
 
@@ -239,7 +266,7 @@ def test_other_errors_are_told(data, tmp_path, monkeypatch):
     assert error.type is ValueError
 
 
-def test_diverged_fine_tuning_leaves_the_training(data, tmp_path):
+def test_diverged_fine_tuning_keeps_the_training(data, tmp_path):
     config = replace(CONFIG, tune_lr=1e6, arms={"plain": [{}]})
     record = Study(config, "digits", tmp_path).train(key("plain"), data, lambda: None)
     assert not record.diverged and record.validation > 30 and len(record.points) == 3
@@ -247,7 +274,7 @@ def test_diverged_fine_tuning_leaves_the_training(data, tmp_path):
     assert Choice(True).of([record]) == [] and Choice(False).of([record])
 
 
-def test_the_last_step_of_fine_tuning_may_diverge(data, monkeypatch):
+def test_divergence_in_the_last_step_of_fine_tuning(data, monkeypatch):
     """After the last loss."""
 
     def backward(model, *rest):
@@ -262,7 +289,7 @@ def test_the_last_step_of_fine_tuning_may_diverge(data, monkeypatch):
 
 
 def test_killed_after_training(data, tmp_path):
-    """Nothing is trained again, and compression finds what it would have found."""
+    """Nothing is trained again, and compression gives the same points."""
     calls, study = [], Study(replace(CONFIG, arms={"plain": [{}], "trp": [{"energy": 0.9}]}), "digits", tmp_path / "a")
 
     def killed():
@@ -286,7 +313,7 @@ def test_lost_weights_are_trained_again(data, tmp_path, monkeypatch):
     assert fit.fit(CONFIG, key("plain"), data, tmp_path, lambda: None).losses == first.losses
 
 
-def test_failures_do_not_stop_the_others(tmp_path, monkeypatch):
+def test_a_failed_training_does_not_stop_the_others(tmp_path, monkeypatch):
     config = replace(CONFIG, epochs=1, arms={"plain": [{}], "l2": [{"l2": 1e-3}]})
     study = Study(config, "digits", tmp_path)
     study.path(key("plain")).with_suffix(".running").mkdir(parents=True)
@@ -296,10 +323,10 @@ def test_failures_do_not_stop_the_others(tmp_path, monkeypatch):
     assert study.left == [key("plain")]
 
 
-def test_errors_are_one_line(tmp_path):
-    """Before anything is written."""
+def test_errors_are_one_line(tmp_path, command_line):
+    """They come before anything is written."""
     path = tmp_path / "wrong.toml"
     path.write_text("epoch = 3")
-    done = command(path, "--out", tmp_path / "out")
-    assert done.returncode == 1 and "unknown settings: epoch" in done.stderr and len(done.stderr.splitlines()) == 1
+    done = command_line("study", path, "--out", tmp_path / "out")
+    assert done.returncode == 1 and "unknown settings: epoch" in done.err and len(done.err.splitlines()) == 1
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,5 @@
-"""What one block does for one matrix (csrc/cuda/block.cuh, jacobi.cuh), on the CPU: against fp64, races and bounds."""
+"""Device functions for one matrix per block (csrc/cuda/block.cuh, jacobi.cuh), emulated: against fp64, races,
+bounds."""
 
 import math
 
@@ -27,7 +28,7 @@ def normal(*shape, seed=0, dtype=torch.float64):
 # --- triangular factors ----------------------------------------------------------------------------------------------
 
 SIZES = (1, 2, 15, 16, 17, 64, 136, 257)
-SPECTRA = {  # singular values of B; those of G = B^T B reach to 1e-9
+SPECTRA = {  # singular values of B; those of G = B^T B reach down to 1e-9
     "flat": np.ones,
     "log-spaced": lambda n: np.logspace(0, -4.5, n),
     "ties": lambda n: np.resize([2.0, 1.0, 0.5], n),
@@ -37,7 +38,7 @@ SPECTRA = {  # singular values of B; those of G = B^T B reach to 1e-9
 
 
 def factors(G, dependent=1e-10, threads=256):
-    """L and S; what must not be read of G is NaN."""
+    """Cholesky factor L of G and its inverse S; the half of G that must not be read is NaN."""
     n = len(G)
     L, S = torch.where(torch.ones(n, n).tril() > 0, G, math.nan), torch.full((n, n), math.nan, dtype=torch.float64)
     run("ck_case_cholesky", L, n, dependent, threads=threads)
@@ -46,7 +47,7 @@ def factors(G, dependent=1e-10, threads=256):
 
 
 def check_factors(B, L, S, dropped=1e-10):
-    """Returns which columns are independent of those before."""
+    """Check both against B; returns which columns are independent of those before."""
     G, n, independent = B.mT @ B, B.shape[1], L.diagonal() != 0
     condition = torch.linalg.cond(B[:, independent]).item() ** 2 if independent.any() else 0
     loss, wanted = EPS * (n + condition), torch.diag(independent.double())
@@ -69,7 +70,7 @@ def test_factors(n, spectrum):
 
 @pytest.mark.parametrize("n", (17, 136))
 def test_dependent_columns(n):
-    """Zeros, copies and sums of columns before, and what is too little to be relied on."""
+    """Columns that are zero, copies or sums of earlier ones, or too small to be used."""
     B = normal(n + 5, n)
     B[:, 3], B[:, 7], B[:, -1] = 0, B[:, 2], B[:, 0] + B[:, 1]
     B[:, 9] = B[:, 4] + 1e-6 * B[:, 9]
@@ -131,7 +132,8 @@ ROW_SPECTRA = {
 
 
 def jacobi(A, sweeps=40, threads=256, V=True):
-    """What becomes of A and of the identity, and how many sweeps it took. The rows are in memory with gaps."""
+    """Rows of A and the accumulated rotations after Jacobi, and the number of sweeps. Rows are not adjacent in
+    memory."""
     (count, length), stride = A.shape, A.shape[1] + 3
     rows, turns = (torch.full((count, k + 3), 7, dtype=A.dtype) for k in (length, count))
     rows[:, :length], turns[:, :count] = A, torch.eye(count, dtype=A.dtype)
@@ -143,12 +145,12 @@ def jacobi(A, sweeps=40, threads=256, V=True):
 
 
 def check_jacobi(A, rows, V):
-    """Limits in eps: measured, at most 12 + sqrt(length) and 20."""
+    """Limits in eps; measured: at most 12 + sqrt(length) and 20."""
     eps, (count, length) = torch.finfo(A.dtype).eps, A.shape
     scale = A.abs().amax().double().clamp_min(1e-300)
     A, rows, V = A.double() / scale, rows.double() / scale, V.double()
     norms = torch.linalg.vector_norm(rows, dim=1)
-    some = norms > 2**-98 * norms.max()  # of what is shorter nothing is promised
+    some = norms > 2**-98 * norms.max()  # no accuracy is promised for shorter rows
     N = torch.where(some[:, None], rows / norms[:, None], 0.0)
     skew = (N @ N.mT - torch.diag(some.double())).abs().max()
     assert skew <= eps * (2 * max(16, length) ** 0.5 + 4)
@@ -174,7 +176,8 @@ def test_jacobi(shape, spectrum, dtype):
 
 @BOTH
 def test_relative_accuracy(dtype):
-    """Rows that differ by 30 orders: each singular value to rounding, whatever comes first."""
+    """Rows that differ by 30 orders of magnitude: each singular value is accurate to rounding, in any order of the
+    rows."""
     A = normal(24, 30, dtype=dtype)
     for order in (
         torch.arange(24),
@@ -192,7 +195,7 @@ def test_relative_accuracy(dtype):
 
 
 def longest_first(A):
-    """(rows of A turned until orthogonal, their lengths), in long double, one pair after the other."""
+    """Reference: (rows of A, rotated until orthogonal, their norms), in long double, one pair at a time."""
     R = A.numpy().astype(np.longdouble)
     for _ in range(20):
         R = R[np.argsort(-np.linalg.norm(R.astype(float), axis=1))]
@@ -219,14 +222,14 @@ def test_powers_of_two_change_no_bit(dtype):
 
 
 @BOTH
-def test_what_is_orthogonal_is_left_alone(dtype):
+def test_orthogonal_rows_are_not_changed(dtype):
     A = torch.diag(torch.arange(40.0, 0, -1)).to(dtype)
     rows, V, used = jacobi(A)
     assert torch.equal(rows, A) and torch.equal(V, torch.eye(40, dtype=dtype)) and used == 0
 
 
 @BOTH
-def test_nan_ends(dtype):
+def test_nan_terminates(dtype):
     for value in (math.nan, math.inf):
         A = normal(12, 9, dtype=dtype)
         A[3, 4] = value
@@ -244,14 +247,14 @@ def test_neither_threads_nor_v_change_a_bit(dtype):
 
 
 @BOTH
-def test_sweeps_end(dtype):
+def test_number_of_sweeps_is_limited(dtype):
     assert jacobi(normal(20, 20, dtype=dtype), sweeps=2)[2] == 2
 
 
 @BOTH
 @SANITIZERS
 def test_jacobi_without_races(sanitizer, dtype):
-    """In shared memory: groups of eight and of four, and rows that no register holds."""
+    """In shared memory: groups of eight and of four rows, and rows too long for registers."""
     for count, length in ((21, 30), (11, 200), (3, 300)):
         A = normal(count, length, dtype=dtype)
         rows, V, used = A.clone(), torch.eye(count, dtype=dtype), torch.zeros(1, dtype=torch.int64)
@@ -304,7 +307,7 @@ def test_order(n):
     ],
 )
 def test_philox(counter, key, wanted):
-    """The known answers of Random123."""
+    """Known answers of Random123."""
     words = torch.zeros(4, dtype=torch.int64)
     run("ck_case_philox", torch.tensor(counter), key, words, threads=32)
     assert " ".join(f"{word:08x}" for word in words.tolist()) == wanted
@@ -325,7 +328,7 @@ def test_normal_numbers():
     assert abs((x[1:] * x[:-1]).mean()) <= 5 / 20000**0.5 and abs((x[::2] * x[1::2]).mean()) <= 5 / 10000**0.5
 
 
-def test_every_number_is_another():
+def test_random_numbers_are_distinct():
     first = normals(5, 1, 2, 1000)
     assert torch.equal(first, normals(5, 1, 2, 1000)) and torch.equal(first[:10], normals(5, 1, 2, 10))
     for other in ((6, 1, 2), (5 + 2**40, 1, 2), (5, 2, 2), (5, 1, 3), (5, 1, ~2)):
@@ -333,7 +336,7 @@ def test_every_number_is_another():
 
 
 def test_normal_numbers_come_from_philox():
-    """As Box and Muller have it, from 53 bits each."""
+    """Box-Muller transform of 53-bit uniform numbers."""
     words = torch.zeros(4, dtype=torch.int64)
     run("ck_case_philox", torch.tensor([3, 0, 2, 1]), 5, words, threads=32)
     w = words.tolist()

@@ -1,4 +1,4 @@
-"""The proximal step of a whole network on a GPU; needs one. Without, solver_emulated.py runs what it can of this."""
+"""Proximal step of a whole network on a GPU, which it needs. solver_emulated.py runs most of it without one."""
 
 import os
 import shutil
@@ -43,7 +43,7 @@ def test_values(dtype, shapes):
 
 
 def test_other_stream():
-    """Queued behind what the current stream still computes; the default stream has nothing to wait for."""
+    """The step is ordered after pending work of the current stream; the default stream waits for nothing."""
     weights, state = checks.warm(DEVICE)
     fresh, stream, default = checks.network(call=4, device=DEVICE), torch.cuda.Stream(), torch.cuda.Event()
     torch.cuda.synchronize()
@@ -78,7 +78,7 @@ def test_soak():
 
 
 def test_launches():
-    """As many for two layers as for all; copies are not kernels."""
+    """As many kernels for two layers as for all; copies are not counted."""
     counts = []
     for shapes in (checks.FEW, checks.MANY):
         weights, state = checks.warm(DEVICE, shapes)
@@ -93,7 +93,8 @@ def test_launches():
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_second_device():
-    """The same there as here, with the current device untouched; weights on both are shrunk, too."""
+    """Same results on another device, with the current device unchanged; lists with weights on both devices work,
+    too."""
     results = []
     for device in ("cuda:0", "cuda:1"):
         weights, state = checks.warm(device)

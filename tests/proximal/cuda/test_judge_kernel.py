@@ -1,4 +1,4 @@
-"""ck_ritz, ck_judge and ck_finish, one by one, on the CPU: against fp64 and the formulas of the bounds."""
+"""ck_ritz, ck_judge and ck_finish, one by one, emulated: against fp64 and the formulas of the error bounds."""
 
 import itertools
 import math
@@ -54,7 +54,7 @@ def ritz(H, tau=1.0):
 @pytest.mark.parametrize("turned, angles", [(1e-2, 1e-7), (None, 5e-3)], ids=["warm", "random"])
 @pytest.mark.parametrize("k", [1, 5, 16, 48, 96, 112, 144])
 def test_ritz(k, turned, angles):
-    """Q mu^2 Q^T is H; angles are right angles, where the basis was that of a step before."""
+    """Q mu^2 Q^T is H; Q is orthogonal to rounding if the basis was that of the step before."""
     mu, tau = torch.logspace(2, -1, k, dtype=torch.float64), 1.0
     R = torch.linalg.qr(normal(k, k) if turned is None else torch.eye(k) + turned * normal(k, k)).Q
     H = R.mT @ torch.diag(mu**2) @ R
@@ -70,7 +70,7 @@ def test_ritz(k, turned, angles):
     assert not x.inside[checked:].any() and torch.equal(x.scaled, x.inside * x.mu[:, None])
 
 
-def test_ritz_in_shared_memory_or_not(monkeypatch):
+def test_ritz_in_shared_or_global_memory(monkeypatch):
     Z = normal(150, 40)
     first = ritz(Z.mT @ Z)
     for columns in (39, 40, 41):
@@ -80,8 +80,8 @@ def test_ritz_in_shared_memory_or_not(monkeypatch):
 
 
 @pytest.mark.parametrize("tau", [1.0, 1e-9])
-def test_ritz_of_little(tau):
-    """What is lost in the rounding of the largest has no vectors; what is nearly lost is not checked."""
+def test_ritz_of_small_values(tau):
+    """Values lost in the rounding of the largest get no vectors; values nearly lost are not checked."""
     mu = torch.tensor([100, 0, 0.81, 1.2e-5, 0.79, 3, 0, 2e-4, 8e-6, 1.01e-4, 0.99e-4], dtype=torch.float64)
     x = ritz(torch.diag(mu**2), tau)
     sorted_mu, order = mu.sort(descending=True, stable=True)
@@ -94,22 +94,22 @@ def test_ritz_of_little(tau):
     assert x.inside[:checked].all() and not x.inside[checked:].any()
 
 
-def test_ritz_keeps_what_is_not_lost():
-    """Columns of H that differ by less than a millionth, where the small value is not yet rounding."""
+def test_ritz_keeps_values_above_rounding():
+    """Columns of H that differ by less than a millionth, whose small value is still above rounding."""
     R, mu = torch.tensor([[1, -1], [1, 1]]) / torch.tensor(2, dtype=torch.float64).sqrt(), [100, 3e-5]
     x = ritz(R * torch.tensor(mu, dtype=torch.float64) ** 2 @ R.mT)
     assert x.mu.tolist() == pytest.approx(mu, rel=1e-2)
     torch.testing.assert_close(x.Qs.double().abs(), R.abs(), rtol=1e-6, atol=0)
 
 
-def test_ritz_of_nothing():
+def test_ritz_of_zeros():
     for H in (torch.zeros(16, 16), torch.full((16, 16), math.nan)):
         x = ritz(H)
         assert not any(getattr(x, name).any() for name in ("mu", "Qs", "Qv", "Qf", "inside", "scaled"))
 
 
-def test_streams_of_ritz():
-    """Those of no other layer, and no other call."""
+def test_ritz_uses_its_own_random_streams():
+    """They differ from those of other layers and other calls."""
     made = step_case.make([torch.zeros(200, 150)] * 2, [16, 16])
     found = []
     for call in range(2):
@@ -130,7 +130,7 @@ POWERS = torch.arange(1, device_structs.POWERS + 1)
 
 
 def judge(sizes, rest, tol=TOL, tau=1.0, dtype=torch.float32, mu=None, spoil=None, norm=100.0):
-    """ck_judge after parts of these norms, and powers of a rest whose norm over tau is ``rest``."""
+    """Run ck_judge with partial results of these norms and probe powers of a rest with norm ``rest`` times tau."""
     made, x = one(tau=tau, dtype=dtype)
     step._begin(made)
     trying(x, norm)
@@ -187,8 +187,8 @@ def test_judge_at_the_boundary():
         check_judged(*judge(sizes, 0.3, tol=estimate * factor), estimate * factor, 1.0)
 
 
-def test_judge_of_what_the_basis_leaves_out():
-    """As much as tau, and a little more or less; so also in the basis itself."""
+def test_judge_of_the_part_outside_the_basis():
+    """Its norm slightly above or below tau; likewise for values inside the basis."""
     for rho in (1 - 1e-4, 1 + 1e-4):
         made, x = judge(SIZES[0], 0.3, mu=torch.cat([torch.logspace(1.7, 0.3, 15), torch.tensor([0.1])]),
                         spoil=lambda x, rho=rho: put_rest(x, rho))  # fmt: skip
@@ -199,22 +199,22 @@ def test_judge_of_what_the_basis_leaves_out():
 
 
 def put_rest(x, rho, least=4):
-    """Of all powers, one shows the least."""
+    """Set the probe powers so that one of them gives the smallest bound ``rho``."""
     for j in POWERS.tolist():
         power = subspace_iteration._power(j, x)
         power.zero_()
         power[-1, -1] = (rho * (1 + 1e-3 * (j != least))) ** j / step_case.FACTOR
 
 
-def test_judge_takes_the_best_power():
-    """However small: the ninth is 1e-18 here."""
+def test_judge_takes_the_smallest_bound():
+    """Also from tiny numbers: the ninth power is 1e-18 here."""
     for least in POWERS.tolist():
         made, x = judge(SIZES[0], 0.3, spoil=lambda x, least=least: put_rest(x, 0.01, least))
         check_judged(made, x, TOL, 1.0)
         assert report(x)["rho"] == pytest.approx(0.01, rel=5e-3)
 
 
-def test_judge_ignores_powers_that_fp32_has_lost():
+def test_judge_ignores_powers_that_underflow():
     def spoil(x):
         for j in (5, 6, 7, 8, 9):
             subspace_iteration._power(j, x).mul_(1e-25)
@@ -225,21 +225,21 @@ def test_judge_ignores_powers_that_fp32_has_lost():
 
 
 @pytest.mark.parametrize("tau", [1e-9, 1e-5])
-def test_judge_where_rounding_hides_the_rest(tau):
+def test_judge_where_rounding_exceeds_the_rest(tau):
     made, x = judge(SIZES[0], 0.3, tau=tau, mu=torch.logspace(2, -6, 16))
     check_judged(made, x, TOL, tau)
 
 
 @pytest.mark.parametrize("name, value", [*((name, value) for name in PARTS for value in BAD), ("first", math.nan)])
-def test_judge_refuses_what_is_not_finite(name, value):
+def test_judge_rejects_nonfinite_values(name, value):
     for at in (0, -1):
         _, x = judge(SIZES[0], 0.3, spoil=lambda x, at=at: getattr(x, name).view(-1).__setitem__(at, value))
         assert report(x)["method"] == FULL and gates(x) == NO | {"try": 1, "dense": 1}
         assert not report(x)["error"] < math.inf and not x.s.any()
 
 
-def test_judge_does_without_powers_that_are_not_finite():
-    """Each power bounds the norm for itself."""
+def test_judge_skips_nonfinite_powers():
+    """Each power gives a bound of its own."""
     for value in BAD:
         made, x = judge(SIZES[0], 0.3, spoil=lambda x, value=value: x.powers[: x.n + 5].fill_(value))
         told = report(x)["rho"]
@@ -304,7 +304,7 @@ def test_finish_refills_the_basis():
     assert all((x.V[:, kept] == 3).all() for x in made.layers)
 
 
-def test_finish_refills_with_the_same_at_all_calls():
+def test_finish_refills_with_the_same_numbers_in_all_calls():
     made = step_case.make([low_rank(200, 64, 6) for _ in range(2)], [16, 16])
     found = []
     for _ in range(2):
@@ -317,7 +317,7 @@ def test_finish_refills_with_the_same_at_all_calls():
     assert made.call[1] == step_case.CALL + 2 and all(map(torch.equal, *found))
 
 
-def test_finish_refills_all_of_nothing():
+def test_finish_refills_an_empty_basis():
     made, x = one()
     trying(x)
     x.mu.zero_()
@@ -326,7 +326,7 @@ def test_finish_refills_all_of_nothing():
     step_case.is_normal(x.V)
 
 
-def test_finish_ends_the_call():
+def test_finish_advances_the_call():
     made = step_case.make(step_case.network(), step_case.WIDTHS)
     made.refused.fill_(1)
     launch(made, "finish")

@@ -1,7 +1,7 @@
-"""Matrix programs: what a program refuses, and the order of memory in PTX. Their values: matmul_interpreted.py.
+"""Matrix programs: what a program refuses, and memory ordering in PTX. Values: tests/emulation/matmul_interpreted.py.
 
-The interpreter runs programs one after the other between two atomic operations: what a GPU may do out of order, and
-how threads of one program wait for each other, only the machine code says.
+The interpreter switches between programs only at atomic operations. Reordering by a GPU, and synchronization of the
+threads within one program, can only be checked in the machine code.
 """
 
 import re
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.emulation
 CAPABILITIES = (80, 90, 100, 120)
 
 
-# --- what a program takes ---------------------------------------------------------------------------------------------
+# --- arguments --------------------------------------------------------------------------------------------------------
 
 
 def new(*shape, dtype=torch.float32):
@@ -52,7 +52,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("said, arguments", [(said, arguments) for said, *arguments in REFUSED])
-def test_refused(said, arguments):
+def test_refused_arguments(said, arguments):
     program = Program(layers=2)
     with pytest.raises(ValueError, match=said):
         program.multiply(*arguments)
@@ -73,7 +73,7 @@ def test_layout():
     for wanted, shape, steps, first in (
         (2, (5, 8), (8, 1), 0),
         (3, (8, 5), (1, 12), 4),
-        (0, (5, 7), (8, 1), 0),  # the last vector is not whole
+        (0, (5, 7), (8, 1), 0),  # the last vector is not full
         (0, (5, 8), (9, 1), 0),
         (0, (5, 8), (8, 1), 1),
         (1, (7, 5), (1, 8), 0),
@@ -81,16 +81,16 @@ def test_layout():
         (0, (5, 8), (32, 2), 0),
         (2, (1, 8), (3000, 1), 0),
         (3, (8, 1), (1, 3000), 0),
-        (0, (1, 8), (7, 1), 0),  # no vector, for want of a whole stride
+        (0, (1, 8), (7, 1), 0),  # the stride is no multiple of a vector
     ):
         assert layout(memory.as_strided(shape, steps, first)) == wanted, (shape, steps, first)
 
 
-# --- the order of memory ----------------------------------------------------------------------------------------------
+# --- memory ordering --------------------------------------------------------------------------------------------------
 
 
 def several() -> Program:
-    """Two groups of tiles, both with sums that are split; all kinds of loads."""
+    """Two groups of tiles, both with split sums; all kinds of loads."""
     program, bf16 = Program(layers=1), torch.bfloat16
     program.multiply(0, new(256, 2048), new(2048, 128), new(256, 128), new(256, 128), COEF, new(1, dtype=torch.int32))
     program.multiply(0, new(256, 2048, dtype=bf16), new(128, 2048).T, new(256, 128, dtype=bf16))
@@ -124,7 +124,7 @@ def ptx(capability: int) -> str:
 
 
 class Code:
-    """The instructions of a kernel, and which of them can follow which."""
+    """Control flow graph of a kernel's PTX instructions."""
 
     def __init__(self, text: str):
         body = re.sub(r"//.*", "", text[text.index(".entry") :])
@@ -147,7 +147,7 @@ class Code:
         return {i for i, line in enumerate(self.lines) if re.match(rf"(@\S+\s+)?{pattern}", line)}
 
     def after(self, first: set[int], until: set[int]) -> set[int]:
-        """What can be reached from the first ones, up to where one of the last ones comes first."""
+        """Instructions reachable from ``first`` without passing one of ``until``."""
         found, left = set(), list(first)
         while left:
             new = [j for j in self.next[left.pop()] if j not in found]
@@ -156,7 +156,7 @@ class Code:
         return found
 
     def pointed(self) -> set[int]:
-        """Reads and writes at addresses that were read themselves: of matrices, not of tables."""
+        """Loads and stores through addresses that were themselves loaded: of matrices, not of tables."""
         registers, reads, places = set(), [], {}
         for i, line in enumerate(self.lines):
             into, _, of = line.partition("}" if re.search(r"\s{", line) else ",")
@@ -176,7 +176,7 @@ class Code:
 
 
 def wrong(text: str, groups: int) -> list[str]:
-    """What another program, or another thread, could see too early or too late; in words."""
+    """What another program or thread could read or write too early or too late, in words."""
     code = Code(text)
     barriers, tickets = code.find(r"bar\.sync\s+0;"), code.find(r"atom\S*\.relaxed\.")
     waits, told = code.find(r"(ld|atom)\S*\.acquire\."), code.find(r"atom\S*\.release\.")
@@ -202,12 +202,12 @@ def wrong(text: str, groups: int) -> list[str]:
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_nothing_is_seen_too_early(capability):
+def test_no_access_is_too_early(capability):
     assert not wrong(ptx(capability), groups=2)
 
 
 NO_BARRIER = "told without a barrier after the store"
-BROKEN = [  # what is replaced in PTX, wherever it is; and what is found
+BROKEN = [  # text replaced in the PTX, and the problem that must be found
     (r"ld\.global\.(v4\.)?b32", r"ld.global.nc.\1b32", "loads that are not coherent"),
     (r"\.gpu\.release", ".cta.release", "not for the whole GPU"),
     (r"\.gpu\.acquire", ".cta.acquire", "not for the whole GPU"),
@@ -224,23 +224,23 @@ BROKEN = [  # what is replaced in PTX, wherever it is; and what is found
 
 
 @pytest.mark.parametrize("old, new, what", BROKEN)
-def test_broken_code_shows(old, new, what):
+def test_broken_code_is_detected(old, new, what):
     text, count = re.subn(old, new, ptx(90))
     assert count and what in wrong(text, groups=2)
 
 
-def test_a_copy_before_the_wait_shows():
+def test_a_copy_before_the_wait_is_detected():
     lines = ptx(90).splitlines()
     at, copy = (next(i for i, line in enumerate(lines) if name in line) for name in ("gpu.acquire", "cp.async.cg"))
     assert "read before the wait" in wrong("\n".join([*lines[:at], lines[copy], *lines[at:]]), groups=2)
 
 
 @pytest.mark.parametrize("bug", IN_CODE)
-def test_a_planted_bug_shows(bug, tmp_path):
+def test_an_injected_bug_is_detected(bug, tmp_path):
     what, *replaced = IN_CODE[bug]
     planted = plant(kernel, tmp_path, *replaced)
     assert what in wrong(compiled(planted.program_kernel, 90, one()), groups=1)
 
 
-def test_without_them_all_is_right():
+def test_code_without_bugs_passes():
     assert not wrong(compiled(kernel.program_kernel, 90, one()), groups=1)

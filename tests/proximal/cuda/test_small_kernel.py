@@ -1,4 +1,4 @@
-"""ck_small, the whole of a small matrix in one block, on the CPU: against fp64, its own bounds, races and bounds."""
+"""ck_small, SVT of a small matrix in one block, emulated: against fp64 and its own error bounds; races and bounds."""
 
 import math
 
@@ -18,13 +18,13 @@ BYTES = 96 * 1024  # kSmallBytes
 TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # DType of csrc/core/shrink.h
 BELOW, FP32, FP64, REFUSED = 0, 1, 2, 7
 SHAPES = [(1, 1), (1, 9), (9, 1), (7, 5), (12, 40), (33, 17), (64, 27), (64, 64), (16, 144), (300, 13)]
-LARGEST = [(128, 64), (78, 78), (752, 16), (6142, 2), (12287, 1)]  # for which there is room
+LARGEST = [(128, 64), (78, 78), (752, 16), (6142, 2), (12287, 1)]  # the largest shapes that fit
 ALL_TYPES = pytest.mark.parametrize("dtype", TYPES, ids=str)
 TOL = 1e-3
 
 
 class Jobs:
-    """A launch of ck_small, and what it writes."""
+    """One launch of ck_small, and its outputs."""
 
     def __init__(self, weights, taus, tol=TOL, refused=0):
         self.weights, self.tol, count = weights, tol, len(weights)
@@ -50,7 +50,7 @@ class Jobs:
 
 
 def check(W, P, tau, s, error, rank, method, tol=TOL):
-    """W: before. What NumPy's own SVD loses is granted, where fp64 is to be met."""
+    """W: before the SVT. For fp64 the error of NumPy's SVD is allowed in addition."""
     A, X, n, info = W.double().numpy(), P.double().numpy(), min(W.shape), torch.finfo(W.dtype)
     wanted, norm = oracle.svt(A, tau), np.linalg.norm(A)
     truth = np.maximum(np.linalg.svd(A, compute_uv=False) - tau, 0)
@@ -61,7 +61,7 @@ def check(W, P, tau, s, error, rank, method, tol=TOL):
     promised = 1.01 * (LOSS + n) * unit * norm + info.eps / 2 * np.linalg.norm(wanted) + tiny
     assert np.linalg.norm(X - wanted) <= error + lapack
     assert error <= 2e-12 * norm if method == BELOW else promised <= error * (1 + 1e-9) <= 1.02 * promised + tiny
-    if tau > 0:  # what storing it moves is no error of the computation
+    if tau > 0:  # rounding to the dtype of W is no error of the computation
         assert np.linalg.norm(X - wanted, 2) <= tol * tau + info.eps * np.linalg.norm(wanted) + tiny + lapack
     assert (s.diff() <= 0).all() and (s >= 0).all() and rank == (s > 0).sum()
     assert np.abs(s.numpy() - truth).max() <= 20 * unit * norm + lapack
@@ -90,7 +90,7 @@ def test_spectra(spectrum, dtype):
 
 @ALL_TYPES
 def test_thresholds(dtype):
-    """From nothing to everything, in fp64 where fp32 would be too coarse."""
+    """Thresholds from below all singular values to above all, in fp64 where fp32 would be too coarse."""
     for tau in (0, 1e-9, 1e-4, 1e-3, 1, 7, 1e9):
         weights = [gaussian(shape, dtype) for shape in SHAPES]
         before = [W.clone() for W in weights]
@@ -114,7 +114,7 @@ def test_zero_matrices(dtype):
 
 
 def test_fp64_to_the_last_bits():
-    """Where NumPy is no judge: against long double."""
+    """Against long double, because NumPy's own error is as large."""
     worst = 0
     for shape, spectrum in (
         ((30, 9), None),
@@ -138,7 +138,7 @@ def test_fp64_to_the_last_bits():
 
 @ALL_TYPES
 def test_memory(dtype):
-    """Views in any strides, at addresses that are multiples of the element's size only; what is between stays."""
+    """Views with any strides, aligned only to the element size; memory in between is not changed."""
     for views in (
         lambda M: M[1:31, 1:13],
         lambda M: M[1:31, 1:13].mT,
@@ -157,7 +157,7 @@ def test_memory(dtype):
 
 
 def test_scale():
-    """A power of two changes no bit, from subnormal weights to those whose squares overflow."""
+    """Scaling by a power of two changes no bit, from subnormal weights to those whose squares overflow."""
     for dtype, exponents in ((torch.float32, (-140, -100, 60, 120)), (torch.float64, (-1000, -600, 500, 1000))):
         W = (8 * gaussian((20, 9), dtype)).round() / 8
         for exponent in exponents:
@@ -174,7 +174,7 @@ def test_subnormal_weights(dtype):
     check_all([(gaussian((20, 9)) * 8 * smallest).to(dtype)], [10 * smallest])
 
 
-def test_a_matrix_does_not_depend_on_its_neighbours():
+def test_a_matrix_does_not_depend_on_others_in_the_launch():
     weights = [gaussian((30, 12), seed=i) for i in range(3)] + [gaussian((30, 12), seed=1)]
     alone = [W.clone() for W in weights]
     check_all(weights, [3.0, 4.0, 5.0, 4.0])
@@ -183,8 +183,8 @@ def test_a_matrix_does_not_depend_on_its_neighbours():
     assert all(map(torch.equal, weights, alone)) and torch.equal(weights[1], weights[3])
 
 
-def test_refused():
-    """Nothing is written: not where NaN is, and nowhere else."""
+def test_nonfinite_matrices_are_refused():
+    """Nothing is written, neither to the matrix with NaN nor to any other."""
     weights = [gaussian((9, 4)), gaussian((5, 5))]
     weights[0][2, 2] = math.nan
     before = [W.clone() for W in weights]
@@ -194,7 +194,7 @@ def test_refused():
     assert jobs.rank.tolist() == [-1, -1] and jobs.method.tolist() == [REFUSED, REFUSED]
 
 
-def test_nan_that_nobody_refused_ends_and_stays_in_its_matrix():
+def test_undetected_nan_terminates_and_stays_in_its_matrix():
     for value in (math.nan, math.inf):
         weights = [gaussian((9, 4)), gaussian((5, 5))]
         weights[0][2, 2] = value
@@ -204,7 +204,7 @@ def test_nan_that_nobody_refused_ends_and_stays_in_its_matrix():
         assert not jobs.error[0] < math.inf
 
 
-def test_tolerance_decides_on_fp64():
+def test_tolerance_selects_fp64():
     for tol, method in ((1e-3, FP32), (1e-6, FP64)):
         jobs = check_all([gaussian((30, 12))], [1.0], tol=tol)
         assert jobs.method == method
@@ -227,7 +227,7 @@ def test_no_races_and_nothing_out_of_bounds(sanitizer):
         check(before[i], W, taus[i], jobs.s[i], *(x[i].item() for x in (jobs.error, jobs.rank, jobs.method)))
 
 
-def test_the_largest_stay_in_shared_memory():
+def test_the_largest_shapes_fit_in_shared_memory():
     weights = [gaussian(shape, torch.float64) for shape in ((78, 78), (752, 16))]
     jobs = Jobs(weights, [10.0, 10.0])
     before = [W.clone() for W in weights]
@@ -236,8 +236,8 @@ def test_the_largest_stay_in_shared_memory():
 
 
 @ALL_TYPES
-def test_nothing_to_subtract(dtype):
-    """W stays, to the bit; what is reported is right."""
+def test_tau_zero(dtype):
+    """W does not change in any bit; rank, singular values and bounds are still reported."""
     W = cases.with_spectrum(24, 20, torch.linspace(3, 0, 20)).to(dtype)
     jobs = Jobs([W.clone()], [0.0]).run()
     assert torch.equal(jobs.weights[0], W)

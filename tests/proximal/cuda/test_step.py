@@ -1,4 +1,4 @@
-"""The proximal step of a whole network on a GPU, as far as it shows without one."""
+"""GPU proximal step: what can be tested without a GPU (launches, structs, fake tensors, polynomials)."""
 
 import math
 import re
@@ -27,7 +27,7 @@ def shapes(network: str) -> list[tuple[int, int]]:
 
 
 def launches(weights, widths, monkeypatch) -> list[str]:
-    """Of one step; nothing is computed."""
+    """Kernels that one step launches; nothing is computed."""
     found = []
     monkeypatch.setattr(plan.Program, "run", lambda self, counters: found.append("program"))
     with cuda_launcher.registered(lambda kernel, *rest: found.append(kernel), "meta"):
@@ -46,7 +46,7 @@ def test_launches(warm, monkeypatch):
 
 
 def fields(struct: str, header: str) -> list[str]:
-    """The members of a C++ struct, in order."""
+    """Members of a C++ struct, in order."""
     text = re.sub(r"//.*", "", (ROOT / "csrc" / "cuda" / header).read_text())
     body = re.search(rf"struct {struct} {{(.*?)\n}};", text, re.S)[1]
     members = re.findall(r"(?:const )?\w+[ *]+([\w, *]+);", body)
@@ -58,7 +58,7 @@ def numbers(header: str) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"constexpr int (\w+) = (\d+);", text)}
 
 
-def test_tables_are_those_of_the_kernels():
+def test_structs_match_those_of_the_kernels():
     assert fields("Layer", "step.h") == list(device_structs.LAYER)
     assert fields("Chunk", "step.cuh") == list(device_structs.CHUNK)
     found = numbers("step.h")
@@ -88,8 +88,8 @@ def test_exported_with_fake_cuda_tensors():
     assert "compaware.svt_" in program.graph_module.code
 
 
-def test_the_last_polynomials_leave_rounding():
-    """Of numbers in any interval that a step is made for, the composition of the rest makes 1."""
+def test_the_last_polynomials_converge_to_rounding():
+    """From any interval for which a step is made, the remaining polynomials map all numbers to 1."""
     from compaware_kernels.proximal.cuda.polar_express import schedule
 
     for first, (low, *_) in enumerate(schedule()[:-1]):
@@ -99,7 +99,7 @@ def test_the_last_polynomials_leave_rounding():
         assert float((1 - x).abs().max()) < 1e-11, first
 
 
-def test_nothing_is_taken_without_a_gpu():
+def test_cpu_weights_are_not_taken():
     weights = [torch.randn(40, 40)]
     (info,) = ck.svt_(weights, 0.1)
     assert "products" not in info.method

@@ -1,4 +1,4 @@
-"""ck_begin, ck_orth, and whole steps of a network, on the CPU: against fp64, races and bounds."""
+"""ck_begin, ck_orth, and whole steps of a network, emulated: against fp64, races and bounds."""
 
 import math
 
@@ -55,7 +55,7 @@ def in_memory(W):
 
 
 @pytest.mark.parametrize("dtype", device_structs.DTYPES, ids=str)
-def test_begin_adds_squares(dtype, chunks):
+def test_begin_sums_squares(dtype, chunks):
     made = make(network(dtype), WIDTHS)
     step._begin(made)
     wanted = [part.double().square().sum() for x in made.matrices for part in in_memory(x.W).split(chunks)]
@@ -63,7 +63,7 @@ def test_begin_adds_squares(dtype, chunks):
     assert not made.refused
 
 
-def test_begin_refuses(chunks):
+def test_begin_refuses_nonfinite_weights(chunks):
     """NaN and Inf at both ends of every chunk, in matrices of all sizes."""
     made = make(network(), WIDTHS)
     for x in made.matrices:
@@ -81,13 +81,13 @@ def test_begin_refuses(chunks):
 
 
 @pytest.mark.parametrize("value, refused", [(3e38, 0), (1e153, 1), (-1e200, 1)])
-def test_begin_refuses_what_squares_do_not_hold(value, refused):
+def test_begin_refuses_overflowing_squares(value, refused):
     made = make([torch.full((200, 64), value, dtype=torch.float64)], [16])
     step._begin(made)
     assert made.refused == refused
 
 
-def test_begin_starts_afresh():
+def test_begin_resets_its_state():
     made = make([*network(), low_rank(200, 64, 6)], [*WIDTHS, 0])
     made.zeroed.fill_(7)
     for x, known in zip(made.layers, (1, 0, 1, 1), strict=True):
@@ -123,7 +123,7 @@ def test_probes():
 
 
 def decide(made, tol=TOL, refused=0):
-    """The first call of ck_orth, with everything that it must write unknown."""
+    """First launch of ck_orth, with NaN in everything that it must write."""
     for x in made.layers:
         x.gates.fill_(7)
         x.report[: REPORT["known"]], x.report[REPORT["rho"]] = math.nan, math.nan
@@ -134,7 +134,7 @@ def decide(made, tol=TOL, refused=0):
 
 
 DENSE = {"dense": 1, "method": FULL}
-FIRST = {  # options, then what is decided
+FIRST = {  # options, then the expected decision
     "unknown": ({}, DENSE | {"restart": 1}),
     "known": ({"known": True}, {"try": 1, "method": SUBSPACE}),
     "no basis": ({"k": 0}, DENSE),
@@ -151,7 +151,7 @@ FIRST = {  # options, then what is decided
 
 
 @pytest.mark.parametrize("case", FIRST)
-def test_orth_decides(case, chunks):
+def test_orth_chooses_the_route(case, chunks):
     options, wanted = FIRST[case]
     options = {"scale": 1, "tol": TOL, "refused": 0, **options}
     scale, tol, refused = (options.pop(name) for name in ("scale", "tol", "refused"))
@@ -185,8 +185,9 @@ def test_orth_at_the_boundaries():
 
 @pytest.mark.parametrize("tau", [1e-5, 1e-3, 0.03, 1, 100])
 @pytest.mark.parametrize("tol", [1e-1, 1e-3, 1e-7])
-def test_what_the_polynomials_get(tau, tol):
-    """The scales of proximal/cuda/matrix_sign.py, and the steps whose interval has the smallest number that counts."""
+def test_scales_of_the_polynomials(tau, tol):
+    """Scales of proximal/cuda/matrix_sign.py, and the first polynomial whose interval holds the smallest relevant
+    number."""
     made, x = one(k=0, tau=tau)
     decide(made, tol)
     assert gates(x)["dense"]
@@ -194,7 +195,8 @@ def test_what_the_polynomials_get(tau, tol):
 
 
 def test_polynomials_at_the_boundaries():
-    """Where the smallest number that counts is next to the end of an interval; beta is near 2, where its 1 counts."""
+    """The smallest relevant number lies next to the end of an interval; beta is near 2, where the 1 in beta + 1
+    matters."""
     made, x = one(k=0)
     decide(made)
     norm, lows = report(x)["norm"], [low for low, *_ in schedule()]
@@ -258,8 +260,8 @@ def test_orth_of_dependent_columns():
 
 
 @pytest.mark.parametrize("kernel", ["orth", "ritz", "judge", "finish"])
-def test_closed_gates(kernel):
-    """Nothing moves where nothing is tried."""
+def test_closed_gates_change_nothing(kernel):
+    """No output changes for layers whose subspace is not tried."""
     made = make(network(), WIDTHS)
     for x in made.layers:
         x.gates.zero_()
@@ -269,7 +271,7 @@ def test_closed_gates(kernel):
 
 
 def test_restart():
-    """Random, and unlike all other random numbers of this call and the next."""
+    """Random columns that differ from all other random numbers of this call and the next."""
     made, found = make(network(), WIDTHS), []
     for call in range(2):
         made.call[1] = call
@@ -281,11 +283,11 @@ def test_restart():
         assert all(step_case.look_alike(basis, other) < 0.05 for other in found if other is not basis)
 
 
-# --- all of it -------------------------------------------------------------------------------------------------------
+# --- whole steps ------------------------------------------------------------------------------------------------------
 
 
 def check(made, before, tol=TOL):
-    """Against fp64, as near as the report says and the tolerance asks."""
+    """Within the reported error bound of the fp64 truth, and within the tolerance."""
     for x, X in zip(made.layers, before, strict=True):
         told, tau, storage = report(x), x.tau.item(), 2 * torch.finfo(x.W.dtype).eps
         if told["method"] in (step_case.NOTHING, step_case.REFUSED):
@@ -313,7 +315,7 @@ def again(made, weights):
 
 
 @HALVES
-def test_steps(dtype):
+def test_steps_of_a_network(dtype):
     made = make(network(dtype), WIDTHS)
     assert run(made) == [FULL] * 3
     assert [again(made, network(dtype)) for _ in range(3)][-1] == [SUBSPACE] * 3
@@ -322,7 +324,7 @@ def test_steps(dtype):
 @pytest.mark.parametrize("gap", [0.5, 0.05, 0.003])
 @pytest.mark.parametrize("noise", [0, 1e-4, 1e-2, 1])
 def test_bases_of_all_qualities(gap, noise):
-    """Values on both sides of tau, in the basis and outside of it: whichever way is taken, the report is true."""
+    """Singular values on both sides of tau, inside and outside of the basis: on either route the report is correct."""
     s = torch.cat([torch.tensor([30, 9, 1 + gap, 1 + gap, 1 - gap]), torch.linspace(1 - gap, 0, 59)])
     made = make([with_spectrum(200, 64, s).float(), with_spectrum(80, 120, s).float()], [4, 16], known=True)
     for x in made.layers:
@@ -345,7 +347,7 @@ BAD = {
 
 @pytest.mark.parametrize("basis", BAD)
 def test_bad_bases(basis):
-    """The subspace is refused, all of the matrix is taken, and some calls later the basis is good again."""
+    """The subspace is rejected, products of the whole matrix are used, and some calls later the basis is good again."""
     W = with_spectrum(200, 64, torch.cat([torch.full((6,), 1.5), torch.full((58,), 0.4)])).float()
     made = make([W.clone()], [16], known=True)
     x = made.layers[0]
@@ -354,14 +356,14 @@ def test_bad_bases(basis):
     assert methods[0] == [FULL] and methods[-1] == [SUBSPACE]
 
 
-def test_more_above_tau_than_columns():
+def test_more_singular_values_above_tau_than_columns():
     made = make([low_rank(200, 64, 9)], [5], known=True)
     assert run(made) == [FULL]
 
 
 @pytest.mark.parametrize("where", range(4))
 def test_refused_step(where):
-    """Of all matrices, nothing is changed but the number of the call; the next one goes on as if it had not been."""
+    """No matrix changes; only the call counter does. The next call works as if this one had not happened."""
     made = make(network(), WIDTHS, known=True)
     made.matrices[where].W[1, 2] = math.nan
     before = state(made)
@@ -371,15 +373,15 @@ def test_refused_step(where):
     assert again(made, network()) == [SUBSPACE] * 3
 
 
-def test_unsure():
-    """More accuracy than fp32 storage has: the report does not pretend."""
+def test_tolerance_below_fp32_is_reported_as_missed():
+    """A tolerance that fp32 storage cannot meet: the report says so."""
     made = make(network(), WIDTHS)
     step.run(made, 1e-16)
     assert [report(x)["method"] for x in made.layers] == [step_case.UNSURE] * 3
 
 
 def every_way():
-    """Layers that take all ways at once: tried and kept, tried and refused, restarted, cleared, left alone."""
+    """Layers that take all routes at once: subspace accepted, rejected, restarted, cleared, unchanged."""
     weights = [with_spectrum(200, 64, torch.logspace(2, 0.3, 6)).float(), low_rank(64, 170, 9).float(),
                low_rank(20, 12, 3).float(), low_rank(130, 96, 9).float(), low_rank(120, 80, 3).float(),
                low_rank(120, 80, 3).float()]  # fmt: skip
@@ -392,7 +394,7 @@ def every_way():
 WAYS = [SUBSPACE, FULL, FULL, step_case.ZERO, step_case.NOTHING]
 
 
-def test_every_order_gives_the_same_bits(chunks, monkeypatch):
+def test_thread_order_does_not_change_a_bit(chunks, monkeypatch):
     monkeypatch.setattr(step, "FEW_COLUMNS", 15)
     found = []
     for seed in range(4):

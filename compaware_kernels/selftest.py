@@ -24,10 +24,11 @@ from torch import Tensor
 
 from ._utils.dtypes import compute_dtype
 from .ops import backends, cuda_launcher, quarantine, shrinkage
-from .proximal.spectral_functions import SoftThreshold
+from .proximal.spectral_functions import FirmThreshold, SoftThreshold, Spectral
 
 TIMEOUT = 1200  # seconds that a family may take; Triton compiles for minutes, the first time
 TAU, TOL = 1.0, 1e-3
+SOFT, FIRM = SoftThreshold(TAU), FirmThreshold(TAU, gamma=3.0)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -234,7 +235,7 @@ LARGE = ((136, 64, 6), (66, 144, 4))
 SMALL = ((20, 12, 3), (40, 48, 9))
 
 
-def _step(shapes, calls: int, method: str, dtype: torch.dtype, device: torch.device) -> Case:
+def _step(shapes, calls: int, method: str, function: Spectral, dtype: torch.dtype, device: torch.device) -> Case:
     """The last of so many calls with one state: the report must be right, the method the one that is meant."""
     from .proximal.cuda.backend import shrink_all
     from .proximal.warm_state import WarmState
@@ -245,7 +246,7 @@ def _step(shapes, calls: int, method: str, dtype: torch.dtype, device: torch.dev
     def call():
         for W, X in zip(weights, before, strict=True):
             W.copy_(X)
-        infos = shrink_all(weights, [SoftThreshold(TAU)] * len(weights), None, TOL, state)
+        infos = shrink_all(weights, [function] * len(weights), None, TOL, state)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # ranks arrive, by which the next call chooses
         return infos
@@ -256,14 +257,14 @@ def _step(shapes, calls: int, method: str, dtype: torch.dtype, device: torch.dev
     def judge(infos) -> float:
         taken = {info.method for info in infos}
         assert not method or taken == {method}, f"wanted {method}, took {', '.join(sorted(taken))}"
-        return max(_svt_error(*each) for each in zip(weights, before, infos, strict=True))
+        return max(_step_error(function, *each) for each in zip(weights, before, infos, strict=True))
 
     return Case(work, judge)
 
 
-def _svt_error(W: Tensor, X: Tensor, info) -> float:
+def _step_error(function: Spectral, W: Tensor, X: Tensor, info) -> float:
     U, s, Vh = torch.linalg.svd(X.double().cpu(), full_matrices=False)
-    error = W.double().cpu() - (U * (s - TAU).clamp_min(0)) @ Vh
+    error = W.double().cpu() - (U * function(s)) @ Vh
     rank, bound = int((s > TAU).sum()), float(info.error_bound)
     assert int(info.rank) == rank, f"wanted rank {rank}, got {int(info.rank)}"
     assert math.isfinite(bound), f"wanted a finite bound, got {bound}"
@@ -286,7 +287,7 @@ def _nothing_changes(dtype: torch.dtype, device: torch.device) -> Case:
         assert infos[0].method.startswith("refused"), f"wanted refused, got {infos[0].method}"
         return 0.0
 
-    return Case(lambda: shrink_all(weights, [SoftThreshold(TAU)] * 2, None, TOL, WarmState()), judge)
+    return Case(lambda: shrink_all(weights, [SOFT] * 2, None, TOL, WarmState()), judge)
 
 
 # --- low rank ---------------------------------------------------------------------------------------------------------
@@ -356,9 +357,12 @@ MISSING: dict[str, Callable[[torch.device], str]] = {
     quarantine.LOW_RANK: lambda device: backends.missing(),
 }
 _ROUTES = {
-    "small": partial(_step, SMALL, 1, ""),
-    "cold": partial(_step, LARGE, 1, "products"),
-    "warm": partial(_step, LARGE, 4, "subspace"),
+    "small": partial(_step, SMALL, 1, "", SOFT),
+    "cold": partial(_step, LARGE, 1, "products", SOFT),
+    "warm": partial(_step, LARGE, 4, "subspace", SOFT),
+    "firm small": partial(_step, SMALL, 1, "", FIRM),
+    "firm cold": partial(_step, LARGE, 1, "products", FIRM),
+    "firm warm": partial(_step, LARGE, 4, "subspace", FIRM),
     "NaN": _nothing_changes,
 }
 _SHRINK_DTYPES = DTYPES | {"fp64": torch.float64}

@@ -52,7 +52,7 @@ def test_right_kernels_pass(family):
     assert any(row.error > 0 for row in rows)
 
 
-@pytest.mark.parametrize("route", ["small", "cold", "warm", "NaN"])
+@pytest.mark.parametrize("route", ["small", "cold", "warm", "firm small", "firm cold", "NaN"])
 def test_right_steps_pass(route):
     (row,) = emulated("step", f"step, {route}, fp32")
     assert not row.failed and not row.skipped and row.error <= 1, row

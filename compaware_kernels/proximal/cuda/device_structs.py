@@ -15,18 +15,18 @@ PAIRS, ROOT_PAIRS = 14, 8
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # DType of csrc/core/shrink.h
 GATES = ("clear", "try", "apply", "dense", "restart")
 SIGN_PAIR, ROOT_PAIR = len(GATES), len(GATES) + PAIRS
-ALL_GATES = ROOT_PAIR + ROOT_PAIRS
-COEFFICIENTS = ("project", "power", "gram", "scale_sign", "scale_root", "correction", "root_check")
+ALL_GATES = ROOT_PAIR + ROOT_PAIRS  # and as many pairs again in a second pass
+COEFFICIENTS = ("project", "power", "gram", "scale_sign", "scale_root", "correction", "root_check", "keep")
 REPORT = ("norm", "error", "rank", "method", "known", "rho")
 METHODS = ("zero", "jacobi, fp32", "jacobi, fp64", "none", "subspace", "products",
            "products: the tolerance was not shown", "refused: NaN or Inf")  # fmt: skip
 
 LAYER = (
-    "W", "dtype", "m", "n", "k", "number", "tau", "partial", "partials", "report", "s", "gates", "awake",
-    "coefficients", "omega", "V", "G", "scratch", "S", "H", "L", "mu", "Qs", "Qv", "Qf", "inside", "scaled", "F",
-    "left", "skew_U", "skew_V", "first", "powers", "restart", "diagonal", "sign_check", "root_check",
+    "W", "dtype", "m", "n", "k", "number", "passes", "tau", "slope", "partial", "partials", "report", "s", "gates",
+    "awake", "coefficients", "omega", "V", "G", "scratch", "S", "H", "L", "mu", "Qs", "Qv", "Qf", "inside", "scaled",
+    "F", "left", "skew_U", "skew_V", "first", "powers", "restart", "diagonal", "sign_check", "root_check",
 )  # fmt: skip
-SMALL = ("W", "dtype", "m", "n", "row", "col", "tau", "s", "error", "rank", "method")
+SMALL = ("W", "dtype", "m", "n", "row", "col", "tau", "slope", "s", "error", "rank", "method")
 CHUNK = ("W", "dtype", "first", "count")
 
 

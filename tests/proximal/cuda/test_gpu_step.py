@@ -41,6 +41,13 @@ def test_values(dtype, shapes):
     checks.check_values(DEVICE, dtype, shapes, calls=5)
 
 
+@pytest.mark.parametrize("shapes", [checks.FEW, checks.MANY], ids=["few", "many"])
+@pytest.mark.parametrize("dtype", checks.ROUNDING, ids=str)
+@pytest.mark.parametrize("gamma", [1.2, 3.0])
+def test_firm_values(gamma, dtype, shapes):
+    checks.check_values(DEVICE, dtype, shapes, calls=5, gamma=gamma)
+
+
 def test_other_stream():
     """Queued behind what the current stream still computes; the default stream has nothing to wait for."""
     weights, state = checks.warm(DEVICE)

@@ -20,7 +20,9 @@ from compaware_kernels.proximal.spectral_functions import SoftThreshold
 
 EMULATED = Path(__file__).parents[1] / "emulation/selftest_emulated.py"
 CPU = torch.device("cpu")
-STEPS = [f"step, {route}, fp32" for route in ("small", "cold", "warm", "NaN")]  # other dtypes take a few seconds each
+STEPS = [
+    f"step, {route}, fp32" for route in ("small", "cold", "warm", "firm small", "firm cold", "NaN")
+]  # other dtypes take a few seconds each
 PROCESSES = [("shrink", "*"), ("low rank", "*"), ("step", "matrix program*"), *(("step", step) for step in STEPS)]
 RIGHT = [(*process, name) for process in PROCESSES for name in fnmatch.filter(selftest.CASES[process[0]], process[1])]
 

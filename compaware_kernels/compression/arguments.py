@@ -38,7 +38,7 @@ def rule_of(rules: Mapping[str, RankRule], name: str) -> RankRule | None:
 
 
 def rank_of(name: str, rule: RankRule, s: Tensor) -> int:
-    """The rank that the rule gives for singular values ``s`` ``[G, k]``.  Raises ValueError unless it is a whole one."""
+    """The rank that the rule gives for singular values ``s`` ``[G, k]``.  Raises ValueError unless it is whole."""
     rank = rule(s)
     if not isinstance(rank, int) or rank < 0:
         raise ValueError(f"{name}: the rank rule must return a whole number >= 0; got {rank!r}")

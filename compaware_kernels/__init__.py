@@ -16,7 +16,7 @@ from .nn.conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from .nn.conv_transpose import LowRankConvTranspose1d, LowRankConvTranspose2d, LowRankConvTranspose3d
 from .nn.functional import lowrank_conv2d, lowrank_linear
 from .nn.linear import LowRankLinear
-from .ops import backends, library, quarantine
+from .ops import backends, library
 from .proximal import svt_op
 from .proximal.functional import firm_svt, group_shrink, soft_threshold, sparse_group_shrink, svt
 from .proximal.inplace import (
@@ -35,7 +35,6 @@ from .training.proximal_step import ProximalStep
 from .training.report import ProximalReport
 
 backends.register()
-quarantine.replace_shrink()
 
 __all__ = [
     "CheckpointError", "CompressReport", "LayerReport", "LoraReport", "LowRankConv1d", "LowRankConv2d", "LowRankConv3d",

@@ -12,8 +12,6 @@ import torch
 from ._utils.version import __version__
 from .ops import backends, cuda_launcher, library
 
-KERNEL, TRITON, REFERENCE = "C++ kernel", "Triton kernel", "reference (plain PyTorch)"
-
 
 def info() -> dict[str, Any]:
     """Versions, devices, how the library was built, and the body each op has for each device."""
@@ -26,8 +24,8 @@ def info() -> dict[str, Any]:
         "build": library.build(),
         "library": library.missing or str(library.PATH),
         "CUDA C++ kernels": cuda_launcher.about(),
-        "Triton kernels": backends.missing() or f"Triton {version('triton')}",
-        "ops": {name: {key: _body(name, key) for key in ("CPU", "CUDA")} for name in backends.OPS},
+        "Triton kernels": backends.triton_missing() or f"Triton {version('triton')}",
+        "ops": {op: {key: _body(op, key) for key in ("CPU", "CUDA")} for op in backends.TABLE},
     }
 
 
@@ -38,12 +36,13 @@ def machine() -> str:
     return f"{devices}, {facts['threads']} thread(s), torch {facts['torch']}, Python {facts['python']}"
 
 
-def _body(name: str, key: str) -> str:
-    if key == "CUDA" and name.removesuffix("_") in backends.KERNELS:  # the form in place calls the other
-        return f"{REFERENCE}: {backends.missing()}" if backends.missing() else TRITON
-    # The reference body is registered for the alias CompositeExplicitAutograd: the key itself stays free.
-    registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"compaware::{name}", key)
-    return KERNEL if registered else REFERENCE
+def _body(op: str, key: str) -> str:
+    """What runs an op; GPU by GPU where these differ."""
+    count = torch.cuda.device_count() if key == "CUDA" else 0
+    devices = [torch.device(key.lower(), i) for i in range(count)] or [torch.device(key.lower())]
+    said = {str(device): backends.describe(op, device) for device in devices}
+    same = len(set(said.values())) == 1
+    return said[str(devices[0])] if same else "; ".join(f"{device}: {what}" for device, what in said.items())
 
 
 def _devices() -> list[str]:

@@ -22,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._utils.dtypes import compute_dtype
+from ._utils.dtypes import compute_dtype, nearest_tf32
 from .ops import backends, cuda_launcher, quarantine, shrinkage
-from .proximal.spectral_functions import SoftThreshold
+from .proximal.spectral_functions import FirmThreshold, SoftThreshold, Spectral
 
 TIMEOUT = 1200  # seconds that a family may take; Triton compiles for minutes, the first time
 TAU, TOL = 1.0, 1e-3
+SOFT, FIRM = SoftThreshold(TAU), FirmThreshold(TAU, gamma=3.0)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -58,7 +59,9 @@ def record(device: torch.device, rows: list[Row]) -> Path:
     """Keep what was found, for this process and later ones: a family with one that failed is not used."""
     tested = [row.family for row in rows if not row.skipped]
     failed = {row.family: f"{row.name}: {row.failed}" for row in reversed(rows) if row.failed}
-    return quarantine.record(device, {family: failed.get(family, "") for family in tested})
+    file = quarantine.record(device, {family: failed.get(family, "") for family in tested})
+    backends.replace_shrink()
+    return file
 
 
 def _in_process(family: str, device: int) -> list[Row]:
@@ -86,7 +89,7 @@ def parse(family: str, output: str, end: str) -> list[Row]:
 
 def check(family: str, device: torch.device) -> Iterator[Row]:
     """The cases of a family, here and now."""
-    if reason := MISSING[family](device):
+    if reason := missing(family, device):
         yield Row(family, "all", skipped=reason)
         return
     for name, make in CASES[family].items():
@@ -234,7 +237,7 @@ LARGE = ((136, 64, 6), (66, 144, 4))
 SMALL = ((20, 12, 3), (40, 48, 9))
 
 
-def _step(shapes, calls: int, method: str, dtype: torch.dtype, device: torch.device) -> Case:
+def _step(shapes, calls: int, method: str, function: Spectral, dtype: torch.dtype, device: torch.device) -> Case:
     """The last of so many calls with one state: the report must be right, the method the one that is meant."""
     from .proximal.warm_state import WarmState
 
@@ -244,7 +247,7 @@ def _step(shapes, calls: int, method: str, dtype: torch.dtype, device: torch.dev
     def call():
         for W, X in zip(weights, before, strict=True):
             W.copy_(X)
-        infos = _svt_(weights, state)
+        infos = _apply(function, weights, state)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # ranks arrive, by which the next call chooses
         return infos
@@ -255,26 +258,26 @@ def _step(shapes, calls: int, method: str, dtype: torch.dtype, device: torch.dev
     def judge(infos) -> float:
         taken = {info.method for info in infos}
         assert not method or taken == {method}, f"wanted {method}, took {', '.join(sorted(taken))}"
-        return max(_svt_error(*each) for each in zip(weights, before, infos, strict=True))
+        return max(_step_error(function, *each) for each in zip(weights, before, infos, strict=True))
 
     return Case(work, judge)
 
 
-def _svt_(weights: list[Tensor], state) -> list:
-    """``ck.svt_`` by the GPU step, whatever the self-test has found of it before."""
+def _apply(function: Spectral, weights: list[Tensor], state) -> list:
+    """The GPU step, whatever the self-test has found of it before."""
     from .proximal.cuda.backend import shrink_
     from .proximal.record import Record, unfold_all
 
     records = [Record(W, index=i, fold=None) for i, W in enumerate(weights)]
     unfold_all(records)
-    infos = shrink_(records, [SoftThreshold(TAU)] * len(records), TOL, state)
+    infos = shrink_(records, [function] * len(records), TOL, state)
     state.advance()
     return infos
 
 
-def _svt_error(W: Tensor, X: Tensor, info) -> float:
+def _step_error(function: Spectral, W: Tensor, X: Tensor, info) -> float:
     U, s, Vh = torch.linalg.svd(X.double().cpu(), full_matrices=False)
-    error = W.double().cpu() - (U * (s - TAU).clamp_min(0)) @ Vh
+    error = W.double().cpu() - (U * function(s)) @ Vh
     rank, bound = int((s > TAU).sum()), float(info.error_bound)
     assert int(info.rank) == rank, f"wanted rank {rank}, got {int(info.rank)}"
     assert math.isfinite(bound), f"wanted a finite bound, got {bound}"
@@ -296,7 +299,7 @@ def _nothing_changes(dtype: torch.dtype, device: torch.device) -> Case:
         assert infos[0].method.startswith("refused"), f"wanted refused, got {infos[0].method}"
         return 0.0
 
-    return Case(lambda: _svt_(weights, WarmState()), judge)
+    return Case(lambda: _apply(SOFT, weights, WarmState()), judge)
 
 
 # --- low rank ---------------------------------------------------------------------------------------------------------
@@ -342,39 +345,38 @@ def _fused(name: str, args: list[Tensor], precision: str, first, second, geometr
 
     def judge(got: Tensor) -> float:
         with _precision("ieee"):
-            plain = two_steps(*args, rounded=_tf32 if precision == "tf32" else lambda t: t)
+            plain = two_steps(*args, rounded=nearest_tf32 if precision == "tf32" else lambda t: t)
             return _as_good(got, two_steps(*(t.double() for t in args)), plain)
 
     return Case(work, judge)
 
 
-def _tf32(t: Tensor) -> Tensor:
-    return ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-
-
 # --- all --------------------------------------------------------------------------------------------------------------
 
 
-def _no_shrink(device: torch.device) -> str:
-    here = torch._C._dispatch_has_kernel_for_dispatch_key("compaware::soft_threshold", device.type.upper())
-    return "" if here else "not in the library: plain PyTorch"
+OPS = {quarantine.SHRINK: "soft_threshold", quarantine.STEP: "svt_", quarantine.LOW_RANK: "lowrank_linear"}
 
 
-MISSING: dict[str, Callable[[torch.device], str]] = {
-    quarantine.SHRINK: _no_shrink,
-    quarantine.STEP: lambda device: backends.missing() or cuda_launcher.missing(device),
-    quarantine.LOW_RANK: lambda device: backends.missing(),
-}
+def missing(family: str, device: torch.device) -> str:
+    """Why there are no kernels of the family to be tested."""
+    backend = next(backend for backend in backends.TABLE[OPS[family]]["cuda"] if backend.family == family)
+    return backend.missing(device) or (cuda_launcher.missing(device) if family == quarantine.STEP else "")
+
+
 _ROUTES = {
-    "small": partial(_step, SMALL, 1, ""),
-    "cold": partial(_step, LARGE, 1, "products"),
-    "warm": partial(_step, LARGE, 4, "subspace"),
+    "small": partial(_step, SMALL, 1, "", SOFT),
+    "cold": partial(_step, LARGE, 1, "products", SOFT),
+    "warm": partial(_step, LARGE, 4, "subspace", SOFT),
+    "firm small": partial(_step, SMALL, 1, "", FIRM),
+    "firm cold": partial(_step, LARGE, 1, "products", FIRM),
+    "firm warm": partial(_step, LARGE, 4, "subspace", FIRM),
     "NaN": _nothing_changes,
 }
+_SHRINK_OPS = ("soft_threshold", "group_shrink", "sparse_group_shrink")  # each with its form in place
 _SHRINK_DTYPES = DTYPES | {"fp64": torch.float64}
 CASES: dict[str, dict[str, Callable[[torch.device], Case]]] = {
     quarantine.SHRINK: {f"{op}, {name}": partial(_shrink, op, dtype)
-                      for op in quarantine.SHRINK_OPS for name, dtype in _SHRINK_DTYPES.items()}
+                      for op in _SHRINK_OPS for name, dtype in _SHRINK_DTYPES.items()}
                      | {f"neuron_shrink_, {name}": partial(_neurons, dtype) for name, dtype in _SHRINK_DTYPES.items()},
     quarantine.STEP: {f"matrix program, {how}, {name}": partial(_products, precision, how == "fp64", dtype)
                     for how, precision in (("ieee", "ieee"), ("tf32x3", "tf32x3"), ("fp64", "tf32x3"))

@@ -1,4 +1,4 @@
-"""Accelerate: a loop of one's own, in bf16 with accumulated gradients, compression-aware or, with --off, plainly."""
+"""Accelerate: compression-aware training (or plain, with --off) in a loop of your own, bf16, accumulated gradients."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def main(epochs: int = 20, off: bool = False, seed: int = 0, out: Path = Path("o
     model, optimizer, loader = accelerator.prepare(model, torch.optim.Adam(model.parameters(), lr=2e-3), loader)
     strengths = {} if off else {"nuclear": 10.0, "group": 0.2}
     prox = ck.ProximalStep(model, optimizer, **strengths, every=10, skip=["11"])
-    accelerator.register_for_checkpointing(prox)  # accelerator.save_state and load_state take it along
+    accelerator.register_for_checkpointing(prox)  # saved and loaded by accelerator.save_state and load_state
 
     for _ in range(epochs):
         for x, y in loader:

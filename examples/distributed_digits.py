@@ -1,4 +1,4 @@
-"""Several processes, by --how ddp (DistributedDataParallel), fsdp (fully_shard) or tensor (tensor parallel):
+"""Distributed training, by --how ddp (DistributedDataParallel), fsdp (fully_shard) or tensor (tensor parallel):
 torchrun --nproc-per-node 2 examples/distributed_digits.py --how fsdp. On each of two nodes with 8 GPUs:
 torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint NODE:29400 examples/distributed_digits.py"""
 
@@ -29,9 +29,10 @@ def wrapped(model: torch.nn.Module, how: str, device: torch.device) -> torch.nn.
 def main(how: str = "ddp", epochs: int = 20, off: bool = False, out: Path = Path("out/examples")) -> None:
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     dist.init_process_group()
-    torch.manual_seed(0)  # the same weights and order everywhere
+    torch.manual_seed(0)  # the same weights and batches on all ranks
     data, model = digits(), wrapped(small_convnet().to(device), how, device)
-    part = slice(None) if how == "tensor" else slice(dist.get_rank(), None, dist.get_world_size())  # of each batch
+    # this rank's part of each batch
+    part = slice(None) if how == "tensor" else slice(dist.get_rank(), None, dist.get_world_size())
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, foreach=False)
     prox = ck.ProximalStep(model, optimizer, nuclear=0 if off else 10, group=0 if off else 0.2, every=10, skip=["11"])
 
@@ -43,16 +44,17 @@ def main(how: str = "ddp", epochs: int = 20, off: bool = False, out: Path = Path
             optimizer.step()
 
     path, (weights, moments) = out / f"distributed_digits_{how}", get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments, "prox": prox}, checkpoint_id=path)  # for any number of processes
+    # can be loaded by any number of processes
+    dcp.save({"model": weights, "optimizer": moments, "prox": prox}, checkpoint_id=path)
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    report = prox.report()  # all processes must ask
+    report = prox.report()  # a collective call: on all ranks
     if dist.get_rank() == 0:
         (model := small_convnet()).load_state_dict(whole)
         small, _ = ck.compress(model, ck.ranks.energy(0.99), (data.test_x[:1],), skip=["11"], goal="size")
         ck.save(small, file := path.with_suffix(".safetensors"))
         right = [(m.eval()(data.test_x).argmax(1) == data.test_y).double().mean().item() for m in (model, small)]
         print(f"{report}\nheld-out accuracy {right[0]:.1%}, compressed {right[1]:.1%}; saved to {file}")
-    dist.barrier()  # a process that ends while a message's tensors are being freed would abort
+    dist.barrier()  # a rank that exits while tensors of a message are being freed would abort
     dist.destroy_process_group()
 
 

@@ -1,6 +1,6 @@
-"""Fine-tuning that learns the rank of its update, layer by layer; written as a LoRA adapter, which PEFT loads.
+"""LoRA with learned ranks: fine-tuning that learns the rank of its update, layer by layer, exported for PEFT.
 
-A network learns the digits 0 to 4, then 5 to 9 with a nuclear norm around the weights it had.
+A network learns the digits 0 to 4, then 5 to 9 with a nuclear norm of the change from its earlier weights.
 """
 
 import copy
@@ -28,7 +28,8 @@ def main(epochs: int = 30, nuclear: float = 150.0, seed: int = 0, out: Path = Pa
     data, base = digits(), network()
 
     def train(model: nn.Module, wanted: torch.Tensor, center: nn.Module | None = None) -> None:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)  # decay pulls to 0, not to center
+        # weight decay pulls to 0, not to center
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
         prox = center and ck.ProximalStep(model, optimizer, nuclear={"body.*": nuclear}, center=center)
         for _ in range(epochs):
             for batch in wanted.nonzero()[:, 0][torch.randperm(int(wanted.sum()))].split(32):

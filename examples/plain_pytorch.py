@@ -1,4 +1,4 @@
-"""Plain PyTorch: digits, an average of the weights, autocast (--bf16), and checkpoints that stay whole (--resume)."""
+"""Plain PyTorch: digits, averaged weights, autocast (--bf16), and atomic checkpoints to resume from (--resume)."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from compaware_kernels.study.images import digits
 
 
 def save_atomically(state: dict, path: Path) -> None:
-    """Whenever the process is killed, the file is whole: the old one or the new one."""
+    """Write a checkpoint so that the file is complete whenever the process is killed: the old one or the new one."""
     part = path.with_suffix(".part")
     torch.save(state, part)
     part.replace(path)
@@ -40,12 +40,12 @@ def main(epochs: int = 20, off: bool = False, bf16: bool = False, resume: bool =
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 loss = F.cross_entropy(model(data.train_x[batch]), data.train_y[batch])
             loss.backward()
-            optimizer.step()  # every tenth one takes a proximal step, too
+            optimizer.step()  # also takes a proximal step, every tenth time
             average.update_parameters(model)
         states = {name: part.state_dict() for name, part in parts.items()}
         save_atomically(states | {"done": epoch + 1, "random": torch.get_rng_state()}, checkpoint)
 
-    ranks = {layer.name: ck.ranks.fixed(layer.rank) for layer in prox.report()}  # the average itself has full rank
+    ranks = {layer.name: ck.ranks.fixed(layer.rank) for layer in prox.report()}  # the average has full rank
     small, report = ck.compress(average, ranks, (data.test_x[:1],), goal="size")
     ck.save(small, path)
     small = ck.load(path, small_convnet())

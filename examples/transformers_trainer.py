@@ -1,4 +1,4 @@
-"""transformers' Trainer: a small vision transformer learns scikit-learn's digits, compression-aware or, --off, not."""
+"""transformers' Trainer: a small vision transformer learns digits, compression-aware or, with --off, plainly."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def main(epochs: int = 20, off: bool = False, seed: int = 0, out: Path = Path("o
         use_cpu=True, seed=seed, save_strategy="no", report_to="none", logging_strategy="epoch", bf16=False,
     )  # fmt: skip
     strengths = {} if off else {"nuclear": 5.0}
-    skip = ["classifier", "*.projection"]  # small already; transformers reads the weight of the latter
+    skip = ["classifier", "*.projection"]  # small already; transformers reads the weight of the projection directly
     compression = CompressionAware(**strengths, every=10, skip=skip, save_to=path, compress={"goal": "size"})
     train = samples(data.train_x, data.train_y)
     Trainer(model, arguments, train_dataset=train, callbacks=[compression]).train()

@@ -12,7 +12,7 @@ import torch
 
 import compaware_kernels as ck
 from compaware_kernels.demo.networks import small_convnet
-from compaware_kernels.ops.backends import OPS
+from compaware_kernels.ops.backends import TABLE
 
 NETWORK = ["--model", "compaware_kernels.demo.networks:small_convnet", "--input", "1,1,8,8"]
 
@@ -24,7 +24,7 @@ def run(*args):
 
 def test_info(command_line):
     facts = json.loads(run("info", "--json").stdout)
-    assert set(facts["ops"]) == set(OPS) and facts["version"] == ck.__version__
+    assert set(facts["ops"]) == set(TABLE) and facts["version"] == ck.__version__
     assert facts["ops"] == ck.info()["ops"]
     table = command_line("info").out
     assert all(f"compaware::{name} " in table for name in facts["ops"])

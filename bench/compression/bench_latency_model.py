@@ -50,5 +50,5 @@ def test_random_networks(seed, measure):
     last = copy.deepcopy(dense).to(memory_format=torch.channels_last)
     with torch.inference_mode():
         times = latency_model.seconds([lambda: dense(x), lambda: last(x), lambda: small(x)], x.device)
-    factorised = sum(layer.rank is not None for layer in report.layers)
-    planner_rows.append((seed, "measured" if measure else "predicted", share, factorised, len(report.layers), *times))
+    factorized = sum(layer.rank is not None for layer in report.layers)
+    planner_rows.append((seed, "measured" if measure else "predicted", share, factorized, len(report.layers), *times))

@@ -134,8 +134,8 @@ def network(chip: Chip, batch: int, share: float, launch: float) -> dict[str, fl
 
 def times(chip: Chip, layer: Layer, batch: int, share: float, launch: float) -> tuple[float, float, float]:
     rank = layer.rank(share)
-    factorised = (two_convs(chip, layer, batch, rank, launch), fused(chip, layer, batch, rank, launch))
-    return conv(chip, layer, batch, launch), *factorised
+    factorized = (two_convs(chip, layer, batch, rank, launch), fused(chip, layer, batch, rank, launch))
+    return conv(chip, layer, batch, launch), *factorized
 
 
 def markdown(columns, rows) -> str:

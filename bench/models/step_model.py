@@ -101,13 +101,12 @@ def launches(plan: Plan) -> list[str | Program]:
     """Kernels and matrix programs that one step queues, in order."""
     queued: list[str | Program] = []
     run = Program.run
-    token = cuda_launcher.instead.set(lambda kernel, *_: queued.append(kernel))
     Program.run = lambda program, counters: queued.append(program) if program.tiles else None
     try:
-        step.run(plan, 1e-3)
+        with cuda_launcher.registered(lambda kernel, *_: queued.append(kernel), plan.device.type):
+            step.run(plan, 1e-3)
     finally:
         Program.run = run
-        cuda_launcher.instead.reset(token)
     return queued
 
 

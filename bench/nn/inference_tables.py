@@ -15,7 +15,7 @@ layer_results: list[tuple[layers.Case, dict[str, dict], float]] = []  # case, ro
 network_results: list[tuple[str, dict[str, dict], float]] = []
 planner_rows: list[
     tuple
-] = []  # seed, how planned, rank, factorised, layers, seconds: as it came, channels_last, planned
+] = []  # seed, how planned, rank, factorized, layers, seconds: as it came, channels_last, planned
 
 
 def times(ratio: float | None, width: int = 9) -> str:
@@ -88,7 +88,7 @@ def write_planner(write) -> None:
     write("")
     write("Random networks, ck.compress(goal='speed'): median ms, and dense time (as it came) over planned")
     head = f"{'dense':>10}{'in channels_last':>18}{'planned':>10}"
-    write(f"{'network':>8}{'planned by':>12}{'rank':>6}{'factorised':>12}{head}")
+    write(f"{'network':>8}{'planned by':>12}{'rank':>6}{'factorized':>12}{head}")
     for seed, how, rank, some, of, dense, last, planned in planner_rows:
         ms = f"{1e3 * dense:10.3f}{1e3 * last:18.3f}{1e3 * planned:10.3f}"
         write(f"{seed:8}{how:>12}{rank:>6}{f'{some} of {of}':>12}{ms}{times(dense / planned)}")

@@ -28,7 +28,7 @@ Accuracy of a linear probe on the features (`bench/studies/pretrained_data.py`: 
 test it), and how far the features move: `||F - F'|| / ||F||`. *Kept*: the dense model's probe, as it is where a model
 is put in another's place; *anew*: trained on the compressed model's features, what they still tell. The ways are
 `ck.allocate`'s; those that find the same ranks share a row. *Share*: a truncated SVD of every layer at one share of
-its full rank, the largest that keeps the budget. *Inputs*: with unlabelled ones ({few}), `ck.compress(calibration=)`.
+its full rank, the largest that keeps the budget. *Inputs*: with unlabeled ones ({few}), `ck.compress(calibration=)`.
 Budgets are of the multiply-adds of the layers that fold, measured: of the whole model.
 
 {table}

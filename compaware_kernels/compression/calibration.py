@@ -24,6 +24,8 @@ from .._utils.eval_mode import eval_mode
 from ..folds import CONVS, row_axes
 from ..nn.factorization import SVD, singular_values
 
+__all__ = ["Calibration", "WeightedSVD", "second_moment"]
+
 RIDGE = 1e-2
 WANTED = "inputs of the model, [(x,), ...]"
 FORWARDS = {kind.forward for kind in (nn.Linear, *CONVS)}  # a subclass may pad otherwise in its own

@@ -16,13 +16,15 @@ from ..nn.discovery import Layer, foldable_layers
 from ..nn.factorization import SVD
 from ..nn.module_surgery import replace, to_channels_last
 from ..nn.registry import low_rank_type, why_dense
-from ..nn.unwrap import bare
+from ..nn.unwrap import without_wrappers
 from . import latency_model
 from .arguments import RankRule, inputs_tuple, rank_of, rule_of, rules_by_pattern
 from .calibration import Calibration, WeightedSVD
 from .dead_neurons import remove_dead_neurons
 from .fx_trace import same_outputs
 from .macs import count_macs
+
+__all__ = ["CompressReport", "LayerReport", "compress"]
 
 
 @dataclass
@@ -123,7 +125,7 @@ def compress(
     inputs = inputs_tuple(example_inputs)
     if goal not in ("speed", "size") or (measure and goal == "size"):
         raise ValueError(f"goal must be speed or size, and only speed is measured; got {goal!r}, measure={measure}")
-    model, folds = bare(model), FOLDS if fold == "auto" else (fold,)
+    model, folds = without_wrappers(model), FOLDS if fold == "auto" else (fold,)
     row_axes(folds[0], 0)
     layers, skipped = foldable_layers(model, skip)
     rules = rules_by_pattern(ranks, [layer.name for layer in layers])

@@ -10,6 +10,8 @@ from torch import fx, nn
 from ..nn.lowrank import LowRank
 from ..nn.module_surgery import replace
 
+__all__ = ["to_dense", "to_plain"]
+
 
 def to_plain(model: nn.Module) -> nn.Module:
     """A copy of ``model`` that needs plain PyTorch only: every low-rank layer as ``nn.Sequential(first, second)``.

@@ -24,6 +24,8 @@ from ..nn.discovery import Layer, foldable_layers
 from ..nn.module_surgery import NORMS, is_plain, is_shared, keep_inputs, keep_outputs, replace, why_fixed
 from .fx_trace import is_in_place, same_outputs, trace
 
+__all__ = ["remove_dead_neurons"]
+
 ELEMENTWISE = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid,
     nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,

@@ -20,6 +20,8 @@ from ..nn.registry import LOW_RANK
 from .arguments import inputs_tuple
 from .fx_trace import is_in_place, same_outputs, trace
 
+__all__ = ["fuse"]
+
 DENSE = (nn.Linear, *CONVS, *TRANSPOSED)
 LAYERS = (*DENSE, *LOW_RANK.values())
 CALLS = {

@@ -9,6 +9,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..nn.lowrank import LowRank
 
+__all__ = ["is_in_place", "same_outputs", "trace"]
+
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:

@@ -23,6 +23,8 @@ from ..nn.conv import LowRankConv2d
 from ..nn.lowrank import LowRank
 from ..nn.registry import LOW_RANK
 
+__all__ = ["Device", "choose", "fastest", "measure", "measure_device", "predict", "record", "seconds"]
+
 PREDICTED, MEASURED = 1.25, 1.05  # what a layer has to gain to be factorised
 COLUMNS, TAP = 16, 8  # outputs that cost as much as one; channels that a tap of a kernel costs as much as
 ROUNDS, MOST, SECONDS = 7, 50, 0.2  # of a measurement: so many at least and at most, in this time if it can be

@@ -8,6 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .._utils.eval_mode import eval_mode
 
+__all__ = ["count_macs"]
+
 
 def count_macs(model: nn.Module, inputs: tuple) -> dict[str, int]:
     """Multiply-adds per submodule (and of the whole model under "") of one forward pass in eval mode."""

@@ -23,9 +23,11 @@ from .._utils.tables import text_table
 from ..folds import CONVS, to_matrix
 from ..nn.discovery import require_matches
 from ..nn.factorization import SVD
-from ..nn.unwrap import bare
+from ..nn.unwrap import without_wrappers
 from ..ranks import break_even
 from .arguments import RankRule, rank_of, rule_of, rules_by_pattern
+
+__all__ = ["LoraLayer", "LoraReport", "export_lora", "noise_floor"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's own, of every name in the file
@@ -113,7 +115,7 @@ def export_lora(
 
     Source: Hu et al., LoRA, ICLR 2022. The format is that of PEFT 0.21 (https://github.com/huggingface/peft).
     """
-    folder, model, base = _target(path), bare(model), bare(base)
+    folder, model, base = _target(path), without_wrappers(model), without_wrappers(base)
     names = [name for name, _ in model.named_modules()]
     require_matches(whole, names, "whole")
     rules = rules_by_pattern(ranks, names)

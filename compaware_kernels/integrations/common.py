@@ -78,8 +78,8 @@ class Compression:
         self.proxes = [ProximalStep(model, o, **more | self.options) for o in training or optimizers]
         if self._saved:
             if len(self._saved["proxes"]) != len(self.proxes):
-                raise ValueError(f"checkpoint: wanted {len(self.proxes)} states of ProximalStep, one for each "
-                                 f"optimizer; got {len(self._saved['proxes'])}")  # fmt: skip
+                raise ValueError(f"checkpoint: wanted one ProximalStep state for each of {len(self.proxes)} "
+                                 f"optimizers; got {len(self._saved['proxes'])}")  # fmt: skip
             for prox, state in zip(self.proxes, self._saved["proxes"], strict=True):
                 prox.load_state_dict(state)
         self._saved, self._epoch_open, self._logged = {}, False, self.proxes[0].steps

@@ -44,8 +44,8 @@ class CompressionAware(Compression, pl.Callback):
     :meth:`compaware_kernels.ProximalReport.scalars`.
 
     Args:
-        every, nuclear, group, l1, firm, gamma, fold, skip, warmup, order, scale_by_lr, center: as for ProximalStep; names are
-            those in the LightningModule, ``net.0``.
+        every, nuclear, group, l1, firm, gamma, fold, skip, warmup, order, scale_by_lr, center: as for ProximalStep;
+            layer names are those in the LightningModule, ``net.0``.
         log_every: ``"epoch"``, a number of optimizer steps, or None for never. Each report computes the singular values
             of all layers.
         save_to: file for the compressed module, written when training ends; None: no compression. The module itself is

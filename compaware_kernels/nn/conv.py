@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from ..folds import from_matrix, oriented, row_axes, to_matrix
 from .factorization import check_rank
 from .lowrank import LowRank
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11
 
 
 class LowRankConv(LowRank):
@@ -78,7 +81,7 @@ class LowRankConv(LowRank):
         return "only 2-D convolutions have a kernel"
 
     @classmethod
-    def like(cls, layer: nn.Module, rank: int, fold: str = "paper"):
+    def like(cls, layer: nn.Module, rank: int, fold: str = "paper") -> Self:
         """An untrained low-rank layer with the geometry, bias, device and dtype of the convolution ``layer``."""
         if not isinstance(layer, cls.dense):
             raise TypeError(f"{cls.__name__} wants a {cls.dense.__name__}; got {type(layer).__name__}")
@@ -127,7 +130,7 @@ class LowRankConv1d(LowRankConv):
 
 class LowRankConv2d(LowRankConv):
     __doc__ = LowRankConv.__doc__
-    dense, axes = nn.Conv2d, 2
+    dense, axes, op = nn.Conv2d, 2, "lowrank_conv2d"
 
     def _why_not_geometry(self) -> str:
         if self.padding_mode != "zeros":

@@ -144,7 +144,7 @@ def _not_foldable(module: nn.Module, training: bool) -> str | None:
     if parametrized and not (training and parametrized == ["weight"]):
         return f"{kind}: parametrized ({', '.join(parametrized)}); remove the parametrization first"
     if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
-        return f"{kind}: not initialised yet; run the model once first"
+        return f"{kind}: not initialized yet; run the model once first"
     if not isinstance(module, (nn.Linear, *CONVS, *TRANSPOSED)):
         return f"{kind}: only Linear and (transposed) convolutions fold to matrices"
     if parametrize.is_parametrized(module, "weight"):

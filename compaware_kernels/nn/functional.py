@@ -3,7 +3,7 @@
     y = act(U (V x) + bias + residual)
 
 On the CPU in fp32 (C++) and on CUDA (Triton) the rank-r intermediate stays in the cache, or on the chip; where no
-kernel takes the arguments, two steps of plain PyTorch run. :func:`why_two_step` says which.
+kernel takes the arguments, two steps of plain PyTorch run: :mod:`compaware_kernels.ops.backends` has the reasons.
 """
 
 from __future__ import annotations
@@ -14,14 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..ops import backends, library, lowrank
-
-# Below these the CPU kernel was slower than two convolutions of torch, by up to a third: its columns count in sixteens,
-# and every tap costs something (AMD EPYC with AVX-512, 1 thread, 3 to 32 channels, ranks 8 and 16, 56 x 56).
-SMALLEST_CHANNELS, SMALLEST_RANK, SMALLEST_RANK_OF_LARGE = 16, 12, 24  # with kernels; of 4 x 4 and more
-# And 1 x 1 layers of few channels on many pixels, which do little but write their output: 0.6x (2 threads, 16 and
-# 24 channels, 25,088 pixels; on 1,568 pixels they were faster by half).
-THIN_CHANNELS, MANY_PIXELS = 32, 8192
+from ..ops import lowrank
 
 
 def lowrank_conv2d(
@@ -109,35 +102,3 @@ def lowrank_linear(
 def _refuse_forward_mode() -> None:
     if forward_ad._current_level >= 0:  # torch would take the derivative of a custom op for zero
         raise NotImplementedError("the low-rank ops have no forward-mode derivatives; use two convolutions or linears")
-
-
-def why_two_step(x: Tensor, V: Tensor, U: Tensor, groups: int = 1, fold: str = "paper") -> str:
-    """Why a layer runs as two steps of plain PyTorch; "" where one kernel does both."""
-    if torch.is_grad_enabled() and (x.requires_grad or V.requires_grad or U.requires_grad):
-        return "gradients are wanted, for which two steps keep the intermediate"
-    if forward_ad._current_level >= 0:
-        return "forward-mode derivatives are wanted"
-    if V.ndim == 4 and x.ndim != 4:
-        return "no batch axis"
-    if V.ndim == 4 and fold != "paper":
-        return f"the second factor of fold {fold} is no 1 x 1"
-    if x.is_cuda:
-        return backends.missing() or backends.why_not(x, V, U, groups, fold)
-    if not x.is_cpu or library.missing:
-        return f"no kernel for {x.device.type}" if not x.is_cpu else f"C++ library: {library.missing}"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast: the CPU kernel is for fp32"
-    if x.dtype != torch.float32 or V.dtype != torch.float32:
-        return f"the CPU kernel is for fp32; got {x.dtype} and weights of {V.dtype}"
-    return _too_small(x, V, groups) if V.ndim == 4 else ""
-
-
-def _too_small(x: Tensor, V: Tensor, groups: int) -> str:
-    """Why two steps are faster than the CPU kernel; "" if they are not."""
-    r, C, taps = V.shape[0] // groups, V.shape[1], V.shape[2] * V.shape[3]
-    least = SMALLEST_RANK if taps < 16 else SMALLEST_RANK_OF_LARGE
-    if taps == 1 and C < THIN_CHANNELS and x.shape[0] * x.shape[2] * x.shape[3] > MANY_PIXELS:
-        return f"{C} channels on more than {MANY_PIXELS} pixels: two steps write faster"
-    if taps == 1 or (r >= least and C >= SMALLEST_CHANNELS):
-        return ""
-    return f"{C} channels, rank {r} per group: two steps are faster below {SMALLEST_CHANNELS} channels or rank {least}"

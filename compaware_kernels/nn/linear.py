@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from ..folds import row_axes
 from .factorization import check_rank
 from .lowrank import LowRank
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11
 
 __all__ = ["LowRankLinear"]
 
@@ -28,7 +33,7 @@ class LowRankLinear(LowRank):
     """
 
     dense = nn.Linear
-    fold = "paper"
+    op, fold = "lowrank_linear", "paper"
 
     def __init__(
         self,
@@ -46,7 +51,7 @@ class LowRankLinear(LowRank):
         self.second = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
 
     @classmethod
-    def like(cls, layer: nn.Linear, rank: int, fold: str = "paper") -> LowRankLinear:
+    def like(cls, layer: nn.Linear, rank: int, fold: str = "paper") -> Self:
         """A newly initialized low-rank layer with the sizes, device and dtype of ``layer``, and a bias if it has one.
 
         Raises:

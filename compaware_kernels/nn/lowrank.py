@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..folds import oriented, to_matrix
+from ..ops import backends
 from ..ops.lowrank import ACTIVATIONS, lowrank_pack
 from .factorization import SVD, factors
-from .functional import why_two_step
 from .module_surgery import is_plain
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class LowRank(nn.Module, ABC):
     dense: type[nn.Module]
     first: nn.Module
     second: nn.Module
+    op: str  # in torch.ops.compaware, that does both
     rank: int
     fold: str
     groups: int = 1
@@ -45,10 +47,14 @@ class LowRank(nn.Module, ABC):
         self.register_load_state_dict_post_hook(_pack_what_was_loaded)
 
     def forward(self, input: Tensor, residual: Tensor | None = None, in_place: bool = False) -> Tensor:
-        if not self.why_two_step(input):
-            first, second = self._plain_factors()
-            return self._in_one(input, first["weight"], second["weight"], second["bias"], residual, in_place)
-        y = self.second(self.first(input))
+        reason = self.why_two_step(input)
+        first, second = self._modules["first"], self._modules["second"]  # attributes would take several times as long
+        if not reason:
+            V, of_second = first._parameters["weight"], second._parameters
+            return self._in_one(input, V, of_second["weight"], of_second["bias"], residual, in_place)
+        if not torch.compiler.is_compiling():
+            backends.log_once(type(self).__name__, backends.TWO_STEPS, reason)
+        y = second(first(input))
         return ACTIVATIONS[self.activation](y if residual is None else y + residual)
 
     def why_two_step(self, x: Tensor) -> str:
@@ -60,12 +66,17 @@ class LowRank(nn.Module, ABC):
             return "a factor is no plain layer"
         if not (is_plain(first) and is_plain(second)):
             return "a factor has hooks or a forward of its own"
-        V, U = (factor["weight"] for factor in self._plain_factors())
-        return self._why_not_geometry() or why_two_step(x, V, U, self.groups, self.fold)
-
-    def _plain_factors(self) -> tuple[dict[str, Tensor | None], ...]:
-        """The parameters of both factors; a module's attributes would take several times as long."""
-        return self._modules["first"]._parameters, self._modules["second"]._parameters
+        if reason := self._why_not_geometry():
+            return reason
+        V, U = first._parameters["weight"], second._parameters["weight"]
+        if torch.is_grad_enabled() and (x.requires_grad or V.requires_grad or U.requires_grad):
+            return "gradients are wanted, for which two steps keep the intermediate"
+        if forward_ad._current_level >= 0:
+            return "forward-mode derivatives are wanted"
+        if V.ndim == 4 and x.ndim != 4:
+            return "no batch axis"
+        backend, reason = backends.choose(self.op, x.device, x, V, U, self.groups, self.fold)
+        return (reason or f"no kernel for {x.device.type}") if backend is backends.PLAIN else ""
 
     def _why_not_geometry(self) -> str:
         return ""
@@ -76,17 +87,17 @@ class LowRank(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def like(cls, layer: nn.Module, rank: int, fold: str = "paper") -> LowRank:
+    def like(cls, layer: nn.Module, rank: int, fold: str = "paper") -> Self:
         """An untrained low-rank layer with the sizes, geometry, bias, device and dtype of the dense ``layer``."""
 
     @classmethod
-    def from_dense(cls, layer: nn.Module, rank: int, fold: str = "paper") -> LowRank:
+    def from_dense(cls, layer: nn.Module, rank: int, fold: str = "paper") -> Self:
         """The best rank-r approximation of the dense ``layer`` under the fold (truncated SVD, per group)."""
         self = cls.like(layer, rank, fold)
         return self._copy_from(layer, *self._factors(layer.weight))
 
     @classmethod
-    def from_svd(cls, layer: nn.Module, rank: int, fold: str, svd: SVD) -> LowRank:
+    def from_svd(cls, layer: nn.Module, rank: int, fold: str, svd: SVD) -> Self:
         """As :meth:`from_dense`, where the SVD of the folded weight is there already."""
         return cls.like(layer, rank, fold)._copy_from(layer, *svd.factors(rank, layer.weight.dtype))
 

@@ -94,7 +94,7 @@ def why_fixed(module: nn.Module) -> str:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether the module's forward is that of its class: no forward hooks, no ``forward`` set on the object."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def is_shared(model: nn.Module, module: nn.Module) -> bool:

@@ -11,8 +11,8 @@ import hashlib
 import logging
 import os
 import struct
-from collections.abc import Callable, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,15 +22,14 @@ import torch
 from torch import Tensor
 
 from .._utils.atomic_write import atomic_write
+from .._utils.constants import CSRC
 from . import library as _library
 
 Numbers = Sequence[int | float]
 Launcher = Callable[[str, int, int, int, int, int, Numbers], None]  # as launch(), with device, stream before arguments
 
-SOURCES = tuple(path / "csrc" for path in (_library.PATH.parent, _library.PATH.parents[1]))  # installed, source tree
+SOURCES = (CSRC,)
 OPTIONS = ("-std=c++17",)  # not those of cupy.RawModule(code=...), which flushes subnormal numbers to zero
-
-instead: ContextVar[Launcher | None] = ContextVar("instead", default=None)  # launches, in place of both ways
 
 
 def launch(
@@ -46,23 +45,27 @@ def launch(
         return
     device = device or next(x.device for x in arguments if isinstance(x, Tensor))
     numbers = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-    if launcher := instead.get():
-        return launcher(kernel, grid, block, shared, device.index or 0, 0, numbers)
-    stream = torch.cuda.current_stream(device)
-    launcher, reason = _ready(stream.device_index, _wanted())
+    launcher, reason, index, stream = LAUNCHERS.get(device.type, _nothing)(device)
     if not launcher:
         raise RuntimeError(f"{kernel}: {reason}")
-    launcher(kernel, grid, block, shared, stream.device_index, stream.cuda_stream, numbers)
+    launcher(kernel, grid, block, shared, index, stream, numbers)
 
 
-def missing(device: torch.device | None = None) -> str:
-    """Why no kernel can run on ``device``, by default the current one; "" if they can: they are compiled by then."""
-    if instead.get():
-        return ""
+def missing(device: torch.device | None = None, compiled: bool = True) -> str:
+    """Why no kernel can run on ``device``, by default the current GPU; "" if they can.
+
+    ``compiled``: by then they are.  False: compiles nothing, and knows less.
+    """
+    device = torch.device("cuda") if device is None else device
+    if device.type != "cuda":
+        return LAUNCHERS.get(device.type, _nothing)(device)[1]
     if reason := _no_gpu():
         return reason
-    index = torch.cuda.current_device() if device is None or device.index is None else device.index
-    return _ready(index, _wanted())[1]
+    index, wanted = torch.cuda.current_device() if device.index is None else device.index, _wanted()
+    if compiled or (index, wanted) in _tried:
+        return _ready(index, wanted)[1]
+    reasons = _refusals(index, wanted)
+    return _text(reasons) if all(reasons.values()) else ""
 
 
 def about() -> dict[str, str]:
@@ -71,7 +74,7 @@ def about() -> dict[str, str]:
     if reason := _no_gpu():
         return facts | {"taken": f"neither: {reason}"}
     for device in range(torch.cuda.device_count()):
-        reasons = {name: WAYS[name].why_not(_sm(device)) for name in wanted}
+        reasons = _refusals(device, wanted)
         taken = next((name for name, reason in reasons.items() if not reason), "neither")
         refused = [f"not {name}: {reason}" for name, reason in reasons.items() if reason]
         facts[f"cuda:{device}"] = "; ".join([taken, *refused])
@@ -92,23 +95,71 @@ def _wanted() -> tuple[str, ...]:
 
 
 @cache
+def _refusals(device: int, wanted: tuple[str, ...]) -> dict[str, str]:
+    """Way -> why it does not work on this GPU; "" if it may."""
+    return {name: WAYS[name].why_not(_sm(device)) for name in wanted}
+
+
+def _text(reasons: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+
+
+_tried: dict[tuple[int, tuple[str, ...]], tuple[Launcher | None, str]] = {}
+
+
 def _ready(device: int, wanted: tuple[str, ...]) -> tuple[Launcher | None, str]:
-    """The first of the ways that works, or why none does."""
-    reasons = []
-    for name in wanted:
-        if not (reason := WAYS[name].why_not(_sm(device))):
-            try:
-                return WAYS[name](device), ""
-            except Exception as error:  # whatever is wrong, plain PyTorch is there
-                reason = str(error)
-                logging.getLogger("compaware_kernels").warning("CUDA kernels, %s: %s", name, reason)
-        reasons.append(f"{name}: {reason}")
-    return None, "; ".join(reasons)
+    """The first of the ways that works, or why none does; tried once."""
+    if (device, wanted) not in _tried:
+        _tried[device, wanted] = _try(device, wanted)
+    return _tried[device, wanted]
+
+
+def _try(device: int, wanted: tuple[str, ...]) -> tuple[Launcher | None, str]:
+    reasons = dict(_refusals(device, wanted))
+    for name in (name for name, reason in reasons.items() if not reason):
+        try:
+            return WAYS[name](device), ""
+        except Exception as error:  # whatever is wrong, plain PyTorch is there
+            reasons[name] = str(error)
+            logging.getLogger("compaware_kernels").warning("CUDA kernels, %s: %s", name, error)
+    return None, _text(reasons)
 
 
 def _sm(device: int) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+# --- which device is launched on how ---------------------------------------------------------------------------------
+
+
+Target = tuple[Launcher | None, str, int, int]  # or why there is none; index of the device, pointer of its stream
+
+
+def _on_gpu(device: torch.device) -> Target:
+    stream = torch.cuda.current_stream(device)
+    return *_ready(stream.device_index, _wanted()), stream.device_index, stream.cuda_stream
+
+
+def _nothing(device: torch.device) -> Target:
+    return None, f"nothing launches kernels on {device.type}", 0, 0
+
+
+LAUNCHERS: dict[str, Callable[[torch.device], Target]] = {"cuda": _on_gpu}  # by type of device
+
+
+@contextmanager
+def registered(launcher: Launcher | None, kind: str = "cpu") -> Iterator[None]:
+    """Within it ``launcher`` launches the kernels on devices of this type, an emulator for instance; None: nothing."""
+    before = LAUNCHERS.pop(kind, None)
+    if launcher:
+        LAUNCHERS[kind] = lambda device: (launcher, "", device.index or 0, 0)
+    try:
+        yield
+    finally:
+        LAUNCHERS.pop(kind, None)
+        if before:
+            LAUNCHERS[kind] = before
 
 
 # --- built ------------------------------------------------------------------------------------------------------------

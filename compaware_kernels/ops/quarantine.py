@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Mapping
 from functools import cache
@@ -18,10 +17,9 @@ from pathlib import Path
 import torch
 
 from .._utils.atomic_write import write_text
-from . import library, shrinkage
+from . import library
 
 SHRINK, STEP, LOW_RANK = "shrink", "step", "low rank"  # the families: one falls out as a whole
-SHRINK_OPS = ("soft_threshold", "group_shrink", "sparse_group_shrink")
 SUFFIXES = (".py", ".so", ".cuh", ".h")
 
 Verdicts = dict[str, dict[str, str]]  # device -> family -> what was wrong, or ""
@@ -29,8 +27,14 @@ Verdicts = dict[str, dict[str, str]]  # device -> family -> what was wrong, or "
 
 def refused(family: str, device: torch.device) -> str:
     """Why kernels of this family are not used on ``device``: they failed the self-test there; "" if they may be."""
-    reason = found() and found().get(device_name(device), {}).get(family, "")
+    reason = found() and failure(family, device)
     return f"the {family} kernels failed the self-test here ({reason})" if reason else ""
+
+
+def failure(family: str, device: torch.device) -> str:
+    """What was wrong with the family on ``device``; with ck_shrink, which takes no Python to reach, on any."""
+    devices = found().values() if family == SHRINK else (found().get(device_name(device), {}),)
+    return next((verdicts[family] for verdicts in devices if verdicts.get(family)), "")
 
 
 @cache
@@ -51,7 +55,6 @@ def record(device: torch.device, verdicts: Mapping[str, str]) -> Path:
     _file().parent.mkdir(parents=True, exist_ok=True)
     write_text(_file(), json.dumps(every, indent=1))
     found.cache_clear()
-    replace_shrink()
     return _file()
 
 
@@ -62,20 +65,6 @@ def about() -> dict[str, str]:
         failed = [f"{family} kernels failed, not used: {reason}" for family, reason in verdicts.items() if reason]
         said[device] = "; ".join(failed) or "all passed"
     return said or {"not run": "compaware info --selftest"}
-
-
-def replace_shrink(key: str = "CUDA") -> None:
-    """Put the reference bodies in the place of ck_shrink if it has failed: its ops go to the library without Python."""
-    reason = next((by[SHRINK] for by in found().values() if by.get(SHRINK)), "")
-    if not reason or _put:
-        return
-    logging.getLogger("compaware_kernels").warning("shrink kernels: plain PyTorch instead: they failed: %s", reason)
-    _put.append(torch.library.Library("compaware", "IMPL"))
-    for name in [*(name + end for name in SHRINK_OPS for end in ("", "_")), "neuron_shrink_"]:
-        _put[0].impl(name, getattr(shrinkage, name)._init_fn, key, allow_override=True)
-
-
-_put: list[torch.library.Library] = []  # what it registers is gone with it
 
 
 def device_name(device: torch.device) -> str:

@@ -58,6 +58,18 @@ def svt(W: Tensor, tau: float | Tensor, *, return_info: bool = False) -> Tensor 
     return (P, _svt_info(s.detach(), W, tau.detach())) if return_info else P
 
 
+@overload
+def firm_svt(
+    W: Tensor, tau: float | Tensor, gamma: float | Tensor, *, return_info: Literal[False] = False
+) -> Tensor: ...
+
+
+@overload
+def firm_svt(
+    W: Tensor, tau: float | Tensor, gamma: float | Tensor, *, return_info: Literal[True]
+) -> tuple[Tensor, SvtInfo]: ...
+
+
 def firm_svt(
     W: Tensor, tau: float | Tensor, gamma: float | Tensor, *, return_info: bool = False
 ) -> Tensor | tuple[Tensor, SvtInfo]:

@@ -8,8 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..ops import backends
 from . import inplace
 from .svt_info import SvtInfo
+
+SOLVER = backends.Backend("solver", ops=("small_svd", "wide_product"))
+for _op in backends.SPECTRAL:
+    for _rows in backends.TABLE[_op].values():
+        _rows.append(SOLVER)
 
 
 @torch.library.custom_op("compaware::svt_", mutates_args={"weights"})

@@ -24,6 +24,26 @@ from ..nn.module_surgery import replace
 from ..nn.registry import low_rank_type
 from ..training.proximal_step import ProximalStep
 
+__all__ = [
+    "ARMS",
+    "L1",
+    "L2",
+    "Arm",
+    "FixedRank",
+    "Group",
+    "Magnitude",
+    "Nuclear",
+    "NuclearGroup",
+    "NuclearLoss",
+    "NuclearSteps",
+    "Plan",
+    "Reload",
+    "SparseGroup",
+    "TrainedRankPruning",
+    "Variational",
+    "threshold",
+]
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -13,6 +13,8 @@ from statistics import mean, stdev
 from .points import LOW_RANK, Point
 from .runs import Record
 
+__all__ = ["Arms", "Choice", "Need", "area", "by_arm", "curve", "front", "need", "needs", "sizes", "spread"]
+
 Arms = dict[str, dict[int, list[Record]]]  # arm -> seed -> its trainings
 
 

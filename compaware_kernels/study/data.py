@@ -13,6 +13,8 @@ from .config import Config
 from .images import Images, digits, idx_folder
 from .networks import transforms
 
+__all__ = ["Batches", "Folder", "InMemory", "Source", "load"]
+
 Batches = Iterable[tuple[Tensor, Tensor]]
 MANY = 512  # images in a batch where nothing is learned
 

@@ -22,6 +22,8 @@ from .config import Config, Key
 from .data import Batches, Source
 from .networks import build, last_layers
 
+__all__ = ["Diverged", "Trained", "accuracy", "fit", "require_finite", "tune"]
+
 SAVE_EVERY = 5.0  # seconds, at the end of an epoch
 
 

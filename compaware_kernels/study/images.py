@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+__all__ = ["Images", "digits", "idx_folder"]
+
 
 @dataclass
 class Images:

@@ -18,6 +18,8 @@ from .data import Source
 from .networks import build
 from .runs import Record, Study, read_json, write_json
 
+__all__ = ["measure"]
+
 IMAGES = 32  # in a batch
 MEMORY = 1 << 32  # bytes of networks that are timed beside each other, dense
 

@@ -16,6 +16,8 @@ from .arms import ARMS
 from .curves import Arms, Choice, curve, need, needs, sizes
 from .runs import Record
 
+__all__ = ["chosen", "curves", "least", "over_time", "sensitivity", "spectra", "svg", "totals"]
+
 # With a fixed salt the ids in an SVG are reproducible: the same results give the same file.
 matplotlib.rcParams.update(
     {"svg.fonttype": "none", "svg.hashsalt": "compaware", "font.size": 11, "font.family": "sans-serif"}

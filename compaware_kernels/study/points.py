@@ -19,6 +19,8 @@ from .config import Config
 from .data import Source
 from .fit import Diverged, Trained, accuracy, require_finite, tune
 
+__all__ = ["Point", "points", "prune", "whole"]
+
 LOW_RANK, SPARSE = "low rank", "sparse"
 
 

@@ -150,7 +150,7 @@ class ProximalStep:
         if kwargs == {"closure": None} and not any(group["lr"] for group in optimizer.param_groups):
             return  # torch.distributed.checkpoint initializes an optimizer's state by such a step; no weight changes
         if self.every != "epoch" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"every: wanted every='epoch' and calls of step(), because a CUDA graph replays "
+            raise RuntimeError(f"every: wanted 'epoch' and calls of step(), because a CUDA graph replays "
                                f"optimizer steps without their hooks; got {self.every}")  # fmt: skip
         self.steps += 1
         if self.every != "epoch" and self.steps % self.every == 0:

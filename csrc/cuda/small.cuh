@@ -1,25 +1,16 @@
-// Singular value thresholding of small matrices, in place: one block does the whole of one.
+// Singular value thresholding, soft or firm, of small matrices, in place: one block does the whole of one.
 #pragma once
 
 #include "block.cuh"
 #include "portable.h"
+#include "ramp.cuh"
+#include "step.h"
 
 namespace compaware {
 
-constexpr int64_t kSmallBytes = 96 * 1024;  // of dynamic shared memory, for (m + n) n numbers in fp64,
-constexpr int kSmallColumns = 78;           // so that n <= this
-constexpr double kLoss = 40, kCoarse = 10;  // LOSS and COARSE of compaware_kernels/small.py
-
-struct Small {
-  void* W;                        // [m, n], m >= n
-  int64_t dtype, m, n, row, col;  // row, col: strides, in elements
-  const double* tau;
-  double* s;        // [n] singular values of the result, descending
-  double* error;    // a bound of ||computed - exact||_F
-  double* rank;     // of the result; -1 where nothing was done
-  double* method;   // SmallMethod
-};
-enum SmallMethod { kBelowTau, kJacobi32, kJacobi64, kRefusedSmall = 7 };
+constexpr int kSmallColumns = 78;  // n is at most this, as (m + n) n fp64 numbers fit in kSmallBytes
+static_assert(16 * kSmallColumns * kSmallColumns <= kSmallBytes);
+static_assert(16 * (kSmallColumns + 1) * (kSmallColumns + 1) > kSmallBytes);
 
 // What rounding to the dtype moves: a relative and an absolute part.
 struct Storage {
@@ -35,9 +26,6 @@ CK_DEVICE Storage storage_of(int64_t dtype) {
   }
 }
 
-CK_DEVICE float load_as(const Small& job, DType dtype, int64_t i, float) { return load(job.W, dtype, i); }
-CK_DEVICE double load_as(const Small& job, DType dtype, int64_t i, double) { return load_wide(job.W, dtype, i); }
-
 // visit(i, j) for all elements. Neighbouring threads have elements that are neighbours in memory.
 template <class F>
 CK_DEVICE void each_element(const Small& job, F visit) {
@@ -50,7 +38,8 @@ CK_DEVICE void each_element(const Small& job, F visit) {
 // All is computed for W / 2^exponent, whose largest entry is in [1/2, 1): nothing over- or underflows.
 struct Scale {
   int exponent;
-  double norm, tau;  // norm: Frobenius
+  double norm;  // Frobenius
+  Ramp f;
 
   CK_DEVICE double down(double x) const { return ldexp(x, -exponent); }
   CK_DEVICE double up(double x) const { return ldexp(x, exponent); }
@@ -70,13 +59,13 @@ CK_DEVICE Scale scale_of(const Small& job) {
     sum += x * x;
   });
   scale.norm = sqrt(block_sum(sum));
-  scale.tau = scale.down(*job.tau);
+  scale.f = {scale.down(*job.tau), *job.slope};
   return scale;
 }
 
 // Of each triplet, in no order.
 struct Spectrum {
-  double s[kSmallColumns], gain[kSmallColumns];  // gain: max(1 - tau / s, 0)
+  double s[kSmallColumns], gain[kSmallColumns];  // gain: f(s) / s
   int place[kSmallColumns];
 };
 
@@ -107,11 +96,11 @@ CK_DEVICE void decompose(const Small& job, const Scale& scale, const Factors<C>&
     double sum = 0;
     for (int i = lane_index(); i < m; i += kLanes) sum += double(u[i]) * u[i];
     const double s = sqrt(warp_sum(sum));
-    const bool kept = !(s <= scale.tau);
+    const bool kept = !(s <= scale.f.tau);
     for (int i = lane_index(); i < m && kept; i += kLanes) u[i] = C(u[i] / s);
     if (lane_index()) continue;
     spectrum.s[k] = s;
-    spectrum.gain[k] = kept ? 1 - scale.tau / s : 0;
+    spectrum.gain[k] = kept ? scale.f.gain(s) : 0;
   }
   __syncthreads();
   order(spectrum.s, n, spectrum.place);
@@ -136,7 +125,7 @@ CK_DEVICE void project(const Small& job, const Scale& scale, const Factors<C>& f
       C some[kAcross] = {};
       for (const int end = min(i + kTerms * parts, m); i < end; i += parts)
         for (int j = 0; j < kAcross; ++j)
-          some[j] += u[i] * (load_as(job, dtype, i * job.row + min(left + j, n - 1) * job.col, C()) * first);
+          some[j] += u[i] * (load_as<C>(job.W, dtype, i * job.row + min(left + j, n - 1) * job.col) * first);
       for (int j = 0; j < kAcross; ++j) sum[j] += some[j];
     }
     for (int j = 0; j < kAcross; ++j) {
@@ -159,18 +148,18 @@ CK_DEVICE void multiply_out(const Small& job, const Scale& scale, const Factors<
   });
 }
 
-CK_DEVICE void report(const Small& job, const Scale& scale, const Spectrum& spectrum, SmallMethod method) {
+CK_DEVICE void report(const Small& job, const Scale& scale, const Spectrum& spectrum, Method method) {
   double squares = 0;
   int64_t rank = 0;
   for (int k = 0; k < job.n; ++k) {
-    const double s = spectrum.gain[k] == 0 ? 0 : spectrum.s[k] - scale.tau;
+    const double s = spectrum.gain[k] == 0 ? 0 : scale.f.value(spectrum.s[k]);
     if (threadIdx.x == 0) job.s[spectrum.place[k]] = scale.up(s);
     squares += s * s;
     rank += s != 0;
   }
   const Storage storage = storage_of(job.dtype);
   const double unit = method == kJacobi32 ? 0x1p-24 : 0x1p-53;
-  const double moved = (kLoss + double(job.n)) * unit * 1.01 * scale.norm;
+  const double moved = (kLoss + double(job.n)) * unit * 1.01 * scale.norm * scale.f.slope;
   const double stored = storage.relative * (1.01 * sqrt(squares) + moved);
   if (threadIdx.x) return;
   *job.error = scale.up(moved + stored) + sqrt(double(job.m * job.n)) * storage.absolute;
@@ -182,7 +171,7 @@ template <class C>
 CK_DEVICE void shrink_small(const Small& job, const Scale& scale, Spectrum& spectrum) {
   const Factors<C> f(job);
   decompose(job, scale, f, spectrum);
-  if (scale.tau > 0) {  // with 0, W stays, to the bit
+  if (scale.f.tau > 0) {  // with 0, W stays, to the bit
     switch (static_cast<DType>(job.dtype)) {
       case DType::f64: project<DType::f64>(job, scale, f, spectrum); break;
       case DType::f32: project<DType::f32>(job, scale, f, spectrum); break;
@@ -198,23 +187,23 @@ CK_DEVICE void clear_small(const Small& job, const Scale& scale) {
   each_element(job, [&](int i, int j) { store_wide(job.W, job.dtype, i * job.row + j * job.col, 0); });
   for (int k = threadIdx.x; k < job.n; k += blockDim.x) job.s[k] = 0;
   if (threadIdx.x) return;
-  *job.error = scale.up(max(scale.norm * (1 + 1e-12) - scale.tau, 0.0));  // the norm is rounded, too
+  *job.error = scale.up(max(scale.norm * (1 + 1e-12) - scale.f.tau, 0.0) * scale.f.slope);  // the norm is rounded
   *job.rank = 0;
-  *job.method = kBelowTau;
+  *job.method = kZero;
 }
 
 CK_DEVICE void small_svt(const Small& job, const int32_t* refused, double tol) {
   __shared__ Spectrum spectrum;
   __shared__ Scale scale;  // registers are short
   if (*refused) {
-    if (threadIdx.x == 0) *job.rank = -1, *job.method = kRefusedSmall;
+    if (threadIdx.x == 0) *job.rank = -1, *job.method = kRefused;
     return;
   }
   const Scale found = scale_of(job);
   if (threadIdx.x == 0) scale = found;
   __syncthreads();
-  const bool coarse = kCoarse * 0x1p-24 * 1.01 * scale.norm > tol * scale.tau;
-  if (scale.norm <= scale.tau) clear_small(job, scale);
+  const bool coarse = kCoarse * 0x1p-24 * 1.01 * scale.norm * scale.f.slope > tol * scale.f.tau;
+  if (scale.norm <= scale.f.tau) clear_small(job, scale);
   else if (coarse || job.dtype == int64_t(DType::f64)) shrink_small<double>(job, scale, spectrum);
   else shrink_small<float>(job, scale, spectrum);
 }
@@ -222,6 +211,6 @@ CK_DEVICE void small_svt(const Small& job, const int32_t* refused, double tol) {
 }  // namespace compaware
 
 // One block per matrix. Where *refused is not 0, nothing is written.
-CK_KERNEL(256) ck_small(const compaware::Small* jobs, int64_t count, const int32_t* refused, double tol) {
+CK_KERNEL(compaware::kThreads) ck_small(const compaware::Small* jobs, int64_t count, const int32_t* refused, double tol) {
   if (blockIdx.x < count) compaware::small_svt(jobs[blockIdx.x], refused, tol);
 }

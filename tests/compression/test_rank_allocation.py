@@ -227,9 +227,9 @@ def test_share_is_maximal(budget):
     rules = ck.allocate(model, budget, X, of="params", by="share")
     layers = {layer.name: layer.matrix().shape[1:] for layer in foldable_layers(model)[0]}
     kept = {name: (rules[name](torch.ones(min(m, n))), m, n) for name, (m, n) in layers.items()}
-    factorised = [(r, m, n) for r, m, n in kept.values() if r * (m + n) < m * n]
-    low = max((r - 1) / min(m, n) for r, m, n in factorised)
-    high = min(r / min(m, n) for r, m, n in factorised)
+    factorized = [(r, m, n) for r, m, n in kept.values() if r * (m + n) < m * n]
+    low = max((r - 1) / min(m, n) for r, m, n in factorized)
+    high = min(r / min(m, n) for r, m, n in factorized)
     assert low < high
     more = [min(m * n, (m + n) * (int(high * min(m, n) + 1e-9) + 1)) for m, n in layers.values()]
     assert sum(more) > budget * sum(m * n for m, n in layers.values())

@@ -68,6 +68,13 @@ def launch(kernel: str, grid: int, block: int, shared: int, args: Sequence[Argum
         raise RuntimeError(error.decode())
 
 
+def launcher(
+    kernel: str, grid: int, block: int, shared: int, device: int, stream: int, args: Sequence[Argument]
+) -> None:
+    """:func:`launch`, as ``cuda_launcher.registered`` takes it."""
+    launch(kernel, grid, block, shared, args)
+
+
 def sanitize(sanitizer: str, launches: Iterable[Launch], tensors: Iterable[Tensor] = (), timeout: float = 300) -> None:
     """Run launches one after the other under a sanitizer: "thread" or "address".
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from compaware_kernels._utils.dtypes import nearest_tf32
 from compaware_kernels.ops import triton_lowrank
 from compaware_kernels.ops.lowrank import ACTIVATIONS
 from tests.emulation import triton_sim
@@ -76,10 +77,6 @@ def fused(case, args, module=triton_lowrank):
     return module.lowrank_conv2d(*args, case.stride, case.padding, case.dilation, case.activation)
 
 
-def to_tf32(t):
-    return torch.from_numpy(triton_sim.round_bits(t.numpy(), 13))
-
-
 def double(args):
     return [None if t is None else t.double() for t in args]
 
@@ -94,7 +91,7 @@ def assert_close(got, truth, plain):
 
 def check(case, arithmetic, module=triton_lowrank):
     args = tensors(case, ARITHMETIC[arithmetic])
-    rounded = to_tf32 if arithmetic == "tf32" else lambda t: t
+    rounded = nearest_tf32 if arithmetic == "tf32" else lambda t: t
     got = fused(case, args, module)
     assert got.is_contiguous(memory_format=torch.channels_last)
     assert_close(got, two_steps(case, *double(args)), two_steps(case, *args, rounded))
@@ -148,7 +145,7 @@ def test_linear(shape, arithmetic, gpu):
 
     got = triton_lowrank.lowrank_linear(*args, activation="gelu")
     assert got.is_contiguous()
-    assert_close(got, two(*double(args)), two(*args, to_tf32 if arithmetic == "tf32" else lambda t: t))
+    assert_close(got, two(*double(args)), two(*args, nearest_tf32 if arithmetic == "tf32" else lambda t: t))
 
 
 def test_any_strides():

@@ -38,9 +38,8 @@ def wrong(body):
 
 
 def step(planted: bool) -> None:
-    from compaware_kernels.ops import cuda_launcher
     from compaware_kernels.proximal.cuda import matmul_program
-    from tests.emulation import emulator, triton_sim
+    from tests.emulation import triton_sim
 
     run, multiply = matmul_program.Program.run, matmul_program.Program.multiply
 
@@ -55,8 +54,6 @@ def step(planted: bool) -> None:
             self.first[0, 0] += 1
 
     matmul_program.Program.run, matmul_program.Program.multiply = interpreted, listed
-    cuda_launcher.instead.set(lambda kernel, grid, block, shared, device, stream, numbers:
-                        emulator.launch(kernel, grid, block, shared, numbers))  # fmt: skip
 
 
 def low_rank(planted: bool) -> None:
@@ -72,11 +69,14 @@ def main(family: str, pattern: str = "*", planted: str = "") -> None:
     torch.set_num_threads(1)
     {"shrink": shrink, "step": step, "low rank": low_rank}[family](bool(planted))
     from compaware_kernels import selftest
+    from compaware_kernels.ops import cuda_launcher
+    from tests.emulation import emulator
 
     cases = selftest.CASES[family]
     selftest.CASES[family] = {name: case for name, case in cases.items() if fnmatchcase(name, pattern)}
-    for row in selftest.check(family, CPU):
-        print("row", json.dumps(row), flush=True)
+    with cuda_launcher.registered(emulator.launcher):
+        for row in selftest.check(family, CPU):
+            print("row", json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

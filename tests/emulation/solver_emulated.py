@@ -24,14 +24,16 @@ def emulated(monkeypatch):
             run(self, counters)
 
     monkeypatch.setattr(matmul_program.Program, "run", interpreted)
-    token = cuda_launcher.instead.set(lambda kernel, grid, block, shared, device, stream, numbers:
-                                emulator.launch(kernel, grid, block, shared, numbers))  # fmt: skip
-    yield
-    cuda_launcher.instead.reset(token)
+    with cuda_launcher.registered(emulator.launcher):
+        yield
 
 
 def test_values():
     checks.check_values("cpu", torch.float16)
+
+
+def test_firm_values():
+    checks.check_values("cpu", torch.float32, gamma=3.0)
 
 
 def test_replay():

@@ -45,7 +45,7 @@ def half_sum(bug="kNone"):
 
 def neighbor(bug="kNone"):
     x, y = torch.randn(16, 2), torch.zeros(16, 2)
-    return [("ck_planted_neighbour", 1, 32, 128, [x, y, BUGS.index(bug)])], y, x.flip(1)
+    return [("ck_planted_neighbor", 1, 32, 128, [x, y, BUGS.index(bug)])], y, x.flip(1)
 
 
 def either():
@@ -95,11 +95,11 @@ def test_pointers_in_tables_are_translated(sanitizer):
 @pytest.mark.parametrize("case, bug, how, message", [
     (reverse, "kNoBarrier", "thread", r"data race(?s:.*)ck_planted_reverse .*planted.cuh:\d+"),
     (reverse, "kAhead", "thread", r"data race(?s:.*)ck_planted_reverse .*planted.cuh:\d+"),
-    (neighbor, "kAhead", "thread", r"data race(?s:.*)ck_planted_neighbour .*planted.cuh:\d+"),
+    (neighbor, "kAhead", "thread", r"data race(?s:.*)ck_planted_neighbor .*planted.cuh:\d+"),
     (static, "kNoBarrier", "thread", r"data race(?s:.*)ck_planted_static .*planted.cuh:\d+"),
     (count, "kPlainSum", "thread", r"data race(?s:.*)ck_planted_count .*planted.cuh:\d+"),
     (last, "kNoFence", "thread", r"data race(?s:.*)ck_planted_last .*planted.cuh:\d+"),
-    (neighbor, "kShuffleAsBarrier", "thread", r"data race(?s:.*)ck_planted_neighbour .*planted.cuh:\d+"),
+    (neighbor, "kShuffleAsBarrier", "thread", r"data race(?s:.*)ck_planted_neighbor .*planted.cuh:\d+"),
     (reverse, "kTwoBarriers", "plain", r"divergent barrier.* \(32 threads \(1 3 5 7 ...\) at .*planted.cuh:\d+; 32"),
     (half_sum, "kForeignMask", "plain", r"a mask without the lane that gives it: lane 16"),
     (half_sum, "kHalfMask", "plain", r"lane 0 reads lane 8, which is not in the mask"),
@@ -244,7 +244,7 @@ def shrink_jobs(weights):
             x[0].numel(),
             span,
             *sum(steps, ()),
-            0,  # no tails
+            0,  # no bias
             grid,
         ]
         grid += (rows + 7) // 8 if span <= 1024 else rows

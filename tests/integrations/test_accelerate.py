@@ -1,4 +1,4 @@
-"""Accelerate needs no callback: ProximalStep takes what it has prepared, and is saved and resumed with it."""
+"""ProximalStep with Accelerate, without a callback: prepared models and optimizers, saving and resuming."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def halving(optimizer):
 
 
 def prepared(every, strengths=STRENGTHS, schedule=None, scaler=None, **options):
-    """What a script has after ``prepare``, and its ProximalStep."""
+    """Accelerator, prepared model, optimizer and loader, ProximalStep, prepared schedules."""
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, **options)
     accelerator.scaler = scaler
@@ -31,7 +31,7 @@ def prepared(every, strengths=STRENGTHS, schedule=None, scaler=None, **options):
 
 
 def epoch(accelerator, model, optimizer, loader, prox, extras, *, clip=0.0, scale=None, save=None, skipped=0):
-    """One epoch of the loop of Accelerate's documentation."""
+    """One epoch, as in the training loop of Accelerate's documentation."""
     for i, (x, y) in enumerate(loader, skipped):
         with accelerator.accumulate(model):
             loss = F.cross_entropy(model(x), y)
@@ -75,15 +75,15 @@ def test_steps_that_the_scaler_skips_do_not_count():
     assert parts[4].steps == parts[4].applied == 5
 
 
-def test_the_learning_rate_is_that_of_the_prepared_schedule():
+def test_thresholds_follow_the_prepared_schedule():
     parts = prepared("epoch", {"l1": 1.0}, halving)
     epoch(*parts)
     assert {name: by["l1"] for name, by in parts[4].thresholds().items()} == {"0": 0.0025, "2": 0.01, "4": 0.01}
 
 
 @pytest.mark.parametrize("every", [3, "epoch"])
-def test_resuming_is_bit_identical_to_not_stopping(every, tmp_path):
-    """Saved in the middle of the second epoch, and at its end."""
+def test_resuming_is_bitwise_identical_to_not_stopping(every, tmp_path):
+    """From a checkpoint in the middle of the second epoch, and from one at its end."""
     whole = prepared(every, schedule=halving)
     save = whole[0].save_state
     epoch(*whole)

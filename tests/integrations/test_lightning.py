@@ -1,4 +1,4 @@
-"""The Lightning callback: the same weights as a plain loop, hook order, resuming, logs, the compressed module."""
+"""Lightning callback: weights of a plain training loop, order of hooks, resuming, logging, the compressed module."""
 
 import os
 import subprocess
@@ -31,13 +31,13 @@ from tests.helpers.trainer_cases import (
     scalars_of,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:::lightning")  # of loaders and logs too small for it
-STEPS = 6  # of an epoch
+pytestmark = pytest.mark.filterwarnings("ignore:::lightning")  # about small loaders and logging intervals
+STEPS = 6  # optimizer steps per epoch
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left():
-    """The DDP strategy leaves a process group, and where to meet in the environment."""
+def clean_process():
+    """Remove the process group and the environment variables that the DDP strategy leaves behind."""
     with mock.patch.dict(os.environ):
         yield
     if dist.is_initialized():
@@ -45,7 +45,7 @@ def nothing_is_left():
 
 
 class Digits(L.LightningModule):
-    """Takes its batches by their index: a resumed Trainer starts its loader anew, but counts on."""
+    """Takes its batches by index: a resumed Trainer restarts its loader, but not its batch index."""
 
     def __init__(self, schedule=False):
         super().__init__()
@@ -108,7 +108,7 @@ def test_same_weights_as_a_plain_loop(every, options, loop, tmp_path):
 
 
 class Watch(Callback):
-    """How many proximal steps had been taken when the validations and checkpoints of a run happened."""
+    """Proximal steps taken before each validation and each checkpoint of a run."""
 
     def __init__(self, callback):
         self.callback, self.validated, self.saved = callback, [], []
@@ -128,7 +128,7 @@ class Watch(Callback):
     [{}, {"save_on_train_epoch_end": True}, {"every_n_train_steps": STEPS}],
     ids=["validated", "end", "steps"],
 )
-def test_an_epochs_validation_and_checkpoint_see_its_proximal_step(options, tmp_path):
+def test_validation_and_checkpoint_of_an_epoch_come_after_its_proximal_step(options, tmp_path):
     callback = CompressionAware(nuclear=60.0)
     watch = Watch(callback)
     saver = ModelCheckpoint(tmp_path, save_top_k=-1, **options)
@@ -139,8 +139,8 @@ def test_an_epochs_validation_and_checkpoint_see_its_proximal_step(options, tmp_
 
 
 @pytest.mark.parametrize("every", [3, "epoch"])
-def test_resuming_is_bit_identical_to_not_stopping(every, tmp_path):
-    """From a checkpoint of a step in the middle of an epoch, of an epoch's last step, and of an epoch's validation."""
+def test_resuming_is_bitwise_identical_to_not_stopping(every, tmp_path):
+    """From checkpoints in the middle of an epoch, at its last step, and at its validation."""
 
     def run(*others, resume=None):
         module, callback = Digits(), CompressionAware(every=every, **STRENGTHS)
@@ -158,7 +158,7 @@ def test_resuming_is_bit_identical_to_not_stopping(every, tmp_path):
         assert resumed.applied == EPOCHS * (1 if every == "epoch" else 2)
 
 
-def test_a_checkpoint_that_was_validated_is_not_resumed_from(tmp_path):
+def test_fit_after_validating_a_checkpoint_does_not_resume_from_it(tmp_path):
     fit(tmp_path, CompressionAware(nuclear=1.0), ModelCheckpoint(tmp_path, "it"))
     callback = CompressionAware(nuclear=1.0)
     run = trainer(tmp_path, callback)
@@ -187,7 +187,7 @@ def test_shortened_epochs_end_with_a_proximal_step(options, applied, tmp_path):
 
 
 @pytest.mark.parametrize(("log_every", "steps"), [("epoch", [6, 12, 18]), (4, [4, 8, 12, 16]), (None, None)])
-def test_tensorboard_gets_ranks_and_the_progress_bar_does_not(log_every, steps, tmp_path):
+def test_ranks_are_logged_to_tensorboard_but_not_to_the_progress_bar(log_every, steps, tmp_path):
     callback = CompressionAware(log_every=log_every, nuclear=20.0)
     run = trainer(tmp_path, callback, logger=TensorBoardLogger(tmp_path))
     run.fit(Digits(), loader(), loader())
@@ -204,7 +204,7 @@ def test_tensorboard_gets_ranks_and_the_progress_bar_does_not(log_every, steps, 
         assert wanted["rank_share"] < 0.9
 
 
-def test_a_checkpoint_can_be_chosen_by_its_rank(tmp_path):
+def test_a_checkpoint_callback_can_monitor_the_rank(tmp_path):
     saver = ModelCheckpoint(tmp_path, monitor="rank_share", mode="min")
     callback = CompressionAware(nuclear=20.0)
     trainer(tmp_path, saver, callback).fit(Digits(), loader(), loader())
@@ -212,7 +212,7 @@ def test_a_checkpoint_can_be_chosen_by_its_rank(tmp_path):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_compressed_module_is_saved_and_the_module_stays(compiled, tmp_path):
+def test_the_compressed_module_is_saved_and_the_module_is_not_changed(compiled, tmp_path):
     path = tmp_path / "small.safetensors"
     options = {"nuclear": 20.0, "skip": ["net.4"]}
     callback = CompressionAware(save_to=path, ranks=ck.ranks.fixed(3), compress={"goal": "size"}, **options)
@@ -229,7 +229,7 @@ def test_the_compressed_module_is_saved_and_the_module_stays(compiled, tmp_path)
 
 
 class TwoOptimizers(Digits):
-    """One for the network, one for a part that has no layer that folds; both step by hand, the first twice a batch."""
+    """Manual optimization: an optimizer for the network, twice a batch, and one for the rest, foldable or not."""
 
     def __init__(self, scales=False):
         super().__init__()
@@ -249,7 +249,7 @@ class TwoOptimizers(Digits):
         return torch.optim.SGD(self.net.parameters(), 0.1), torch.optim.SGD(rest, 0.01)
 
 
-def test_one_proximal_step_for_each_optimizer_that_trains_layers(tmp_path):
+def test_one_proximal_step_object_for_each_optimizer_that_trains_foldable_layers(tmp_path):
     callback = CompressionAware(nuclear=1.0, every=2)
     fit(tmp_path, callback, ModelCheckpoint(tmp_path, "two"), module=TwoOptimizers())
     steps = [(prox.steps, len(prox.thresholds())) for prox in callback.proxes]
@@ -259,7 +259,7 @@ def test_one_proximal_step_for_each_optimizer_that_trains_layers(tmp_path):
     assert len(one.proxes) == 1 and one.proxes[0].steps == 2 * STEPS * EPOCHS
     state = torch.load(tmp_path / "two.ckpt", weights_only=True)["callbacks"]["CompressionAware"]
     one.load_state_dict(state)
-    with pytest.raises(ValueError, match="states of 2 ProximalStep; wanted 1"):
+    with pytest.raises(ValueError, match="one ProximalStep state for each of 1 optimizers; got 2"):
         one._attach(module, module.configure_optimizers())
 
 
@@ -280,16 +280,16 @@ def test_no_proximal_step_is_taken_after_training_or_a_failure(tmp_path):
     assert callback.proxes[0].steps == STEPS
 
 
-def test_refusals(tmp_path):
+def test_errors(tmp_path):
     with pytest.raises(TypeError, match="nuclaer"):
         CompressionAware(nuclaer=1.0)
     with pytest.raises(TypeError, match="gaol"):
         CompressionAware(compress={"gaol": "size"})
-    with pytest.raises(ValueError, match=r"log_every must be 'epoch'.*got 0"):
+    with pytest.raises(ValueError, match=r"log_every: wanted 'epoch'.*got 0"):
         CompressionAware(log_every=0)
-    with pytest.raises(FileNotFoundError, match=r"save_to: no such folder.*absent"):
+    with pytest.raises(FileNotFoundError, match=r"save_to: wanted a file in an existing folder; got .*absent"):
         fit(tmp_path, CompressionAware(save_to=tmp_path / "absent" / "x"))
-    with pytest.raises(ValueError, match="FSDPStrategy flattens"):
+    with pytest.raises(ValueError, match="FSDPStrategy, which flattens"):
         CompressionAware().setup(SimpleNamespace(strategy=FSDPStrategy()), Digits(), "fit")
     module = Digits()
     module.configure_optimizers = lambda: None
@@ -301,7 +301,7 @@ ALONE = """
 import sys
 import compaware_kernels.integrations
 assert not {"lightning", "pytorch_lightning", "transformers", "accelerate"} & sys.modules.keys(), "imported too early"
-sys.modules["lightning"] = None  # as if it were not installed
+sys.modules["lightning"] = None  # makes its import fail
 import pytorch_lightning as pl, torch
 from compaware_kernels.integrations.lightning import CompressionAware
 class Module(pl.LightningModule):

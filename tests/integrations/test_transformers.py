@@ -1,4 +1,4 @@
-"""The callback of transformers' Trainer: the same weights as a plain loop, hook order, resuming, logs, compression."""
+"""Callback for transformers: weights of a plain training loop, order of hooks, resuming, logging, compression."""
 
 import os
 import shutil
@@ -33,7 +33,7 @@ from tests.helpers.trainer_cases import (
     scalars_of,
 )
 
-STEPS = 6  # of an epoch
+STEPS = 6  # optimizer steps per epoch
 SAMPLES = [{"x": x, "labels": y} for x, y in zip(*images(), strict=True)]
 
 
@@ -93,7 +93,7 @@ def test_same_weights_as_a_plain_loop(every, options, loop, tmp_path):
 
 
 class Watch(TrainerCallback):
-    """How many proximal steps had been taken, and the next one's thresholds, when things of a run happened."""
+    """Proximal steps taken before each evaluation and checkpoint, and thresholds at the end of each epoch."""
 
     def __init__(self, callback):
         self.callback, self.evaluated, self.saved, self.thresholds = callback, [], [], []
@@ -113,7 +113,7 @@ class Watch(TrainerCallback):
 
 
 @pytest.mark.parametrize("when", [{"strategy": "epoch"}, {"strategy": "steps", "steps": STEPS}], ids=str)
-def test_an_epochs_evaluation_and_checkpoint_see_its_proximal_step(when, tmp_path):
+def test_evaluation_and_checkpoint_of_an_epoch_come_after_its_proximal_step(when, tmp_path):
     callback = CompressionAware(nuclear=60.0)
     watch = Watch(callback)
     model = Classifier()
@@ -124,12 +124,12 @@ def test_an_epochs_evaluation_and_checkpoint_see_its_proximal_step(when, tmp_pat
     assert watch.evaluated == [1, 2, 3]
     assert [applied for applied, _ in watch.saved] == [1, 2, 3]
     assert all(rank < 80 for _, rank in watch.saved), "before the proximal step it is 96"
-    assert watch.thresholds == pytest.approx([0.6, 0.3, 0.15]), "the learning rate now"
+    assert watch.thresholds == pytest.approx([0.6, 0.3, 0.15]), "the current learning rate"
 
 
 @pytest.mark.parametrize("every", [3, "epoch"])
-def test_resuming_is_bit_identical_to_not_stopping(every, tmp_path):
-    """From a checkpoint of a step in the middle of an epoch, of an epoch's last step, and of one before a proximal."""
+def test_resuming_is_bitwise_identical_to_not_stopping(every, tmp_path):
+    """From checkpoints in the middle of an epoch, at its last step, and before a proximal step."""
 
     def run(resume=None, **options):
         torch.manual_seed(0)
@@ -148,7 +148,7 @@ def test_resuming_is_bit_identical_to_not_stopping(every, tmp_path):
         assert logged == [4, 8, 12, 16]
 
 
-def test_where_the_state_is_looked_for(tmp_path):
+def test_folders_searched_for_the_state(tmp_path):
     there, here = tmp_path / "there", tmp_path / "here"
     train(there, CompressionAware(nuclear=1.0), save_strategy="epoch", save_total_limit=1)
     last = there / "checkpoint-18"
@@ -156,14 +156,14 @@ def test_where_the_state_is_looked_for(tmp_path):
     callback = CompressionAware(nuclear=1.0)
     train(there, callback, resume=True, num_train_epochs=4)
     assert callback.proxes[0].applied == 4
-    with pytest.raises(ValueError, match=r"resumes at step 18, but not from .*here.checkpoint-18.*resume_from="):
+    with pytest.raises(ValueError, match=r"resume_from: wanted .*step 18; got none in .*here.checkpoint-18"):
         train(here, CompressionAware(nuclear=1.0), resume=str(last))
     callback = CompressionAware(nuclear=1.0, resume_from=last)
     train(here, callback, resume=str(last), num_train_epochs=4)
     assert callback.proxes[0].applied == 4
     shutil.copytree(last, there / "checkpoint-6")
     torch.save(torch.load(last / STATE_FILE) | {"global_step": 6}, last / STATE_FILE)
-    with pytest.raises(ValueError, match="is of step 6; training resumes at step 18"):
+    with pytest.raises(ValueError, match=r"wanted the checkpoint folder of step 18; got .* of step 6"):
         train(there, CompressionAware(nuclear=1.0), resume=str(last))
     (last / STATE_FILE).unlink()
     callback = CompressionAware(nuclear=1.0)
@@ -172,7 +172,7 @@ def test_where_the_state_is_looked_for(tmp_path):
     assert callback.proxes[0].applied == 1
 
 
-def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
+def test_a_failed_save_leaves_no_file(tmp_path, monkeypatch):
     def full(state, path):
         path.write_bytes(b"half")
         raise OSError("no space left")
@@ -200,7 +200,7 @@ def test_steps_that_the_scaler_skips_do_not_count(tmp_path):
     assert callback.proxes[0].steps == STEPS - 1, "training is over"
 
 
-def test_an_epoch_cut_short_ends_with_a_proximal_step(tmp_path):
+def test_an_epoch_that_ends_early_ends_with_a_proximal_step(tmp_path):
     callback = CompressionAware(nuclear=1.0)
     train(tmp_path, callback, max_steps=8)
     assert callback.proxes[0].applied == 2
@@ -208,7 +208,7 @@ def test_an_epoch_cut_short_ends_with_a_proximal_step(tmp_path):
 
 @pytest.mark.parametrize(("log_every", "steps"), [("epoch", [6, 12, 18]), (4, [4, 8, 12, 16])])
 @pytest.mark.parametrize("quiet", [True, False])
-def test_tensorboard_gets_ranks_and_the_terminal_does_not(log_every, steps, quiet, tmp_path, capsys):
+def test_ranks_are_logged_to_tensorboard_but_not_to_the_terminal(log_every, steps, quiet, tmp_path, capsys):
     run = trainer(tmp_path, report_to=["tensorboard"], disable_tqdm=quiet)
     callback = CompressionAware(run, nuclear=20.0, log_every=log_every)
     run.add_callback(callback)
@@ -239,7 +239,7 @@ class Stream(IterableDataset):
 
 
 @pytest.mark.parametrize("kind", [list, Stream])
-def test_the_compressed_model_is_saved_and_the_model_stays(kind, tmp_path):
+def test_the_compressed_model_is_saved_and_the_model_is_not_changed(kind, tmp_path):
     path = tmp_path / "small.safetensors"
     data = kind([{"pixel_values": s["x"].reshape(1, 8, 8), "labels": s["labels"]} for s in SAMPLES])
     options = {"kind": Trainer, "data": data, "bf16": True, "max_steps": 12}
@@ -255,21 +255,21 @@ def test_the_compressed_model_is_saved_and_the_model_stays(kind, tmp_path):
         torch.testing.assert_close(ck.load(path, vit())(x).logits, small.eval()(x).logits, rtol=0, atol=0)
 
 
-def test_inputs_of_a_model_in_a_batch():
+def test_positional_inputs_from_a_batch():
     class Model(nn.Module):
         def forward(self, x, mask=None, y=None, *, more=None):
             return x
 
     x, y = torch.randn(4, 2), torch.randn(4)
-    first = common.positional(Model(), common.sample({"y": y, "other": x, "x": x}))
+    first = common.positional_inputs(Model(), common.first_sample({"y": y, "other": x, "x": x}))
     torch.testing.assert_close(first, (x[:1], None, y[:1]))
-    torch.testing.assert_close(common.positional(Model(), common.sample([x, y])), (x[:1],))
-    torch.testing.assert_close(common.positional(Model(), common.sample(x)), (x[:1],))
-    with pytest.raises(ValueError, match="forward takes x, mask, y, more; the batch has pixels"):
-        common.positional(Model(), {"pixels": x})
+    torch.testing.assert_close(common.positional_inputs(Model(), common.first_sample([x, y])), (x[:1],))
+    torch.testing.assert_close(common.positional_inputs(Model(), common.first_sample(x)), (x[:1],))
+    with pytest.raises(ValueError, match="wanted a batch with one of x, mask, y, more; got pixels"):
+        common.positional_inputs(Model(), {"pixels": x})
 
 
-def test_processes_that_hold_the_same_weights_are_told(tmp_path):
+def test_process_group_of_ranks_with_the_same_weights(tmp_path):
     model, distributed = Classifier(), SimpleNamespace(parallel_mode=ParallelMode.DISTRIBUTED)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
@@ -282,10 +282,10 @@ def test_processes_that_hold_the_same_weights_are_told(tmp_path):
         dist.destroy_process_group()
 
 
-def test_refusals(tmp_path, monkeypatch):
+def test_errors(tmp_path, monkeypatch):
     with pytest.raises(TypeError, match="nuclaer"):
         CompressionAware(nuclaer=1.0)
-    with pytest.raises(FileNotFoundError, match=r"save_to: no such folder.*absent"):
+    with pytest.raises(FileNotFoundError, match=r"save_to: wanted a file in an existing folder; got .*absent"):
         train(tmp_path, CompressionAware(save_to=tmp_path / "absent" / "x"))
     with pytest.raises(ValueError, match="'absent' matches no layer"):
         train(tmp_path, CompressionAware(skip=["absent"]))
@@ -293,5 +293,5 @@ def test_refusals(tmp_path, monkeypatch):
         run = trainer(tmp_path, CompressionAware())
         state = SimpleNamespace(distributed_type=kind, fsdp_plugin=SimpleNamespace(fsdp_version=1))
         monkeypatch.setattr(integration, "AcceleratorState", lambda state=state: state)
-        with pytest.raises(ValueError, match=f"{kind.value} flattens"):
+        with pytest.raises(ValueError, match=f"{kind.value}, which flattens"):
             run.train()

@@ -1,4 +1,4 @@
-"""Low-rank transposed convolutions: exact at full rank, best below, trained, compressed, saved."""
+"""Low-rank transposed convolutions: exact at full rank, optimal below; proximal steps, compression, checkpoints."""
 
 import copy
 from functools import partial
@@ -13,7 +13,7 @@ from compaware_kernels.folds import FOLDS, oriented, row_axes
 from compaware_kernels.nn.discovery import Layer
 from compaware_kernels.nn.registry import low_rank_type
 
-by_size = partial(ck.compress, goal="size")  # all layers, however small
+compress_for_size = partial(ck.compress, goal="size")  # factorizes small layers, too
 
 GEOMETRIES = [
     {},
@@ -36,12 +36,12 @@ def matrix(layer, fold):
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @folds
 @pytest.mark.parametrize("kind", KINDS)
-def test_at_full_rank_it_is_exact_and_comes_back(kind, fold, geometry):
+def test_exact_at_full_rank_and_to_dense_inverts(kind, fold, geometry):
     torch.manual_seed(0)
     make, shape = KINDS[kind]
     dense, x = make(**geometry).double(), torch.randn(shape, dtype=torch.float64)
     small = low_rank_type(dense).from_dense(dense, min(matrix(dense, fold).shape[-2:]), fold)
-    for one in (x, x[0]):  # a batch, and one input
+    for one in (x, x[0]):  # a batch, and one unbatched input
         torch.testing.assert_close(small(one), dense(one), rtol=0, atol=1e-12)
         assert torch.equal(small.to_sequential()(one), small(one))
     back = small.to_dense()
@@ -58,8 +58,8 @@ def test_truncation_error_is_the_discarded_singular_values(fold, groups):
     torch.testing.assert_close((small.to_dense().weight - dense.weight).norm(), lost)
 
 
-def test_the_weight_as_a_convolution_has_it():
-    """Entry by entry: W[o, c] of group g is stored at [g C/G + c, o]; and back."""
+def test_oriented_weight_entries():
+    """Entry by entry: W[o, c] of group g is stored at [g C/G + c, o]; ``oriented`` is its own inverse."""
     W = torch.arange(6 * 2 * 3).reshape(6, 2, 3)  # C = 6, O = 4, two groups
     rows = oriented(W, nn.ConvTranspose1d, 2)
     assert rows.shape == (4, 3, 3)
@@ -72,8 +72,8 @@ def test_factors_of_each_fold():
     dense = nn.ConvTranspose2d(8, 16, (3, 5), stride=(2, 3), padding=(1, 2), output_padding=(1, 0))
     factors = {fold: list(ck.LowRankConvTranspose2d.from_dense(dense, 2, fold).to_sequential()) for fold in FOLDS}
     kinds = {fold: [type(f) for f in pair] for fold, pair in factors.items()}
-    whole, plain = nn.ConvTranspose2d, nn.Conv2d
-    assert kinds == {"paper": [whole, plain], "spatial": [whole, whole], "input": [plain, whole]}
+    transposed, plain = nn.ConvTranspose2d, nn.Conv2d
+    assert kinds == {"paper": [transposed, plain], "spatial": [transposed, transposed], "input": [plain, transposed]}
     assert [f.kernel_size for f in factors["spatial"]] == [(1, 5), (3, 1)]
     assert [f.output_padding for f in factors["spatial"]] == [(0, 0), (1, 0)]
     assert [f.stride for f in factors["input"]] == [(1, 1), (2, 3)]
@@ -91,7 +91,7 @@ def test_output_size(fold):
 
 @folds
 def test_multiply_adds_of_each_fold(fold):
-    """The table in the class's docstring, which says when ``input`` is the cheaper one."""
+    """The multiply-adds in the table of the class's docstring."""
     C, O, r, n, s, K = 8, 6, 2, 20, 4, 12
     model = nn.Sequential(ck.LowRankConvTranspose2d(C, O, (3, 4), r, stride=2, padding=(1, 1), output_padding=(1, 0),
                                                     fold=fold))  # fmt: skip
@@ -101,7 +101,7 @@ def test_multiply_adds_of_each_fold(fold):
     assert fold == "spatial" or counter.get_total_flops() == 2 * wanted[fold]
 
 
-def test_layer_says_what_it_is():
+def test_extra_repr_why_two_step_activation_and_residual():
     small = ck.LowRankConvTranspose2d(8, 4, 4, 2, stride=2, padding=1, fold="input")
     wanted = "8, 4, kernel_size=(4, 4), fold=input, groups=1, rank=2, weights=144 of 512 (28%)"
     assert small.extra_repr() == wanted and small.why_two_step(torch.randn(1, 8, 3, 3)).startswith("transposed")
@@ -112,7 +112,7 @@ def test_layer_says_what_it_is():
     assert torch.equal(small(x, residual=residual), wanted) and torch.equal(small.eval()(x, None, residual), wanted)
 
 
-def test_state_dicts_of_the_dense_layer_and_of_the_sequential_load():
+def test_loads_state_dicts_of_the_dense_layer_and_of_the_sequential():
     dense = nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2)
     x = torch.randn(1, 4, 5, 5)
     for fold in FOLDS:
@@ -148,7 +148,7 @@ def test_wrong_layer_type():
 
 
 def decoder(dtype=torch.float64):
-    """Transposed convolutions of every kind of grouping, and what usually stands around them."""
+    """Grouped and ungrouped transposed convolutions with a norm, activations and a convolution between them."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.ConvTranspose2d(12, 16, 3, stride=2, groups=2), nn.BatchNorm2d(16), nn.ReLU(),
@@ -162,7 +162,7 @@ X = torch.randn(2, 12, 4, 3, dtype=torch.float64, generator=torch.Generator().ma
 
 @folds
 def test_proximal_step(fold):
-    """Each penalty's proximal operator on the weight with outputs first, biases in the groups; then stored back."""
+    """Reference: the penalties' proximal operators on the oriented weight, group lasso with the bias."""
     lr, nuclear, group, l1 = 0.5, 0.2, 0.1, 0.02
     model = decoder()
     before = copy.deepcopy(model)
@@ -178,12 +178,12 @@ def test_proximal_step(fold):
         neurons = ck.group_shrink(neurons, lr * group * neurons.shape[1] ** 0.5)
         wanted = ck.soft_threshold(neurons[:, : W[0].numel()], lr * l1).reshape(W.shape)
         got = new.weight.unflatten(0, (new.groups, -1)).transpose(1, 2).flatten(0, 1)
-        torch.testing.assert_close(got, wanted, rtol=0, atol=2e-3 * lr * nuclear)  # the engine's tol, and a margin
+        torch.testing.assert_close(got, wanted, rtol=0, atol=2e-3 * lr * nuclear)  # the solver's tol, and a margin
         if old.bias is not None:
             torch.testing.assert_close(new.bias, neurons[:, -1], rtol=0, atol=2e-3 * lr * nuclear)
 
 
-def test_report_of_the_proximal_step_counts_neurons():
+def test_report_of_the_proximal_step():
     model = nn.Sequential(nn.ConvTranspose2d(4, 8, 3))
     with torch.no_grad():
         model[0].weight[:, :2] = 0
@@ -197,7 +197,7 @@ def test_report_of_the_proximal_step_counts_neurons():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compressed_saved_and_loaded(tmp_path, fold, dtype):
     model, x = decoder(dtype).eval(), X.to(dtype)
-    small, report = by_size(model, {"[05]": ck.ranks.fixed(2), "*": ck.ranks.fixed(3)}, (x,), fold=fold)
+    small, report = compress_for_size(model, {"[05]": ck.ranks.fixed(2), "*": ck.ranks.fixed(3)}, (x,), fold=fold)
     assert report.skipped == {} and [r.kind for r in report.layers].count("ConvTranspose2d") == 3
     assert [r.rank for r in report.layers][:3] == [2, 3, 2] and "break-even: 2" in report.layers[3].reason
     dense = [row.macs_before for row in report.layers]
@@ -208,28 +208,28 @@ def test_compressed_saved_and_loaded(tmp_path, fold, dtype):
     assert torch.equal(loaded(x), small(x)) and type(loaded[5]) is ck.LowRankConvTranspose2d
 
 
-def test_compressing_at_full_rank_keeps_the_function():
+def test_compressing_without_truncation_keeps_the_outputs():
     model = decoder().eval()
     with torch.no_grad():
         for i in (0, 5):
             model[i].weight.copy_(ck.LowRankConvTranspose2d.from_dense(model[i], 2).to_dense().weight)
-    small, report = by_size(model, ck.ranks.threshold(1e-9), (X,))
+    small, report = compress_for_size(model, ck.ranks.threshold(1e-9), (X,))
     assert [r.rank for r in report.layers] == [2, None, 2, None]
     torch.testing.assert_close(small(X), model(X), rtol=0, atol=1e-12)
 
 
-def test_loading_into_a_model_of_other_geometry(tmp_path):
+def test_loading_into_a_model_with_other_sizes_or_another_class(tmp_path):
     model = nn.Sequential(nn.ConvTranspose2d(8, 8, 3, stride=2, output_padding=1))
-    small, _ = by_size(model, ck.ranks.fixed(2), (torch.randn(1, 8, 4, 4),))
+    small, _ = compress_for_size(model, ck.ranks.fixed(2), (torch.randn(1, 8, 4, 4),))
     ck.save(small, tmp_path / "m.safetensors")
     with pytest.raises(ck.CheckpointError, match="the file has LowRankConvTranspose2d, the model Conv2d"):
         ck.load(tmp_path / "m.safetensors", nn.Sequential(nn.Conv2d(8, 8, 3)))
     wider = nn.Sequential(nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1, bias=False))
     loaded, x = ck.load(tmp_path / "m.safetensors", wider), torch.randn(1, 8, 4, 4)
-    assert torch.equal(loaded(x), small(x))  # the file's sizes, the model's geometry
+    assert torch.equal(loaded(x), small(x))  # sizes from the file, stride and padding from the model
 
 
-def test_dead_neurons_of_and_before_a_transposed_convolution_stay_with_a_reason():
+def test_dead_neurons_of_and_before_a_transposed_convolution_are_kept_with_a_reason():
     model = decoder().eval()
     with torch.no_grad():
         model[5].weight[:, 3] = 0  # an output
@@ -244,7 +244,7 @@ def test_dead_neurons_of_and_before_a_transposed_convolution_stay_with_a_reason(
 
 
 @folds
-def test_gradients_flow(fold):
+def test_gradients(fold):
     small = ck.LowRankConvTranspose3d(4, 6, (3, 2, 1), 2, stride=2, fold=fold, dtype=torch.float64)
     x = torch.randn(1, 4, 2, 3, 2, dtype=torch.float64, requires_grad=True)
     parameters = dict(small.named_parameters())
@@ -256,7 +256,7 @@ def test_gradients_flow(fold):
 
 
 def test_row_axes_of_a_1d_kernel():
-    """One kernel axis: the spatial fold is the paper's, as for a convolution."""
+    """With one kernel axis the spatial fold is the paper's."""
     assert row_axes("spatial", 1) == 0
     one, two = (ck.LowRankConvTranspose1d(4, 4, 3, 2, fold=fold) for fold in ("paper", "spatial"))
     assert [f.weight.shape for f in one.to_sequential()] == [f.weight.shape for f in two.to_sequential()]

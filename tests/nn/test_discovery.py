@@ -1,4 +1,4 @@
-"""Folds and low-rank layers: exact at full rank, best at lower rank, geometry and groups kept."""
+"""Folds, foldable layers of a model, and low-rank layers: exact at full rank, optimal below."""
 
 import copy
 
@@ -33,7 +33,7 @@ def full_rank(layer, fold):
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("fold", FOLDS)
 @pytest.mark.parametrize("kind", CONVS)
-def test_conv_at_full_rank_is_exact_and_comes_back(kind, fold, geometry):
+def test_conv_is_exact_at_full_rank_and_to_dense_inverts(kind, fold, geometry):
     torch.manual_seed(0)
     make, shape = CONVS[kind]
     dense, x = make(**geometry).double(), torch.randn(shape, dtype=torch.float64)
@@ -70,7 +70,7 @@ def test_factor_kernels_of_each_fold():
     assert kernels == {"paper": [(3, 5), (1, 1)], "spatial": [(1, 5), (3, 1)], "input": [(1, 1), (3, 5)]}
 
 
-def test_modes_dtypes_and_gradients_are_kept():
+def test_from_dense_keeps_training_mode_dtype_and_requires_grad():
     dense = nn.Conv2d(4, 8, 3, dtype=torch.bfloat16).requires_grad_(False).eval()
     small = ck.LowRankConv2d.from_dense(dense, 2)
     assert not small.training and not any(p.requires_grad for p in small.parameters())
@@ -112,7 +112,7 @@ def test_wrong_layer_type():
 
 @pytest.mark.parametrize("fold", FOLDS)
 @pytest.mark.parametrize(("shape", "groups"), [((6, 4), 1), ((6, 4, 3), 1), ((6, 2, 3, 5), 2), ((6, 4, 2, 3, 5), 3)])
-def test_fold_and_back(shape, groups, fold):
+def test_from_matrix_inverts_to_matrix(shape, groups, fold):
     W = torch.randn(shape)
     M = to_matrix(W, fold, groups)
     assert M.ndim == 3 and M.shape[0] == groups
@@ -120,7 +120,7 @@ def test_fold_and_back(shape, groups, fold):
 
 
 def test_fold_entries():
-    """The definitions, entry by entry: rows are (o, kernel axes before k), columns (c, kernel axes from k)."""
+    """The definition, entry by entry: rows are (o, first k kernel axes), columns (c, other kernel axes)."""
     W = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
     o, c, i, j = 1, 2, 3, 4
     assert to_matrix(W, "paper")[0, o, (c * 4 + i) * 5 + j] == W[o, c, i, j]
@@ -128,7 +128,7 @@ def test_fold_entries():
     assert to_matrix(W, "input")[0, (o * 4 + i) * 5 + j, c] == W[o, c, i, j]
 
 
-def test_what_does_not_fold_is_listed_with_its_reason():
+def test_layers_that_do_not_fold_are_listed_with_a_reason():
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({
         "conv": nn.Conv2d(3, 4, 3), "table": nn.Embedding(5, 4), "pairs": nn.Bilinear(4, 4, 2),
@@ -142,7 +142,7 @@ def test_what_does_not_fold_is_listed_with_its_reason():
     assert [layer.name for layer in layers] == ["conv", "attention.out_proj", "a"]
     assert set(skipped) == {"table", "pairs", "lstm", "attention", "b", "para", "lazy", "head"}
     assert skipped["b"] == "shares its weight with a" and skipped["head"] == "skipped by name"
-    assert "parametrized" in skipped["para"] and "not initialised" in skipped["lazy"]
+    assert "parametrized" in skipped["para"] and "not initialized" in skipped["lazy"]
     assert skipped["pairs"] == "Bilinear: only Linear and (transposed) convolutions fold to matrices"
 
 

@@ -1,4 +1,4 @@
-"""Low-rank layers as modules: when one kernel runs, packed weights, checkpoints, copies, torch.func, torch.compile."""
+"""Low-rank layers as modules: fused kernel or two steps, packed weights, state dicts, copies, torch.func, compile."""
 
 import copy
 import io
@@ -46,14 +46,14 @@ def close(got, wanted):
 
 
 def ops_of(f):
-    """The ops of this package that f calls."""
+    """Names of the ops of this package that ``f`` calls."""
     with torch.profiler.profile() as profile:
         f()
     return {event.key for event in profile.key_averages() if event.key.startswith("compaware::")}
 
 
 def network():
-    """Low-rank layers in a model: nested, an activation between them, one fused."""
+    """A model and its input: low-rank layers, one nested, one with a fused activation."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.ModuleDict({"inner": nn.Conv2d(16, 24, 3, stride=2)})["inner"],
@@ -88,7 +88,7 @@ def test_forward_is_two_steps(name, fold):
 
 @kernel
 @pytest.mark.parametrize("name", LAYERS)
-def test_one_kernel_runs_where_it_can(name):
+def test_the_fused_kernel_runs_if_it_supports_the_layer(name):
     layer, x = low_rank(name)
     op = "compaware::lowrank_linear" if name == "linear" else "compaware::lowrank_conv2d"
     layer.eval()
@@ -106,8 +106,8 @@ def _pre_hook(layer):
 
 
 def _own_forward(layer):
-    plain = layer.first.forward
-    layer.first.forward = lambda x: plain(x) + 1
+    original = layer.first.forward
+    layer.first.forward = lambda x: original(x) + 1
 
 
 def _replaced(layer):
@@ -146,7 +146,7 @@ def _old_weight_norm(layer):
         (_old_weight_norm, "hooks or a forward of its own"),
     ],
 )
-def test_a_factor_that_is_more_than_a_plain_layer(name, change, why):
+def test_two_steps_if_a_factor_is_no_plain_layer(name, change, why):
     layer, x = low_rank(name)
     before = two_steps(layer.eval(), x)
     with torch.no_grad():
@@ -183,7 +183,7 @@ def test_thin_layers_on_large_images_take_two_steps():
         assert layer.why_two_step(torch.randn(2, 24, 28, 28)) == ""
 
 
-def test_one_image_without_a_batch_axis():
+def test_unbatched_input():
     for name, fold in product(("conv2d", "grouped", "few channels"), FOLDS):
         layer, x = low_rank(name, fold)
         layer.eval()
@@ -265,7 +265,7 @@ def _dtypes(layer):
 @pytest.mark.parametrize(
     "change", (_step, _load, _load_assign, _edit_data, _new_parameter, _new_factor, _train_and_back, _dtypes)
 )
-def test_weights_that_change_after_they_were_packed(change):
+def test_weights_that_change_after_packing(change):
     layer, x = low_rank("conv2d")
     layer.eval()
     with torch.no_grad():
@@ -277,9 +277,9 @@ def test_weights_that_change_after_they_were_packed(change):
 
 
 @kernel
-def test_they_are_packed_once():
+def test_weights_are_packed_once():
     layer, x = low_rank("conv2d")
-    assert layer._packed is None, "training needs none"
+    assert layer._packed is None, "not packed in training mode"
     layer.eval()
     packed = layer._packed
     with torch.no_grad():
@@ -290,7 +290,7 @@ def test_they_are_packed_once():
 
 
 @pytest.mark.parametrize("name", ("linear", "conv2d"))
-def test_another_dtype_and_back(name):
+def test_converted_to_other_dtypes_and_back(name):
     layer, x = low_rank(name)
     layer.eval()
     with torch.no_grad():
@@ -306,7 +306,7 @@ def test_another_dtype_and_back(name):
 
 @pytest.mark.parametrize("copied", (copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))))
 @pytest.mark.parametrize("name", ("linear", "conv2d"))
-def test_copies_pack_their_own_weights(name, copied):
+def test_copies_share_no_packed_weights(name, copied):
     layer, x = low_rank(name)
     layer.eval()
     with torch.no_grad():
@@ -320,7 +320,7 @@ def test_copies_pack_their_own_weights(name, copied):
         assert torch.equal(layer(x), wanted)
 
 
-def test_pickles_hold_no_packed_weights():
+def test_pickles_contain_no_packed_weights():
     layer, _ = low_rank("conv2d")
     assert len(pickle.dumps(layer.eval())) == pytest.approx(len(pickle.dumps(layer.train())), rel=0.01)
     assert len(pickle.dumps(layer)) < 1.5 * 4 * sum(p.numel() for p in layer.parameters())
@@ -328,7 +328,7 @@ def test_pickles_hold_no_packed_weights():
 
 @folds
 @pytest.mark.parametrize("name", LAYERS)
-def test_state_dicts_of_the_dense_layer_and_of_the_sequential_load(name, fold):
+def test_loads_state_dicts_of_the_dense_layer_and_of_the_sequential(name, fold):
     dense = LAYERS[name][0]()
     kind, rank, x = low_rank_type(dense), LAYERS[name][1], low_rank(name)[1]
     small = kind.from_dense(dense, rank, fold).eval()
@@ -336,12 +336,12 @@ def test_state_dicts_of_the_dense_layer_and_of_the_sequential_load(name, fold):
         keys = list(state)
         other = kind.like(dense, rank, fold).eval()
         assert str(other.load_state_dict(state, strict=True)) == "<All keys matched successfully>"
-        assert list(state) == keys, "the caller's state dict stays as it is"
+        assert list(state) == keys, "the caller's state dict must not change"
         with torch.no_grad():
             close(other(x), small(x))
 
 
-def test_what_does_not_fit_is_reported():
+def test_errors_of_load_state_dict():
     model, _ = network()
     state = model.state_dict()
     state["0.third.weight"] = state.pop("4.second.bias")
@@ -351,7 +351,7 @@ def test_what_does_not_fit_is_reported():
         low_rank("linear")[0].load_state_dict(low_rank("conv2d")[0].state_dict())
 
 
-def test_weights_only_file():
+def test_state_dict_in_a_file_loaded_with_weights_only():
     model, x = network()
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
@@ -385,4 +385,4 @@ def test_compiled_model():
         assert "compaware::lowrank_conv2d" in ops_of(lambda: compiled(torch.cat([x, x])))
         model[0].first.weight.mul_(2)
         close(compiled(torch.cat([x, x])), model(torch.cat([x, x])))
-    assert compiled(torch.cat([x, x])).requires_grad, "with gradients, another graph"
+    assert compiled(torch.cat([x, x])).requires_grad, "gradients are still computed"

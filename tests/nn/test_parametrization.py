@@ -1,4 +1,4 @@
-"""ProximalStep on weights that are computed from others, shared, frozen, or not there yet."""
+"""ProximalStep with parametrized, shared and frozen weights, and parameters added later."""
 
 import copy
 import re
@@ -36,9 +36,9 @@ class Twice(nn.Module):
         return A / 2
 
 
-def by(*chain, name="weight"):
+def by(*modules, name="weight"):
     def change(layer):
-        for part in chain:
+        for part in modules:
             parametrize.register_parametrization(layer, name, part)
         return layer
 
@@ -50,15 +50,15 @@ def weight_norm(dim=0):
 
 
 def each_of(*changes):
-    def all_of_them(layer):
+    def change_all(layer):
         for change in changes:
             layer = change(layer)
         return layer
 
-    return all_of_them
+    return change_all
 
 
-HELD = {
+WRITABLE = {
     "weight_norm": (lambda: nn.Linear(6, 9), weight_norm()),
     "weight_norm, dim 1": (lambda: nn.Linear(6, 9), weight_norm(1)),
     "weight_norm of all": (lambda: nn.Conv1d(6, 9, 3), weight_norm(None)),
@@ -70,10 +70,10 @@ HELD = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", HELD)
-def test_a_parametrized_weight_is_shrunk_as_a_plain_one(name, dtype):
-    """Also where rows have died: those have no direction, and must not become NaN."""
-    make, change = HELD[name]
+@pytest.mark.parametrize("name", WRITABLE)
+def test_a_parametrized_weight_is_shrunk_like_a_plain_one(name, dtype):
+    """Also with zero rows, which have no direction for weight norm, and must not become NaN."""
+    make, change = WRITABLE[name]
     torch.manual_seed(0)
     plain = make().to(dtype)
     rows = Layer("", plain).rows.detach()
@@ -91,13 +91,15 @@ def test_a_parametrized_weight_is_shrunk_as_a_plain_one(name, dtype):
     W = plain.weight.detach()
     torch.testing.assert_close(layer.weight.detach(), W, rtol=0, atol=8 * eps * float(W.abs().max()))
     torch.testing.assert_close(layer.bias, plain.bias, rtol=8 * eps, atol=eps)
-    assert all(p is q for p, q in zip(layer.parameters(), before, strict=True)), "the optimizer holds other ones"
+    assert all(p is q for p, q in zip(layer.parameters(), before, strict=True)), (
+        "the parameters in the optimizer must stay the same objects"
+    )
     layer.weight.sum().backward()
     assert all(p.isfinite().all() and (p.grad is None or p.grad.isfinite().all()) for p in layer.parameters())
 
 
 @pytest.mark.parametrize("size", [6, 64, 300])
-def test_a_symmetric_weight_stays_so_and_is_shrunk_within_the_tolerance(size):
+def test_a_symmetric_weight_stays_symmetric_and_is_shrunk_within_the_tolerance(size):
     torch.manual_seed(0)
     layer = nn.Linear(size, size)
     with torch.no_grad():
@@ -118,7 +120,7 @@ def quietly(hook):
     return change
 
 
-REFUSED = {
+UNSUPPORTED = {
     "spectral_norm": (parametrizations.spectral_norm, r"\(_SpectralNorm\) cannot hold a shrunk weight: another"),
     "orthogonal": (parametrizations.orthogonal, r"\(_Orthogonal\) cannot hold a shrunk weight: another"),
     "no right inverse": (by(Symmetric()), "no attribute 'right_inverse'"),
@@ -128,14 +130,14 @@ REFUSED = {
     "weight_norm by a hook": (quietly(nn.utils.weight_norm), "made by a hook"),
     "spectral_norm by a hook": (quietly(nn.utils.spectral_norm), "made by a hook"),
     "pruned": (lambda layer: prune.random_unstructured(layer, "weight", 0.5), "made by a hook"),
-    "lazy": (lambda layer: nn.LazyLinear(6), "not initialised yet"),
+    "lazy": (lambda layer: nn.LazyLinear(6), "not initialized yet"),
     "recurrent": (lambda layer: nn.LSTM(6, 6), "only Linear and"),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_hold_a_shrunk_weight_is_listed_and_left_alone_to_the_bit(name):
-    change, reason = REFUSED[name]
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_layers_are_skipped_with_a_reason_and_not_changed_by_a_bit(name):
+    change, reason = UNSUPPORTED[name]
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 6), change(nn.Linear(6, 6)))
     model(torch.randn(2, 6)) if name == "orthogonal" else None
@@ -150,7 +152,7 @@ def test_what_cannot_hold_a_shrunk_weight_is_listed_and_left_alone_to_the_bit(na
 
 
 class Picky(nn.Module):
-    """Takes any weight, until it does not; and remembers what it was asked for."""
+    """Right inverse that fails once ``refuses`` is set: raises, or returns another weight; has a buffer of its own."""
 
     def __init__(self, raises):
         super().__init__()
@@ -169,7 +171,7 @@ class Picky(nn.Module):
 
 @pytest.mark.parametrize("raises", [True, False])
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_a_refusal_while_writing_changes_no_layer_and_names_one(place, raises):
+def test_a_failing_right_inverse_raises_with_the_layers_name_and_changes_no_layer(place, raises):
     torch.manual_seed(0)
     picky = Picky(raises)
     layers = [nn.Linear(6, 6), by(Twice())(nn.Linear(6, 6)), parametrizations.weight_norm(nn.Linear(6, 6))]
@@ -189,7 +191,7 @@ def test_a_refusal_while_writing_changes_no_layer_and_names_one(place, raises):
     assert prox.applied == 2
 
 
-# --- shared, frozen, not there yet ----------------------------------------------------------------------------------
+# --- shared, frozen, added later ------------------------------------------------------------------------------------
 
 
 class Language(nn.Module):
@@ -212,7 +214,7 @@ def test_a_weight_that_an_embedding_and_a_head_share_is_shrunk_once(compiled):
     assert model.head.weight is model.embed.weight and "Embedding" in prox.skipped["embed"]
 
 
-def test_linear_layers_that_share_a_weight_or_what_it_is_computed_from():
+def test_linear_layers_that_share_a_weight_or_its_original():
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), by(Twice())(nn.Linear(6, 6)), by(Twice())(nn.Linear(6, 6)))
     model[1].weight = model[0].weight
     model[3].parametrizations.weight.original = model[2].parametrizations.weight.original
@@ -225,7 +227,7 @@ def test_linear_layers_that_share_a_weight_or_what_it_is_computed_from():
 
 
 @pytest.mark.parametrize("skip", ["embed", "head"])
-def test_skipping_either_layer_leaves_a_shared_weight_alone(skip):
+def test_skipping_either_layer_skips_a_shared_weight(skip):
     model = Language()
     before = model.embed.weight.detach().clone()
     prox = attached(model, skip=[skip])
@@ -234,10 +236,10 @@ def test_skipping_either_layer_leaves_a_shared_weight_alone(skip):
     assert prox.skipped[skip] == "skipped by name"
 
 
-def test_frozen_now_unfrozen_later():
+def test_layers_that_are_frozen_and_unfrozen_later():
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), parametrizations.weight_norm(nn.Linear(6, 6)))
     model[0].requires_grad_(False)
-    model[2].parametrizations.weight.original0.requires_grad_(False)  # half of what its weight is computed from
+    model[2].parametrizations.weight.original0.requires_grad_(False)  # one of the two originals
     prox = attached(model)
     before = copy.deepcopy(model.state_dict())
 
@@ -252,7 +254,7 @@ def test_frozen_now_unfrozen_later():
 
 
 @pytest.mark.parametrize("how", ["frozen", "not in the optimizer"])
-def test_a_bias_that_is_not_trained_is_no_part_of_its_neuron(how):
+def test_a_bias_that_is_not_trained_is_not_in_the_group(how):
     torch.manual_seed(0)
     layer = nn.Linear(6, 6)
     if how == "frozen":
@@ -264,7 +266,7 @@ def test_a_bias_that_is_not_trained_is_no_part_of_its_neuron(how):
     assert torch.equal(layer.bias, b)
 
 
-def test_groups_that_are_added_later_have_their_own_rates():
+def test_parameter_groups_added_later_have_their_own_learning_rate():
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     optimizer = torch.optim.SGD(model[0].parameters(), lr=0.5)
     prox = ck.ProximalStep(model, optimizer, nuclear=1.0)

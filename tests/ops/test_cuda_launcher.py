@@ -21,9 +21,11 @@ needs_built = pytest.mark.skipif(bool(cuda_launcher.Built.why_not()), reason=cud
 @pytest.fixture(autouse=True)
 def nothing_chosen_yet(monkeypatch):
     monkeypatch.delenv("COMPAWARE_CUDA", raising=False)
-    cuda_launcher._ready.cache_clear()
+    for forget in (cuda_launcher._tried.clear, cuda_launcher._refusals.cache_clear):
+        forget()
     yield
-    cuda_launcher._ready.cache_clear()
+    for forget in (cuda_launcher._tried.clear, cuda_launcher._refusals.cache_clear):
+        forget()
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def test_launch_by_cupy(gpus, cupy, without_library, older):
 @needs_nvrtc
 def test_compiled_kernels_are_cached(gpus, cupy, without_library, tmp_path, monkeypatch):
     for _ in range(2):  # the second pass is what another process would find
-        cuda_launcher._ready.cache_clear()
+        cuda_launcher._tried.clear()
         assert cuda_launcher.missing(SECOND) == ""
     assert len(cupy.compiled) == 1 and "-arch=sm_90" in cupy.compiled[0]
     assert not any("fast" in option or "ftz" in option for option in cupy.compiled[0])
@@ -100,6 +102,7 @@ def test_reasons_why_nothing_can_be_launched(gpus, cupy, without_library, monkey
     with pytest.raises(RuntimeError, match=r'ck_shrink: built: not built; nvrtc: .*\n.*identifier "undeclared"'):
         cuda_launcher.launch("ck_shrink", 1, 32, 0, [], SECOND)
     assert len(cupy.compiled) == 1, "tried once"
+    assert cuda_launcher.missing(SECOND, compiled=False) == cuda_launcher.missing(SECOND), "known from then on"
     monkeypatch.setattr(cuda_launcher, "SOURCES", ())
     assert cuda_launcher.about()["nvrtc"] == "the package has no sources of the kernels"
 
@@ -108,6 +111,8 @@ def test_choice_of_launcher(gpus, cupy, monkeypatch):
     monkeypatch.setattr(library, "missing", None)
     monkeypatch.setattr(cuda_launcher.Built, "_library", lambda: SimpleNamespace(ck_launch=None))
     folder = cuda_launcher.cache_folder()
+    assert cuda_launcher.missing(SECOND, compiled=False) == cuda_launcher.missing(FIRST, compiled=False) == ""
+    assert not cupy.compiled
     assert cuda_launcher.about() == {
         "built": "for sm_80, sm_90a",
         "nvrtc": f"NVRTC 13.0, CuPy 14.2.0, cache {folder}",
@@ -160,13 +165,15 @@ def test_library_errors_are_raised(gpus, monkeypatch):
 @pytest.mark.skipif(bool(emulator.missing), reason=emulator.missing)
 def test_replacement_launcher():
     count = torch.zeros(1, dtype=torch.int32)
-    token = cuda_launcher.instead.set(lambda *launch: emulator.launch(*launch[:4], launch[-1]))
-    try:
-        assert cuda_launcher.missing() == ""
+    with cuda_launcher.registered(emulator.launcher):
+        assert cuda_launcher.missing(count.device) == ""
         cuda_launcher.launch("ck_planted_count", 3, 64, 0, [count, 0])
-    finally:
-        cuda_launcher.instead.reset(token)
-    assert count.item() == 3 * 64 and cuda_launcher.missing()
+        with cuda_launcher.registered(None):
+            assert cuda_launcher.missing(count.device)
+        assert cuda_launcher.missing(count.device) == ""
+    assert count.item() == 3 * 64 and cuda_launcher.missing(count.device) == "nothing launches kernels on cpu"
+    with pytest.raises(RuntimeError, match="ck_planted_count: nothing launches kernels on cpu"):
+        cuda_launcher.launch("ck_planted_count", 3, 64, 0, [count, 0])
 
 
 @pytest.mark.gpu

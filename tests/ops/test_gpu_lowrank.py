@@ -4,11 +4,12 @@ import pytest
 import torch
 
 import compaware_kernels as ck
+from compaware_kernels._utils.dtypes import nearest_tf32
 from compaware_kernels.ops import backends
 from tests.helpers import lowrank_checks as checks
 from tests.helpers.lowrank_checks import ACTIVATIONS
 
-missing = backends.missing() if torch.cuda.is_available() else "torch.cuda.is_available() is False"
+missing = backends.triton_missing() if torch.cuda.is_available() else "torch.cuda.is_available() is False"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(missing), reason=missing)]
 DEVICE = "cuda"
 ARITHMETIC = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -57,9 +58,9 @@ def arguments(name, dtype=torch.bfloat16, activation="none"):
 
 
 def assert_fused(args):
-    from compaware_kernels.ops import triton_lowrank
-
-    assert triton_lowrank.why_not(args["x"], args["V"], args["U"]) == ""
+    op = "lowrank_conv2d" if args["V"].ndim == 4 else "lowrank_linear"
+    backend, reason = backends.choose(op, args["x"].device, args["x"], args["V"], args["U"])
+    assert backend.name == "Triton kernel", reason
 
 
 def check(args, label="", tf32=False):
@@ -68,10 +69,6 @@ def check(args, label="", tf32=False):
         return checks.assert_as_good(got, truth, checks.reference_conv2d(**args), label)
     rounded = args | {name: nearest_tf32(args[name]) for name in "xVU"}
     assert_close(got, truth, checks.truth_conv2d(**rounded), label)
-
-
-def nearest_tf32(A):
-    return ((A.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def assert_close(got, truth, rounded, label):

@@ -1,6 +1,6 @@
 """Group lasso over neurons with their biases: the op, the public function, and the proximal step on a GPU."""
 
-from contextlib import contextmanager
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -69,17 +69,8 @@ def test_public_refusals(biases, message):
 @pytest.fixture(params=DEVICES)
 def device(request):
     """The GPU path on the CPU, except for what only a GPU can compute; and on a GPU, if there is one."""
-    token = cuda_launcher.instead.set(lambda *launch: None) if request.param == "cpu" else None
-    yield request.param
-    if token:
-        cuda_launcher.instead.reset(token)
-
-
-@contextmanager
-def plainly():
-    token = cuda_launcher.instead.set(None)
-    yield
-    cuda_launcher.instead.reset(token)
+    with cuda_launcher.registered(lambda *launch: None) if request.param == "cpu" else nullcontext():
+        yield request.param
 
 
 def network(device):
@@ -106,7 +97,7 @@ def test_step_equals_the_cpu_path(device):
         step = ck.ProximalStep(model, torch.optim.SGD(model.parameters(), lr=1.0), group=0.05, l1=0.01)
         steps.append(step)
     steps[0].step()
-    with plainly():
+    with cuda_launcher.registered(None):
         steps[1].step()
     wait(device)
     close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)

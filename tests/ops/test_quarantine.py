@@ -33,7 +33,7 @@ def empty_cache(monkeypatch, tmp_path):
     quarantine.found.cache_clear()
     yield tmp_path
     quarantine.found.cache_clear()
-    quarantine._put.clear()
+    backends._put.clear()
 
 
 def emulated(family, *arguments):
@@ -85,24 +85,26 @@ def failing(family):
 def test_a_failed_step_is_refused(caplog):
     pytest.importorskip("triton")
     weights, functions = [torch.randn(4, 5)], [SoftThreshold(1.0)]
-    token = cuda_launcher.instead.set(lambda *launch: pytest.fail("launched"))
-    try:
+    with cuda_launcher.registered(lambda *launch: pytest.fail("launched")):
         assert backend.takes(weights, functions, True)
         failing("step")
         for _ in range(2):
             assert not backend.takes(weights, functions, True)
         ck.svt_(weights, 1.0)
-    finally:
-        cuda_launcher.instead.reset(token)
     assert len([r for r in caplog.records if "failed the self-test here (case: error 3" in r.message]) == 1
 
 
 def test_a_failed_fused_low_rank_kernel_is_refused():
     pytest.importorskip("triton")
     x, V, U = torch.randn(4, 16), torch.randn(8, 16), torch.randn(16, 8)
-    before = backends.why_not(x, V, U)
+
+    def why_not():
+        return backends.choose("lowrank_linear", CPU, x, V, U, kind="cuda")[1]
+
+    before = why_not()
     failing("low rank")
-    assert backends.why_not(x, V, U) != before and "low rank kernels failed" in backends.why_not(x, V, U)
+    assert why_not() != before and "low rank kernels failed" in why_not()
+    assert "low rank kernels failed" in backends.describe("lowrank_linear", CPU, kind="cuda")
 
 
 def test_failed_shrink_kernels_are_replaced(caplog):
@@ -112,14 +114,15 @@ def test_failed_shrink_kernels_are_replaced(caplog):
     script = """if True:
         import torch
         from compaware_kernels.ops import shrinkage
-        from compaware_kernels.ops import quarantine as verdicts
-        assert verdicts._put
-        verdicts._put.clear()
+        from compaware_kernels.ops import backends
+        assert backends._put
+        assert "shrink kernels failed" in backends.describe("soft_threshold", torch.device("cuda"))
+        backends._put.clear()
         called = []
-        for name in [*(name + end for name in verdicts.SHRINK_OPS for end in ("", "_")), "neuron_shrink_"]:
+        for name in backends.SHRINK:
             op = getattr(shrinkage, name)
             op._init_fn = lambda *args, body=op._init_fn, name=name: called.append(name) or body(*args)
-        verdicts.replace_shrink("CPU")
+        backends.replace_shrink("CPU")
         W, tau = torch.randn(3, 4), torch.tensor(0.5)
         P = torch.ops.compaware.soft_threshold(W, tau)
         torch.ops.compaware.soft_threshold_([W], tau[None].double())

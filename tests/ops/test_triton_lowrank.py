@@ -29,22 +29,23 @@ def test_registered_and_imported_late():
 @pytest.fixture
 def fresh(monkeypatch):
     """Clears the cached choice of the Triton kernel before and after."""
-    for cached in (backends.missing, backends._log_once):
+    caches = backends.triton_missing, backends._no_triton, backends.log_once
+    for cached in caches:
         cached.cache_clear()
     yield monkeypatch
-    for cached in (backends.missing, backends._log_once):
+    for cached in caches:
         cached.cache_clear()
 
 
 def test_reasons_for_a_missing_triton(fresh):
     triton = pytest.importorskip("triton")
-    assert backends.missing() == ""
-    backends.missing.cache_clear()
+    assert backends.triton_missing() == ""
+    backends.triton_missing.cache_clear()
     fresh.setattr(triton, "__version__", "3.5.1")
-    assert backends.missing() == "triton 3.6 or later is wanted; found 3.5.1"
-    backends.missing.cache_clear()
+    assert backends.triton_missing() == "triton 3.6 or later is wanted; found 3.5.1"
+    backends.triton_missing.cache_clear()
     fresh.setitem(sys.modules, "triton", None)
-    assert "triton cannot be imported" in backends.missing()
+    assert "triton cannot be imported" in backends.triton_missing()
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["with triton", "without"])
@@ -64,6 +65,8 @@ def test_two_steps_where_the_kernel_does_not_apply(fresh, caplog, triton):
         fresh.setitem(sys.modules, "triton", None)
     x, V, U, bias = torch.randn(2, 8, 5, 5), torch.randn(3, 8, 3, 3), torch.randn(4, 3, 1, 1), torch.randn(4)
     more = ([2, 1], [1, 0], [1, 1], 1, "paper", "relu")
+    for op in ("lowrank_conv2d", "lowrank_linear"):
+        fresh.setitem(backends.TABLE[op], "cpu", backends.TABLE[op]["cuda"])
     with caplog.at_level(logging.INFO, logger="compaware_kernels"):
         for _ in range(2):
             y = backends._conv2d(x, V, U, bias, None, None, *more)
@@ -92,18 +95,18 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_why_not(reason, monkeypatch):
+def test_why_not(reason, fresh):
     """With tensors that only claim to be on a GPU."""
     pytest.importorskip("triton")
-    from compaware_kernels.ops import triton_lowrank
-
     case = CONV | REFUSED[reason]
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: case.get("capability", (9, 0)))
+    fresh.setattr(torch.cuda, "is_available", lambda: True)
+    fresh.setattr(torch.cuda, "get_device_capability", lambda device: case.get("capability", (9, 0)))
     with FakeTensorMode():
         x = torch.empty(case["x"], dtype=case["dtype"], device="cuda")
         V, U = (torch.empty(case[name], dtype=case.get("weights", x.dtype), device="cuda") for name in "VU")
-        said = triton_lowrank.why_not(x, V, U, case.get("groups", 1), case.get("fold", "paper"))
-    assert reason in said and bool(said) == bool(reason), said
+        args = x, V, U, case.get("groups", 1), case.get("fold", "paper")
+        backend, said = backends.choose("lowrank_conv2d", x.device, *args)
+    assert reason in said and bool(said) == bool(reason) == (backend is backends.PLAIN), said
 
 
 def test_refusals():

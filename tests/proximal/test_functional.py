@@ -7,7 +7,7 @@ from torch.library import opcheck
 
 import compaware_kernels as ck
 from compaware_kernels._utils.dtypes import compute_dtype
-from compaware_kernels.ops.backends import OPS
+from compaware_kernels.ops.backends import TABLE
 from tests.helpers import oracle
 from tests.helpers.cases import DTYPES, EMPTY, SHAPES, SPECTRA, TAU, matrix
 
@@ -232,7 +232,7 @@ def test_gradients_in_half_precision_keep_the_dtype():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", [name for name in OPS if not name.startswith("lowrank")])
+@pytest.mark.parametrize("name", [name for name in TABLE if not name.startswith("lowrank")])
 def test_opcheck(name, dtype):
     op = getattr(torch.ops.compaware, name).default
     torch.manual_seed(0)

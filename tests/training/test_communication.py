@@ -1,4 +1,4 @@
-"""What a sharded step sends is what bench/training/communication.py says, to the byte."""
+"""Bytes that a sharded proximal step communicates: equal to the model of bench/training/communication.py."""
 
 import re
 
@@ -13,10 +13,10 @@ from compaware_kernels.proximal.subspace_iteration import FRESH, NEAR, PART, PRO
 from tests.helpers.cases import low_rank
 from tests.helpers.processes import run
 
-REFUSALS = 8  # whether any process refuses its arguments
+ERROR_FLAG = 8  # bytes all-reduced to raise argument errors on all ranks
 
 
-def warm_step(rank, processes, m, n, r, tau):
+def warm_started_step(rank, processes, m, n, r, tau):
     mesh, state = init_device_mesh("cpu", (processes,)), ck.WarmState()
     W = low_rank(m, n, r).float()
     for _ in range(2):
@@ -30,15 +30,15 @@ def warm_step(rank, processes, m, n, r, tau):
 
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize(("m", "n", "r"), [(1200, 600, 12), (700, 1300, 20)])
-def test_a_warm_step_sends_what_the_model_says(processes, m, n, r):
-    found = run(warm_step, processes, processes, m, n, r, 1.0)
+def test_bytes_of_a_warm_started_step_are_those_of_the_model(processes, m, n, r):
+    found = run(warm_started_step, processes, processes, m, n, r, 1.0)
     for method, reason, known, wanted, near, sent in found:
         assert method == "subspace, fp32"
         passes, products = map(int, re.fullmatch(r"(\d+) passes, (\d+) products", reason).groups())
         assert passes == 1
         powers = (products - 3 * even(known + FRESH + known // PART)) // PROBES
         model = communication.subspace(min(m, n), known, wanted, near, powers)
-        assert sent["reduced"] - REFUSALS == model.reduced
+        assert sent["reduced"] - ERROR_FLAG == model.reduced
         assert sent["spread"] == model.spread
     turned = communication.turning(m, n, m >= n, processes)
     assert sum(sent["turned"] for *_, sent in found) * (processes - 1) / processes == pytest.approx(

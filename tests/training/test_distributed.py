@@ -1,4 +1,4 @@
-"""ProximalStep under DistributedDataParallel, fully_shard and tensor parallel: as one process would have done it."""
+"""ProximalStep under DistributedDataParallel, fully_shard and tensor parallel: the weights of a single process."""
 
 import logging
 from unittest import mock
@@ -22,7 +22,7 @@ PENALTIES = {"nuclear": 0.3, "group": 0.02, "l1": 0.01}
 
 
 def network(seed=0):
-    """Uneven everywhere, with a grouped and a transposed convolution, and a layer without a bias."""
+    """Sizes that divide evenly nowhere, a grouped and a transposed convolution, and a layer without a bias."""
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Conv2d(1, 7, 3, padding=1), nn.ReLU(), nn.Conv2d(7, 14, 3, groups=7), nn.ReLU(),
@@ -32,7 +32,7 @@ def network(seed=0):
 
 
 def batch(step, rank=0, processes=1):
-    """The part of one process of a batch of 12."""
+    """This rank's part of a batch of 12."""
     generator = torch.Generator().manual_seed(step)
     x, y = torch.randn(12, 1, 6, 6, generator=generator, dtype=torch.float64), torch.arange(12) % 3
     return x[rank::processes], y[rank::processes]
@@ -46,8 +46,8 @@ def train(model, optimizer, steps, rank=0, processes=1, start=0):
         optimizer.step()
 
 
-def alone(steps=6, every=2, **more):
-    """One process, the whole batch."""
+def single_process(steps=6, every=2, **more):
+    """Reference: a single process with the whole batch."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     prox = ck.ProximalStep(model, optimizer, **PENALTIES, every=every, **more)
@@ -69,9 +69,9 @@ def assert_same_weights(model, wanted, atol=1e-6):
 
 def assert_same_bits(tensors):
     for t in tensors:
-        everywhere = [torch.empty_like(t) for _ in range(dist.get_world_size())]
-        dist.all_gather(everywhere, t.contiguous())
-        assert all(torch.equal(t, other) for other in everywhere)
+        gathered = [torch.empty_like(t) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, t.contiguous())
+        assert all(torch.equal(t, other) for other in gathered)
 
 
 # --- DistributedDataParallel ----------------------------------------------------------------------------------------
@@ -85,27 +85,27 @@ def data_parallel(rank, processes, mode):
     train(model, optimizer, 6, rank, processes)
     assert_same_bits([p.detach() for p in model.parameters()])
     assert_same_bits([V for _, V in sorted(prox.warm.bases.items())])
-    assert_same_weights(inner, alone()[0])
+    assert_same_weights(inner, single_process()[0])
     assert prox.report()[0].name == "0"
     return {key: value for key, value in prox.state_dict().items() if key != "warm"}
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("processes", [2, 3])
-def test_data_parallel_is_one_process_and_the_same_to_the_last_bit(processes, mode):
+def test_data_parallel_equals_one_process_with_bitwise_identical_replicas(processes, mode):
     assert run(data_parallel, processes, processes, mode) == [{"steps": 6, "applied": 3}] * processes
 
 
 def owners_compute_once(rank):
-    """Each layer's SVT on one process only."""
+    """The layers whose SVT this rank has computed."""
     model = DistributedDataParallel(network())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     prox = ck.ProximalStep(model, optimizer, nuclear=0.3, division="owner")
-    seen, whole = [], solver.shrink_
+    seen, original = [], solver.shrink_
 
     def shrink_(records, *args, **more):
         seen.extend(record.name for record in records)
-        return whole(records, *args, **more)
+        return original(records, *args, **more)
 
     with mock.patch.object(solver, "shrink_", shrink_):
         prox.step()
@@ -114,12 +114,14 @@ def owners_compute_once(rank):
 
 def test_each_layer_has_one_owner():
     seen = run(owners_compute_once, 3)
-    assert sorted(name for names in seen for name in names) == sorted(layer.name for layer in alone(0)[1].layers)
+    assert sorted(name for names in seen for name in names) == sorted(
+        layer.name for layer in single_process(0)[1].layers
+    )
     assert all(seen)
 
 
-def other_bits(rank):
-    """A process that computes something else is found out, said, and mended."""
+def different_bits(rank):
+    """A rank that computes different bits is detected, logged, and gets the owners' results."""
     model = DistributedDataParallel(network())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     prox = ck.ProximalStep(model, optimizer, nuclear=0.3, division="replicated")
@@ -127,11 +129,11 @@ def other_bits(rank):
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
     logging.getLogger("compaware_kernels").addHandler(handler)
-    whole = solver.shrink_
+    original = solver.shrink_
 
     def shrink_(records, *args, **more):
-        infos = whole(records, *args, **more)
-        if rank == 1 and records:  # as if rounded otherwise: two elements, one up, one down
+        infos = original(records, *args, **more)
+        if rank == 1 and records:  # as by another rounding: one element up, one down
             numbers = records[0].weight.view(-1)
             numbers[3] = torch.nextafter(numbers[3], torch.tensor(9.0, dtype=torch.float64))
             numbers[5] = torch.nextafter(numbers[5], torch.tensor(-9.0, dtype=torch.float64))
@@ -144,12 +146,13 @@ def other_bits(rank):
     return messages
 
 
-def test_other_bits_are_found_out():
-    found = run(other_bits, 2)
-    assert found == [["a proximal step gave other bits on another process; from now on each layer has an owner"]] * 2
+def test_different_bits_are_detected():
+    message = ("ProximalStep: wanted bitwise equal results on all ranks; got different ones: from now on one owner "
+               "rank computes each layer")  # fmt: skip
+    assert run(different_bits, 2) == [[message]] * 2
 
 
-def nan_somewhere(rank):
+def nan_on_one_rank(rank):
     model = DistributedDataParallel(network())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     prox = ck.ProximalStep(model, optimizer, **PENALTIES)
@@ -163,12 +166,12 @@ def nan_somewhere(rank):
     assert prox.applied == prox.warm.calls == 0 and not prox.warm.bases
 
 
-def test_nan_on_one_process_stops_all_and_changes_nothing():
-    run(nan_somewhere, 2)
+def test_nan_on_one_rank_raises_on_all_and_changes_nothing():
+    run(nan_on_one_rank, 2)
 
 
-def unnoticed(rank):
-    """Several processes, but nothing that says how the model lies."""
+def without_process_group(rank):
+    """Several ranks, but neither DDP nor DTensors nor a process group: a warning; then with a process group."""
     messages = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -176,15 +179,15 @@ def unnoticed(rank):
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     ck.ProximalStep(model, optimizer)
-    assert len(messages) == 1 and "takes steps of its own" in messages[0]
+    assert len(messages) == 1 and "each rank shrinks its own copy" in messages[0]
     prox = ck.ProximalStep(model, optimizer, **PENALTIES, process_group=dist.group.WORLD)
     assert len(messages) == 1
     prox.step()
     assert_same_bits([p.detach() for p in model.parameters()])
 
 
-def test_a_process_group_by_hand():
-    run(unnoticed, 2)
+def test_process_group_argument():
+    run(without_process_group, 2)
 
 
 # --- fully_shard ----------------------------------------------------------------------------------------------------
@@ -203,26 +206,26 @@ def sharded(rank, processes, mode):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     prox = ck.ProximalStep(model, optimizer, **PENALTIES, every=2, division=mode)
     train(model, optimizer, 6, rank, processes)
-    wanted, prox_alone = alone()
+    wanted, single_prox = single_process()
     assert_same_weights(model, wanted)
-    for got, expected in zip(prox.report(), prox_alone.report(), strict=True):
+    for got, expected in zip(prox.report(), single_prox.report(), strict=True):
         assert (got.name, got.shape, got.rank, got.neurons) == (
             expected.name, expected.shape, expected.rank, expected.neurons)  # fmt: skip
         assert got.rows_alive == pytest.approx(expected.rows_alive)
         assert got.sigma_sum == pytest.approx(expected.sigma_sum, rel=1e-5)
     model.eval()
-    model(batch(0)[0])  # leaves gathered weights in the root, on which a step must not run
+    model(batch(0)[0])  # leaves the root unsharded; the step must reshard it first
     prox.step()
-    prox_alone.step()
+    single_prox.step()
     assert_same_weights(model, wanted)
     prox.state_dict()
-    assert prox.warm.bases.keys() >= prox_alone.warm.bases.keys() > set()
+    assert prox.warm.bases.keys() >= single_prox.warm.bases.keys() > set()
     assert_same_bits([V for _, V in sorted(prox.warm.bases.items())])
 
 
 @pytest.mark.parametrize("mode", ["auto", "owner"])
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
-def test_fully_sharded_is_one_process(processes, mode):
+def test_fully_sharded_equals_one_process(processes, mode):
     run(sharded, processes, processes, mode)
 
 
@@ -232,12 +235,11 @@ def replicas_of_shards(rank, mode):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     prox = ck.ProximalStep(model, optimizer, **PENALTIES, every=2, division=mode)
     train(model, optimizer, 6, rank, 4)
-    assert_same_weights(model, alone()[0])
+    assert_same_weights(model, single_process()[0])
     assert_same_bits([full(p) for p in model.parameters()])
     assert prox.applied == 3
-    assert {replicas.mode for replicas in prox._coordinator._replicas.values()} == {
-        "owner"
-    }  # parts of one must not differ
+    modes = {group.mode for group in prox._coordinator._replica_groups.values()}
+    assert modes == {"owner"}, "the shards of one replica must take the same decision"
     prox.state_dict()
     assert_same_bits([V for _, V in sorted(prox.warm.bases.items())])
 
@@ -289,5 +291,5 @@ def tensor_parallel(rank, processes, mode):
 
 @pytest.mark.parametrize("mode", ["auto", "owner"])
 @pytest.mark.parametrize("processes", [2, 3])
-def test_tensor_parallel_is_one_process(processes, mode):
+def test_tensor_parallel_equals_one_process(processes, mode):
     run(tensor_parallel, processes, processes, mode)

@@ -1,4 +1,4 @@
-"""A checkpoint that some processes wrote is gone on with by another number of them, as if nothing had happened."""
+"""Checkpoints resumed with another number of ranks: the same weights as training without a stop."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ KINDS = {
     "fully_shard": (fsdp_model, "auto"),
     "fully_shard, owners": (fsdp_model, "owner"),
     "DDP": (lambda: DistributedDataParallel(network()), "auto"),
-    "alone": (network, "auto"),
+    "single process": (network, "auto"),
 }
 
 
@@ -33,7 +33,7 @@ def write(rank, processes, kind, folder):
     return prox.warm.calls, {name: tuple(V.shape) for name, V in prox.warm.bases.items()}
 
 
-def go_on(rank, processes, kind, folder, written):
+def resume(rank, processes, kind, folder, written):
     model, optimizer, prox = start(kind)
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments, "prox": prox}
@@ -42,7 +42,7 @@ def go_on(rank, processes, kind, folder, written):
     assert (prox.steps, prox.applied) == (5, 2)
     assert (prox.warm.calls, {name: tuple(V.shape) for name, V in prox.warm.bases.items()}) == written
     train(model, optimizer, 5, rank, processes, start=5)
-    wanted, unbroken, _ = start("alone")
+    wanted, unbroken, _ = start("single process")
     train(wanted, unbroken, 10)
     assert_same_weights(model, wanted)
     assert prox.applied == 5
@@ -51,16 +51,16 @@ def go_on(rank, processes, kind, folder, written):
 
 
 @pytest.mark.parametrize(
-    ("before", "wrote", "after", "goes_on"),
+    ("before", "wrote", "after", "resumed"),
     [
         ("fully_shard", 2, "fully_shard", 3),
         ("fully_shard, owners", 3, "fully_shard, owners", 2),
-        ("fully_shard", 3, "alone", 1),
+        ("fully_shard", 3, "single process", 1),
         ("DDP", 2, "fully_shard, owners", 3),
-        ("alone", 1, "DDP", 2),
+        ("single process", 1, "DDP", 2),
     ],
 )
-def test_a_checkpoint_of_another_number_of_processes(before, wrote, after, goes_on, tmp_path):
+def test_a_checkpoint_of_another_number_of_ranks(before, wrote, after, resumed, tmp_path):
     written = run(write, wrote, wrote, before, str(tmp_path / "checkpoint"))
     assert all(each == written[0] for each in written)
-    run(go_on, goes_on, goes_on, after, str(tmp_path / "checkpoint"), written[0])
+    run(resume, resumed, resumed, after, str(tmp_path / "checkpoint"), written[0])

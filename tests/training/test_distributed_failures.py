@@ -1,4 +1,4 @@
-"""One process dies in the middle of a proximal step: the others end with a clear error, soon, with their weights."""
+"""A rank that dies or raises during a proximal step: the others raise soon, and their weights are unchanged."""
 
 import os
 import signal
@@ -24,14 +24,14 @@ MODELS = {
 
 
 def die_at(calls, collective, how):
-    """Have this process die at so many calls of a collective from now on."""
-    whole, left = getattr(dist, collective), [calls]
+    """Let this process end at the ``calls``-th call of a collective from now on."""
+    original, left = getattr(dist, collective), [calls]
 
     def dying(*args, **more):
         left[0] -= 1
         if left[0] == 0:
             how()
-        return whole(*args, **more)
+        return original(*args, **more)
 
     setattr(dist, collective, dying)
 
@@ -74,13 +74,13 @@ def survivor(rank, kind, collective, calls, how):
         ("owners", "all_to_all_single", 2),
     ],
 )
-def test_a_process_that_dies_ends_the_others_soon(kind, collective, calls, how):
+def test_a_rank_that_dies_makes_the_others_raise_soon(kind, collective, calls, how):
     first, dead, third = run(survivor, 3, kind, collective, calls, how)
     assert dead is None and max(first, third) < 30
 
 
 def one_raises(rank):
-    """An error that is no loss of a process: all hear of it."""
+    """An exception on one rank, which stays alive."""
     model = DistributedDataParallel(network())
     prox = ck.ProximalStep(model, torch.optim.SGD(model.parameters(), lr=0.1), **PENALTIES, division="owner")
     before = [full(p).clone() for p in model.parameters()]
@@ -93,5 +93,5 @@ def one_raises(rank):
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 
-def test_an_error_of_one_process_is_raised_by_all():
+def test_an_error_on_one_rank_is_raised_on_all():
     run(one_raises, 3)

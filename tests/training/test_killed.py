@@ -1,4 +1,4 @@
-"""SIGKILL at any moment of training leaves whole checkpoints, from which it goes on as if nothing had happened."""
+"""SIGKILL at any moment of training: complete checkpoints, and resuming gives the weights of uninterrupted training."""
 
 import random
 import runpy
@@ -16,11 +16,11 @@ from tests.compression.test_checkpoints import assert_same, start, train
 save_atomically = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "plain_pytorch.py"))["save_atomically"]
 STEPS, KILLS = 60, 9
 PADDING = nn.Linear(1500, 1000)  # so that writing takes a while
-NOTHING, PROX, CHECKPOINT, MODEL = range(4)  # what the process is at
+NOTHING, PROX, CHECKPOINT, MODEL = range(4)  # phases of training: optimizer, proximal step, writing either file
 
 
 def load(folder):
-    """The parts as they were when the checkpoint was written, and the steps done."""
+    """Model, optimizer and ProximalStep from the checkpoint, if there is one, and the steps done."""
     parts, done = start(), 0
     parts[2].every = 1
     if (folder / "checkpoint.pt").exists():
@@ -56,7 +56,7 @@ def work(folder, at):
 
 
 def run(context, folder, kill=None, wait=0.0):
-    """Train; kill it so long after it has come to what it is to be killed at. Returns what it was at then."""
+    """Train in a process; kill it ``wait`` seconds after it reached phase ``kill``. Returns the phase at its end."""
     folder.mkdir(exist_ok=True)
     at = torch.zeros(1, dtype=torch.int8).share_memory_()
     process = context.Process(target=work, args=(folder, at), daemon=True)

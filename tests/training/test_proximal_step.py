@@ -1,4 +1,4 @@
-"""ProximalStep: thresholds, schedule, all or nothing, resuming."""
+"""ProximalStep: thresholds, schedule, all-or-nothing errors, resuming, arguments."""
 
 import math
 
@@ -28,7 +28,7 @@ def test_every_k_steps_by_hook_with_the_groups_own_learning_rate():
         torch.testing.assert_close(layer.weight.detach(), W)
 
 
-def test_group_counts_the_bias():
+def test_group_lasso_includes_the_bias():
     model = network()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     rows = torch.cat([model[0].weight, model[0].bias[:, None]], 1).detach()
@@ -39,7 +39,7 @@ def test_group_counts_the_bias():
 
 @pytest.mark.parametrize("where", ["weight", "bias"])
 def test_nan_in_layer_3_of_5_names_it_and_changes_nothing(where):
-    """The bias counts in the group term only, which comes after the nuclear one has shrunk its copies."""
+    """The bias is used by group lasso only, which comes after the nuclear norm has shrunk the clones."""
     model = network()
     prox = ck.ProximalStep(model, torch.optim.SGD(model.parameters(), lr=1.0), nuclear=0.1, group=0.1, l1=0.1)
     with torch.no_grad():
@@ -81,7 +81,7 @@ def train(model, optimizer, steps, start=0):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_resuming_is_bit_identical_to_not_stopping(name, tmp_path):
+def test_resuming_is_bitwise_identical_to_not_stopping(name, tmp_path):
     def start():
         model = network()
         optimizer = OPTIMIZERS[name](model.parameters())
@@ -99,7 +99,7 @@ def test_resuming_is_bit_identical_to_not_stopping(name, tmp_path):
     assert resumed[2].state_dict() == prox.state_dict() and (prox.steps, prox.applied) == (15, 5)
 
 
-def test_frozen_foreign_skipped_and_tied_weights():
+def test_frozen_skipped_and_tied_weights_and_those_of_no_optimizer():
     model = network()
     model[0].requires_grad_(False)
     model[4].weight = model[3].weight
@@ -159,7 +159,7 @@ def test_the_order_may_name_a_subset():
     assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_remove_detaches():
+def test_remove_detaches_from_the_optimizer():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     prox = ck.ProximalStep(model, optimizer, nuclear=0.1, every=1)
@@ -168,7 +168,7 @@ def test_remove_detaches():
     assert prox.applied == prox.steps == 0
 
 
-def test_an_optimizer_of_another_model_is_refused():
+def test_an_optimizer_of_another_model_is_an_error():
     with pytest.raises(ValueError, match="nothing to shrink"):
         ck.ProximalStep(network(), torch.optim.SGD(network().parameters(), lr=1.0))
 
@@ -197,7 +197,7 @@ def test_report():
         ({"nuclear": -1.0}, "strength >= 0"),
         ({"group": math.inf}, "finite strength"),
         ({"nuclear": {"head": 1.0}}, "'head' matches no layer"),
-        ({"every": 0}, "every must be"),
+        ({"every": 0}, "every: wanted"),
         ({"fold": "crane"}, "got 'crane'"),
         ({"order": ("l1", "l1")}, "each at most once"),
         ({"gamma": 1.0}, "gamma: wanted"),

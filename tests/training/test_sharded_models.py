@@ -1,4 +1,4 @@
-"""Sharded models as people have them: biases elsewhere, some layers plain, half types, gathered by a forward pass."""
+"""Sharded models: biases sharded differently, partly sharded models, 16-bit dtypes, models unsharded by forward."""
 
 import copy
 import logging
@@ -31,7 +31,7 @@ def convolutions():
 
 
 def shard(model, kind):
-    if kind == "inputs":  # but the biases by outputs
+    if kind == "inputs":  # the biases are sharded along the outputs
         return fully_shard(model, shard_placement_fn=lambda p: Shard(1) if p.ndim > 1 else None)
     if kind == "weights only":
         biases = {p for name, p in model.named_parameters() if name.endswith("bias")}
@@ -66,7 +66,7 @@ def one_step(rank, build, kind, options):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["outputs", "inputs", "weights only"])
-def test_biases_lie_otherwise(kind, mode):
+def test_biases_sharded_differently_from_weights(kind, mode):
     run(one_step, 2, linear, kind, PENALTIES | {"division": mode})
 
 
@@ -87,7 +87,7 @@ def pair():
     return nn.Sequential(nn.Linear(20, 18), nn.Linear(18, 3)).double()
 
 
-def half_types(rank):
+def dtypes_of_16_bits(rank):
     for dtype in (torch.bfloat16, torch.float16):
         model, wanted = shard(linear().to(dtype), "outputs"), linear().to(dtype)
         prox, expected = (attached(each, nuclear=0.5) for each in (model, wanted))
@@ -97,12 +97,12 @@ def half_types(rank):
         assert rounded(prox.report()) == rounded(expected.report())
 
 
-def test_half_types():
-    run(half_types, 2)
+def test_dtypes_of_16_bits():
+    run(dtypes_of_16_bits, 2)
 
 
-def gathered_by_forward(rank, mode):
-    """After a forward pass without a backward one the modules hold whole weights."""
+def unsharded_by_forward(rank, mode):
+    """After a forward pass without a backward pass FSDP2 modules hold unsharded weights."""
     x = torch.ones(1, 20, dtype=torch.float64)
     model, teacher = shard(linear(), "outputs"), shard(linear(), "outputs")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -116,7 +116,7 @@ def gathered_by_forward(rank, mode):
     assert len(prox.thresholds()) == 3
     prox.step()
     report = prox.report()
-    plain, center = linear(), linear()  # a center that is not sharded does as well
+    plain, center = linear(), linear()  # an unsharded center, too
     with torch.no_grad():
         for p in plain.parameters():
             p.add_(0.3)
@@ -130,8 +130,8 @@ def gathered_by_forward(rank, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_gathered_by_a_forward_pass(mode):
-    run(gathered_by_forward, 2, mode)
+def test_models_left_unsharded_by_forward(mode):
+    run(unsharded_by_forward, 2, mode)
 
 
 def partly_sharded(rank, mode):
@@ -158,7 +158,7 @@ def test_partly_sharded(mode):
 
 
 def frozen_later(rank):
-    """A layer that the last step did not treat is still remembered by everybody."""
+    """The basis of a layer that the last step did not shrink is still in the state of all ranks."""
     model = shard(linear(), "outputs")
     prox = attached(model, nuclear=0.5, division="owner")
     prox.step()
@@ -184,9 +184,9 @@ def two_errors(rank):
     with torch.no_grad():
         for p in model.parameters():
             p.to_local().fill_(1.0)
-    with pytest.raises(ValueError, match="wanted the same state on every process; some have taken 0 steps, others 1"):
+    with pytest.raises(ValueError, match="wanted the same number of steps on every rank; got 0 to 1"):
         prox.step()
 
 
-def test_all_say_the_same():
+def test_all_ranks_raise_the_same_error():
     run(two_errors, 2)

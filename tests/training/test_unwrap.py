@@ -1,4 +1,4 @@
-"""ProximalStep on what training makes of models and optimizers: compiled, wrapped, averaged, scaled."""
+"""ProximalStep with wrapped models and optimizers: torch.compile, checkpointing, DDP, averages, GradScaler."""
 
 import copy
 
@@ -62,7 +62,7 @@ def assert_same_weights(model, wanted):
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
-def inside(wrap):
+def wrapping_submodules(wrap):
     def change(model):
         model[0][2], model[2] = wrap(model[0][2]), wrap(model[2])
         model[0] = wrap(model[0])
@@ -79,11 +79,11 @@ def in_place(model):
 
 WRAPS = {
     "compiled": compiled,
-    "compiled inside": inside(compiled),
+    "compiled inside": wrapping_submodules(compiled),
     "compiled in place": in_place,
-    "checkpointed inside": inside(checkpoint_wrapper),
-    "checkpointed, compiled": inside(lambda module: compiled(checkpoint_wrapper(module))),
-    "compiled, checkpointed": inside(lambda module: checkpoint_wrapper(compiled(module))),
+    "checkpointed inside": wrapping_submodules(checkpoint_wrapper),
+    "checkpointed, compiled": wrapping_submodules(lambda module: compiled(checkpoint_wrapper(module))),
+    "compiled, checkpointed": wrapping_submodules(lambda module: checkpoint_wrapper(compiled(module))),
     "DataParallel, compiled": lambda model: compiled(DataParallel(model)),
     "DistributedDataParallel": DistributedDataParallel,
     "compiled, DistributedDataParallel": lambda model: DistributedDataParallel(compiled(model)),
@@ -94,15 +94,15 @@ WRAPS = {
 
 
 @pytest.fixture
-def alone():
+def process_group():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("wrap", WRAPS)
-def test_a_wrapped_model_trains_as_the_plain_one(wrap, alone):
-    """The same names for patterns, skipped layers and state; the same weights, bit for bit; the state fits either."""
+def test_a_wrapped_model_trains_like_the_model_itself(wrap, process_group):
+    """Same layer names in patterns, ``skipped`` and state; bitwise identical weights and state."""
     plain, wrapped = network(), WRAPS[wrap](network())
     by = {"nuclear": {"0.*": 0.5, "2": 0.2}, "skip": ["0.0"]}
     optimizers = sgd(plain), sgd(wrapped)
@@ -117,14 +117,14 @@ def test_a_wrapped_model_trains_as_the_plain_one(wrap, alone):
 
 @pytest.mark.parametrize("wrap", [compiled, checkpoint_wrapper])
 def test_a_wrapped_layer_with_a_parametrized_weight_is_listed_once(wrap):
-    """Its wrapper shows the layer's attributes as its own."""
+    """The wrapper forwards attributes: it must not count as a layer, too."""
     model = nn.Sequential(wrap(weight_norm(nn.Linear(6, 6))), wrap(spectral_norm(nn.Linear(6, 6))))
     prox = attached(model, sgd(model))
     assert [layer.name for layer in prox.layers] == ["0"] and list(prox.skipped) == ["1"]
 
 
 @pytest.mark.parametrize("wrap", WRAPS)
-def test_wrapped_models_are_compressed_and_saved_without_their_wrappers(wrap, alone, tmp_path):
+def test_wrapped_models_are_compressed_and_saved_without_their_wrappers(wrap, process_group, tmp_path):
     wrapped, plain, x = WRAPS[wrap](network()), network(), torch.randn(4, 6, dtype=torch.float64)
     wrapped(x)
     keys = list(wrapped.state_dict())
@@ -154,8 +154,8 @@ OPTIMIZERS = {
 }
 
 
-def nested(optimizer):
-    """A compiled function of the user's that steps."""
+def compiled_caller(optimizer):
+    """A compiled function that calls ``optimizer.step``."""
 
     def function():
         optimizer.step()
@@ -163,18 +163,23 @@ def nested(optimizer):
     return compiled(function)
 
 
-def itself(optimizer):
+def compiled_step(optimizer):
     return compiled(optimizer.step)
 
 
-COMPILED = [("sgd", itself), ("sgd", nested), ("adamw, fused, tensor lr", itself), ("adam, capturable", nested)]
+COMPILED = [
+    ("sgd", compiled_step),
+    ("sgd", compiled_caller),
+    ("adamw, fused, tensor lr", compiled_step),
+    ("adam, capturable", compiled_caller),
+]
 
 
 @pytest.mark.parametrize(
     ("name", "compiling"), [*((name, None) for name in OPTIMIZERS if "capturable" not in name), *COMPILED]
 )
 def test_the_hook_runs_after_every_third_step_of_any_optimizer(name, compiling):
-    """As often, and with the same result, as proximal steps that are called; compiled ones as eager ones."""
+    """Same number and result as explicit calls of ``step``; compiled optimizers like eager ones."""
 
     def run(every, compiling):
         model = network()
@@ -192,7 +197,7 @@ def test_the_hook_runs_after_every_third_step_of_any_optimizer(name, compiling):
 
     hooked = run(3, compiling)
     assert_same_weights(hooked, run("epoch", compiling))
-    if compiling and "capturable" not in name:  # a compiled step may round otherwise; capturable is refused elsewhere
+    if compiling and "capturable" not in name:  # compiled, it may round differently; eager capturable needs CUDA
         torch.testing.assert_close(hooked.state_dict(), run(3, None).state_dict(), rtol=1e-5, atol=1e-5)
 
 
@@ -219,7 +224,7 @@ def test_a_compiled_function_takes_a_proximal_step():
     compiled(lambda: prox.step())()
     wanted.step()
     assert_same_weights(model, plain)
-    assert not torch._dynamo.utils.counters["stats"], "half a minute of compiling what does not repeat"
+    assert not torch._dynamo.utils.counters["stats"], "compiling the step takes half a minute, and is never reused"
 
 
 def test_compiled_steps_are_compiled_once():
@@ -232,14 +237,14 @@ def test_compiled_steps_are_compiled_once():
         train(model, optimizer, step)
 
 
-def test_steps_that_a_cuda_graph_would_replay_are_refused(monkeypatch):
-    """A replay runs no hook: the proximal steps would silently stay away."""
+def test_capturing_optimizer_steps_in_a_cuda_graph_is_an_error(monkeypatch):
+    """A replay runs no hooks: without an error the proximal steps would silently be missing."""
     model = network()
     optimizer = sgd(model)
     prox = attached(model, optimizer, every=2)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match=r"CUDA graph .* wanted every='epoch'"):
+    with pytest.raises(RuntimeError, match=r"every: wanted 'epoch' .*CUDA graph"):
         optimizer.step()
     prox.every = "epoch"
     optimizer.step()
@@ -272,7 +277,7 @@ def test_steps_that_a_grad_scaler_skips_do_not_count(name, unscale):
 # --- averages -------------------------------------------------------------------------------------------------------
 
 
-def test_the_average_is_of_shrunk_weights_and_has_their_rank_only_where_it_is_given():
+def test_an_average_of_weights_has_full_rank_and_is_compressed_to_the_given_ranks():
     model = network()
     optimizer = sgd(model)
     prox = attached(model, optimizer, group=0.0, l1=0.0, nuclear=2.0, every=1)

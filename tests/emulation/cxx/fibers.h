@@ -58,7 +58,7 @@ struct Context {
 };
 
 constexpr size_t kStack = 256 * 1024, kGuard = 4096;
-constexpr unsigned kNoOrder = 1;  // a switch is not a synchronisation
+constexpr unsigned kNoOrder = 1;  // a switch is not a synchronization
 
 inline void switch_to(Context& from, Context& to) {
   if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(to.tsan, kNoOrder);

@@ -78,8 +78,8 @@ CK_KERNEL(64) ck_planted_half_sum(float* x, int64_t bug) {
   x[threadIdx.x] = v;
 }
 
-// out[i] = in[i ^ 1], from neighbour to neighbour through shared memory.
-CK_KERNEL(32) ck_planted_neighbour(const float* in, float* out, int64_t bug) {
+// out[i] = in[i ^ 1], from neighbor to neighbor through shared memory.
+CK_KERNEL(32) ck_planted_neighbor(const float* in, float* out, int64_t bug) {
   CK_SHARED(float, kept);
   const int i = threadIdx.x;
   kept[i] = in[i];
@@ -139,5 +139,5 @@ CK_KERNEL(256) ck_convert(const void* in, int64_t from, void* out, int64_t to, i
 
 #define CK_PLANTED(X)                                                                                      \
   X(ck_planted_reverse) X(ck_planted_static) X(ck_planted_count) X(ck_planted_last) X(ck_planted_half_sum) \
-  X(ck_planted_neighbour) X(ck_planted_through) X(ck_planted_either)                                       \
+  X(ck_planted_neighbor) X(ck_planted_through) X(ck_planted_either)                                       \
   X(ck_shuffles) X(ck_votes) X(ck_convert)

@@ -17,7 +17,7 @@ from compaware_kernels.proximal.cuda import backend
 from tests.helpers import solver_checks as checks
 
 missing = (
-    (backends.missing() or cuda_launcher.missing())
+    (backends.triton_missing() or cuda_launcher.missing())
     if torch.cuda.is_available()
     else "torch.cuda.is_available() is False"
 )
@@ -40,6 +40,13 @@ def no_waiting():
 @pytest.mark.parametrize("dtype", checks.ROUNDING, ids=str)
 def test_values(dtype, shapes):
     checks.check_values(DEVICE, dtype, shapes, calls=5)
+
+
+@pytest.mark.parametrize("shapes", [checks.FEW, checks.MANY], ids=["few", "many"])
+@pytest.mark.parametrize("dtype", checks.ROUNDING, ids=str)
+@pytest.mark.parametrize("gamma", [1.2, 3.0])
+def test_firm_values(gamma, dtype, shapes):
+    checks.check_values(DEVICE, dtype, shapes, calls=5, gamma=gamma)
 
 
 def test_other_stream():

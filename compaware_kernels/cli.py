@@ -62,31 +62,10 @@ def demo(
 
     Prints a table, and writes an HTML report with curves of accuracy against size, the results and the networks.
     """
-    from .demo import experiment, report
-    from .study import images
+    from .demo import command
 
     torch.set_num_threads(threads)
-    dataset = images.idx_folder(data) if data else images.digits()
-    out.mkdir(parents=True, exist_ok=True)
-    settings = experiment.Settings(seeds=seeds, epochs=epochs, tune_epochs=tune_epochs, nuclear=nuclear, group=group)
-    with _progress() as progress:
-        task = progress.add_task("starting", total=experiment.units(settings))
-        result = experiment.run(dataset, settings, lambda what: progress.update(task, advance=1, description=what))
-    paths = report.write(result, out)
-    checkpoint.save(result.dense, out / "dense.safetensors")
-    paths["compression-aware network before compression (seed 0)"] = out / "dense.safetensors"
-    if result.model is not None:
-        checkpoint.save(result.model, out / "small.safetensors")
-        paths["the same compressed, within 1 point of plain"] = out / "small.safetensors"
-    columns = ("rank rule", "training", "multiply-adds", "parameters", "accuracy, %", "fine-tuned, %")
-    print(f"{dataset.name}, means over {seeds} seed(s)\n")
-    print(text_table(columns, report.summary_rows(result), right=range(2, 6)))
-    print("\nAt the plain network's held-out accuracy less 1 point:")
-    for tuned in (False, True) if tune_epochs else (False,):
-        print(f"  {report.need_line(experiment.need(result, tuned))}")
-    print("\nWritten:")
-    for name, path in paths.items():
-        print(f"  {name}: {path}")
+    command.run(command.settings(data, seeds, epochs, tune_epochs, nuclear, group), out, _progress)
 
 
 @app.command()

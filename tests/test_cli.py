@@ -93,8 +93,16 @@ def test_demo_on_idx_files_writes_report_results_and_models(tmp_path, command_li
     done = run("demo", "--data", tmp_path, "--seeds", 1, "--epochs", 1, "--tune-epochs", 1, "--out", out)
     assert done.returncode == 0, done.stderr
     page = (out / "report.html").read_text()
-    assert page.count("<svg") == 3 and "<script" not in page and "<link" not in page
-    assert len(json.loads((out / "results.json").read_text())["runs"]) == 2
+    assert page.count("<svg") == 5 and "<script" not in page and "<link" not in page
+    assert "Measured time" not in page and "Zeros free" not in page  # neither is part of the demo
+    results = json.loads((out / "results.json").read_text())
+    assert [record["key"]["arm"] for record in results["records"]] == ["plain", "nuclear+group"]
+    assert {path.name for path in out.iterdir()} - {"small.safetensors"} == {
+        "report.html", "results.json", "curves.svg", "dense.safetensors"
+    }  # fmt: skip
+    sizes = [sum(p.numel() for p in ck.load(path, small_convnet()).parameters()) for path in out.glob("*.safetensors")]
+    assert max(sizes) == results["records"][0]["params"]
+    assert done.stdout.count("compression-aware") >= 12 and "of the plain one's multiply-adds" in done.stdout
     (tmp_path / "t10k-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03")
     assert (
         "not an IDX file"

@@ -1,3 +1,3 @@
-"""Utilities of all packages: atomic file writes, dtypes, text tables, SVG figures. Imports none of them."""
+"""Utilities of all packages: atomic file writes, dtypes, eval mode, text tables. Imports none of them."""
 
 __all__: list[str] = []

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._utils.eval_mode import eval_mode
 from ..folds import CONVS, row_axes
 from ..nn.factorization import SVD, singular_values
 
@@ -69,17 +70,13 @@ class Calibration:
             if type(module).forward in FORWARDS
         ]  # fmt: skip
         self._folds, count = folds, 0
-        modes = {module: module.training for module in model.modules()}
         try:
-            model.eval()
-            with torch.no_grad():
+            with eval_mode(model), torch.no_grad():
                 for count, batch in enumerate(batches, 1):  # noqa: B007
                     if not isinstance(batch, Sequence):
                         raise TypeError(f"calibration: wanted {WANTED}; got one of {type(batch).__name__}")
                     model(*batch)
         finally:
-            for module, training in modes.items():
-                module.training = training
             for hook in hooks:
                 hook.remove()
         if not count:

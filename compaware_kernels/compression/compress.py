@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .. import ranks as rank_rules
 from .._utils.tables import text_table
 from ..folds import FOLDS, row_axes
-from ..nn.discovery import Layer, foldable_layers, require_matches
+from ..nn.discovery import Layer, foldable_layers
 from ..nn.factorization import SVD
 from ..nn.module_surgery import replace, to_channels_last
 from ..nn.registry import low_rank_type, why_dense
 from ..nn.unwrap import without_wrappers
 from . import latency_model
+from .arguments import RankRule, inputs_tuple, rank_of, rule_of, rules_by_pattern
 from .calibration import Calibration, WeightedSVD
 from .dead_neurons import remove_dead_neurons
 from .fx_trace import same_outputs
 from .macs import count_macs
 
-__all__ = ["CompressReport", "LayerReport", "RankRule", "compress"]
-
-RankRule = Callable[[Tensor], int]
+__all__ = ["CompressReport", "LayerReport", "compress"]
 
 
 @dataclass
@@ -124,15 +122,13 @@ def compress(
             weight or in what a layer reads while calibrating, no calibration inputs, a rule that returns no rank.
         TypeError: example_inputs is a tensor instead of a tuple.
     """
-    if isinstance(example_inputs, Tensor):
-        raise TypeError("example_inputs: wanted a tuple of the model's inputs, (x,); got a tensor")
+    inputs = inputs_tuple(example_inputs)
     if goal not in ("speed", "size") or (measure and goal == "size"):
         raise ValueError(f"goal must be speed or size, and only speed is measured; got {goal!r}, measure={measure}")
-    model, inputs, folds = without_wrappers(model), tuple(example_inputs), FOLDS if fold == "auto" else (fold,)
+    model, folds = without_wrappers(model), FOLDS if fold == "auto" else (fold,)
     row_axes(folds[0], 0)
     layers, skipped = foldable_layers(model, skip)
-    rules = ranks if isinstance(ranks, Mapping) else {"*": ranks}
-    require_matches(list(rules), [layer.name for layer in layers], "ranks")
+    rules = rules_by_pattern(ranks, [layer.name for layer in layers])
     for layer in layers:
         if not layer.weight.isfinite().all():
             raise ValueError(f"{layer.name}: its weight contains NaN or Inf; nothing was compressed")
@@ -178,8 +174,9 @@ def _factorize(
     seen = {} if inputs is None else latency_model.record(model, names, inputs)
     for name in names:
         dense, gain = model.get_submodule(name), None
-        rule = next((rule for pattern, rule in rules.items() if fnmatchcase(name, pattern)), None)
-        reason, candidates = _candidates(model, name, dense, rule, folds, inputs is not None, calibration)
+        reason, candidates = _candidates(
+            model, name, dense, rule_of(rules, name), folds, inputs is not None, calibration
+        )
         if inputs is None:
             choice = min(candidates, key=lambda c: _size(low_rank_type(dense).like(dense, c[1], c[0])), default=None)
         elif candidates and name in seen:
@@ -216,10 +213,7 @@ def _candidates(
             continue
         shapes.add(M.shape)
         svd = calibration.svd(name, fold, M) if calibration else SVD.of(M)
-        rank = rule(svd.s)
-        if not isinstance(rank, int) or rank < 0:
-            raise ValueError(f"{name}: the rank rule must return a whole number >= 0; got {rank!r}")
-        m, n = M.shape[-2:]
+        rank, (m, n) = rank_of(name, rule, svd.s), M.shape[-2:]
         rank, limit, eights = max(rank, 1), rank_rules.break_even(m, n), -(-rank // 8) * 8
         if rank > limit:
             reason = f"rank {rank} of a {m} x {n} matrix is not smaller (break-even: {limit})"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from ..folds import CONVS, TRANSPOSED
 from ..nn.conv import LowRankConv2d
@@ -17,6 +17,7 @@ from ..nn.discovery import Layer
 from ..nn.lowrank import MODULES, LowRank
 from ..nn.module_surgery import NORMS, is_plain, is_shared, resized, sizes, to_channels_last
 from ..nn.registry import LOW_RANK
+from .arguments import inputs_tuple
 from .fx_trace import is_in_place, same_outputs, trace
 
 __all__ = ["fuse"]
@@ -52,9 +53,7 @@ def fuse(model: nn.Module, example_inputs: Sequence[object]) -> nn.Module:
         TypeError: example_inputs is a tensor instead of a tuple.
         ValueError: torch.fx cannot trace the model, or the fused model does not give the same outputs.
     """
-    if isinstance(example_inputs, Tensor):
-        raise TypeError("example_inputs: wanted a tuple of the model's inputs, (x,); got a tensor")
-    reference, inputs = copy.deepcopy(model).eval(), tuple(example_inputs)
+    inputs, reference = inputs_tuple(example_inputs), copy.deepcopy(model).eval()
     try:
         graph, _ = trace(reference, inputs)
     except Exception as error:  # tracing runs the user's code

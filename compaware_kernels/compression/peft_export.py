@@ -25,7 +25,7 @@ from ..nn.discovery import require_matches
 from ..nn.factorization import SVD
 from ..nn.unwrap import without_wrappers
 from ..ranks import break_even
-from .compress import RankRule
+from .arguments import RankRule, rank_of, rule_of, rules_by_pattern
 
 __all__ = ["LoraLayer", "LoraReport", "export_lora", "noise_floor"]
 
@@ -116,14 +116,13 @@ def export_lora(
     Source: Hu et al., LoRA, ICLR 2022. The format is that of PEFT 0.21 (https://github.com/huggingface/peft).
     """
     folder, model, base = _target(path), without_wrappers(model), without_wrappers(base)
-    rules = ranks if isinstance(ranks, Mapping) else {} if ranks is None else {"*": ranks}
     names = [name for name, _ in model.named_modules()]
     require_matches(whole, names, "whole")
-    require_matches(list(rules), names, "ranks")
+    rules = rules_by_pattern(ranks, names)
     layers, biases, wholly = _sorted(model, _changed(model, base), whole)
     found = {}
     for name in layers:
-        rule = next((rule for pattern, rule in rules.items() if fnmatchcase(name, pattern)), _all_that_count)
+        rule = rule_of(rules, name) or _all_that_count
         found[name] = _factorized(name, model.get_submodule(name), base.get_submodule(name), rule)
     wholly |= {name: entry.note for name, (entry, *_) in found.items() if entry.note}
     wholly = _as_peft_finds(wholly, model)
@@ -220,10 +219,7 @@ def _factorized(name: str, module: nn.Module, base: nn.Module, rule: RankRule) -
         return LoraLayer(name, type(module).__name__, 0, m * n, 0, min(m, n), 0.0), W, W
     svd = SVD.of(M)
     s = torch.where(svd.s > noise_floor(W.flatten(1), float(svd.s[0, 0])), svd.s, 0)
-    rank = rule(s)
-    if not isinstance(rank, int) or rank < 0:
-        raise ValueError(f"{name}: the rank rule must return a whole number >= 0; got {rank!r}")
-    rank = min(rank, _all_that_count(s))
+    rank = min(rank_of(name, rule, s), _all_that_count(s))
     B, A = (factor[0] for factor in svd.factors(rank, W.dtype))
     error = float((M[0] - B.double() @ A.double()).norm() / M.norm())
     limit = break_even(m, n)

@@ -20,6 +20,7 @@ from ..nn.module_surgery import replace
 from ..nn.registry import low_rank_type, why_dense
 from ..nn.unwrap import without_wrappers
 from ..ops.validation import check_finite
+from .arguments import inputs_tuple
 from .calibration import Calibration
 from .macs import count_macs
 
@@ -87,14 +88,13 @@ def allocate(
             needs (which is said); NaN or Inf in a weight or in what a layer reads while calibrating.
         TypeError: example_inputs or a batch of calibration inputs is a tensor instead of a tuple.
     """
-    if isinstance(example_inputs, Tensor):
-        raise TypeError("example_inputs: wanted a tuple of the model's inputs, (x,); got a tensor")
+    inputs = inputs_tuple(example_inputs)
     row_axes(fold, 0)
     if of not in ("macs", "params") or by not in _WAYS:
         raise ValueError(f"wanted of=macs or params, by={' or '.join(_WAYS)}; got of={of!r}, by={by!r}")
     if not (isinstance(budget, (int, float)) and 0 < budget <= 1):
         raise ValueError(f"budget: wanted a share of the dense cost, above 0 and up to 1; got {budget!r}")
-    layers = _layers(without_wrappers(model), tuple(example_inputs), of, fold, skip, calibration)
+    layers = _layers(without_wrappers(model), inputs, of, fold, skip, calibration)
     dense, least = (sum(float(layer.costs[i]) for layer in layers) for i in (-1, 0))
     if budget * dense < least:
         raise ValueError(f"budget: rank 1 everywhere needs {least / dense:.4g} of the dense {of}; got {budget}")

@@ -1,1 +1,1 @@
-"""``compaware demo``: the main job from data to report."""
+"""``compaware demo``: a study of two ways of training, plain and compression-aware."""

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
+from ..compression.arguments import RankRule
 from ..compression.checkpoint import save
-from ..compression.compress import CompressReport, RankRule
+from ..compression.compress import CompressReport
 from ..compression.compress import compress as compress_model
 from ..nn.discovery import foldable_layers
 from ..nn.unwrap import name_without_wrappers, unwrapped

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,16 +64,26 @@ def _(V, U, groups):
 # --- lowrank_conv2d ---------------------------------------------------------------------------------------------------
 
 
-def parts(fold: str, *values: Ints) -> tuple[list[Ints], list[Ints]]:
-    """Stride, padding and dilation of the first and of the second convolution: each axis goes where its kernel is."""
-    k = row_axes(fold, 2)
+class Geometry(NamedTuple):
+    """A low-rank convolution but for its tensors: the last arguments of its ops, in their order."""
 
-    def on_axes(start: int, stop: int) -> list[Ints]:
-        plain = (1, 0, 1)  # stride, padding, dilation of an axis whose kernel is the other's
-        return [[v if start <= i < stop else other for i, v in enumerate(value)]
-                for value, other in zip(values, plain, strict=True)]  # fmt: skip
+    stride: Ints
+    padding: Ints
+    dilation: Ints
+    groups: int
+    fold: str
+    activation: str
 
-    return on_axes(k, 2), on_axes(0, k)
+    def parts(self) -> tuple[list[Ints], list[Ints]]:
+        """Stride, padding, dilation of the first and of the second convolution: each axis goes where its kernel is."""
+        k = row_axes(self.fold, 2)
+
+        def on_axes(start: int, stop: int) -> list[Ints]:
+            plain = (1, 0, 1)  # stride, padding, dilation of an axis whose kernel is the other's
+            return [[v if start <= i < stop else other for i, v in enumerate(value)]
+                    for value, other in zip(self[:3], plain, strict=True)]  # fmt: skip
+
+        return on_axes(k, 2), on_axes(0, k)
 
 
 def format_of(x: Tensor, V: Tensor) -> torch.memory_format:
@@ -88,7 +99,7 @@ def lowrank_two_step(
 ) -> Tensor:  # fmt: skip
     """Two convolutions in channels_last; what the kernels fall back to."""
     check(activation, fold)
-    first, second = parts(fold, stride, padding, dilation)
+    first, second = Geometry(stride, padding, dilation, groups, fold, activation).parts()
     T = F.conv2d(x.contiguous(memory_format=torch.channels_last), V, None, *first, groups)
     y = F.conv2d(T, U, bias, *second, groups)
     y = ACTIVATIONS[activation](y if residual is None else y + residual)
@@ -120,9 +131,9 @@ def _out(size: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints) 
     return [(size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
 
 
-def _conv2d_fake(x, V, U, bias, residual, stride, padding, dilation, groups, fold, activation):
+def _conv2d_fake(x, V, U, bias, residual, *geometry):
     kernel = [V.shape[2 + i] * U.shape[2 + i] for i in range(2)]  # one of the two factors is 1 along each axis
-    y = x.new_empty(x.shape[0], U.shape[0], *_out(x.shape[2:], kernel, stride, padding, dilation))
+    y = x.new_empty(x.shape[0], U.shape[0], *_out(x.shape[2:], kernel, *geometry[:3]))
     return y.contiguous(memory_format=format_of(x, V))
 
 
@@ -135,8 +146,8 @@ def _(x, V, U, bias, residual, packed, *rest):
 
 
 @register_flop_formula([torch.ops.compaware.lowrank_conv2d, torch.ops.compaware.lowrank_conv2d_])
-def _(x, V, U, bias, residual, packed, stride, padding, dilation, groups, fold, activation, *, out_shape) -> int:
-    first, second = parts(fold, stride, padding, dilation)
+def _(x, V, U, bias, residual, packed, *geometry, out_shape) -> int:
+    first, second = Geometry(*geometry).parts()
     T = [x[0], V[0], *_out(x[2:], V[2:], *first)]
     y = [x[0], U[0], *_out(T[2:], U[2:], *second)]
     return conv_flop_count(list(x), list(V), T) + conv_flop_count(T, list(U), y)
@@ -166,22 +177,20 @@ def _slope(activation: str, y: Tensor, before) -> Tensor | float:
 
 def _conv2d_backward(ctx, grad: Tensor):
     x, V, U, bias, residual, y = ctx.saved_tensors
-    *geometry, groups, fold, activation = ctx.geometry
-    first, second = parts(fold, *geometry)
-    grad = grad * _slope(
-        activation, y, lambda: lowrank_conv2d(x, V, U, bias, residual, None, *geometry, groups, fold, "none")
-    )
-    T = F.conv2d(x, V, None, *first, groups)
-    grad_T, grad_U, _ = _convolution_backward(grad, T, U, *second, groups, True, ctx.needs_input_grad[2])
-    grad_x, grad_V, _ = _convolution_backward(grad_T, x, V, *first, groups, *ctx.needs_input_grad[:2])
+    geometry = Geometry(*ctx.geometry)
+    sums, (first, second) = geometry._replace(activation="none"), geometry.parts()
+    grad = grad * _slope(geometry.activation, y, lambda: lowrank_conv2d(x, V, U, bias, residual, None, *sums))
+    T = F.conv2d(x, V, None, *first, geometry.groups)
+    of_x, of_V, of_U = ctx.needs_input_grad[:3]
+    grad_T, grad_U = _convolution_backward(grad, T, U, second, geometry.groups, (True, of_U))
+    grad_x, grad_V = _convolution_backward(grad_T, x, V, first, geometry.groups, (of_x, of_V))
     grad_bias = None if bias is None else grad.sum((0, 2, 3))
     return grad_x, grad_V, grad_U, grad_bias, None if residual is None else grad, *[None] * 7
 
 
-def _convolution_backward(grad, x, W, stride, padding, dilation, groups, of_x, of_W):
-    return torch.ops.aten.convolution_backward(
-        grad, x, W, None, stride, padding, dilation, False, [0, 0], groups, [of_x, of_W, False]
-    )
+def _convolution_backward(grad, x, W, part: list[Ints], groups: int, wanted: tuple[bool, bool]):
+    """Gradients by ``x`` and ``W``, those that are wanted, of a convolution of that stride, padding and dilation."""
+    return torch.ops.aten.convolution_backward(grad, x, W, None, *part, False, [0, 0], groups, [*wanted, False])[:2]
 
 
 lowrank_conv2d.register_autograd(_conv2d_backward, setup_context=_save)

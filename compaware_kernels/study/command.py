@@ -37,7 +37,7 @@ def _run(work: Study, images: Source, processes: int, progress: Callable[[], Pro
     print(f"{len(settings.keys)} trainings, {len(left)} left")
     with progress() as bar:
         if left:
-            task = bar.add_task("starting", total=len(left) * work.units)
+            task = bar.add_task("starting", total=len(left) * settings.units)
             work.run(processes, lambda key: bar.update(task, advance=1, description=str(key)))
         records = work.records()
         timing = bar.add_task("measuring time", total=1)

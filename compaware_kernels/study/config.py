@@ -47,7 +47,7 @@ class Config:
 
     Attributes:
         data: ``digits``, a folder of IDX files, or one of images, ``train/CLASS/IMAGE`` and ``val/CLASS/IMAGE``.
-        network: ``dec``, ``resnet20``, ``mlp``, or any of timm's, ``timm/NAME``.
+        network: ``dec``, ``resnet20``, ``mlp``, ``small_convnet``, or any of timm's, ``timm/NAME``.
         weights: to start from: ``timm``, its pretrained ones, or a safetensors file; else random ones.
         seeds: trainings per arm and strength.  validation: share of the training images that choices are made on.
         epochs, batch, lr, momentum: of SGD with a cosine schedule, the same for every arm.
@@ -176,6 +176,11 @@ class Config:
         """The settings, beside the data, that a finished training depends on, whatever other arms there are."""
         others = ("data", "seeds", "device", "workers", "lost", "arms", "map")
         return {k: v for k, v in self.to_dict().items() if k not in others}
+
+    @property
+    def units(self) -> int:
+        """How often a training, with all that follows, calls ``advance``."""
+        return self.epochs + len(self.rules) + len(self.sparsities)
 
     @property
     def devices(self) -> list[torch.device]:

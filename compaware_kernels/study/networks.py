@@ -40,6 +40,17 @@ def dec(channels: int, classes: int, size: int = 28) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * rest * rest, classes))
 
 
+def small_convnet(classes: int = 10, channels: int = 1) -> nn.Sequential:
+    """Three 3 x 3 convolutions and two linear layers; any image of 4 x 4 pixels or more."""
+    return nn.Sequential(
+        nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveMaxPool2d(2), nn.Flatten(),
+        nn.Linear(256, 64), nn.ReLU(),
+        nn.Linear(64, classes),
+    )  # fmt: skip
+
+
 class _Block(nn.Module):
     """Two 3 x 3 convolutions and a shortcut without weights (He et al., CVPR 2016, option A)."""
 
@@ -69,7 +80,10 @@ def resnet20(channels: int, classes: int, size: int = 28) -> nn.Sequential:
     )  # fmt: skip
 
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "dec": dec, "resnet20": resnet20}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": mlp, "dec": dec, "resnet20": resnet20,
+    "small_convnet": lambda channels, classes, size: small_convnet(classes, channels),
+}  # fmt: skip
 
 
 def is_network(name: str) -> bool:

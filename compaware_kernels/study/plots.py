@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from statistics import mean, stdev
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from .._utils.html import log_axis
 from .arms import ARMS
 from .curves import Arms, Choice, curve, need, needs, sizes
 from .runs import Record
 
-__all__ = ["chosen", "curves", "least", "over_time", "sensitivity", "spectra", "totals"]
+__all__ = ["chosen", "curves", "least", "over_time", "sensitivity", "spectra", "svg", "totals"]
+
+# With a fixed salt the ids in an SVG are reproducible: the same results give the same file.
+matplotlib.rcParams.update(
+    {"svg.fonttype": "none", "svg.hashsalt": "compaware", "font.size": 11, "font.family": "sans-serif"}
+)
 
 _COLOURS = ("#444444", "#d1495b", "#d1495b", "#8f1d2c", "#8f1d2c", "#2a7f9e", "#2a7f9e", "#e0a100", "#e0a100",
             "#6f4ba0", "#6f4ba0", "#3a8f4d", "#8a8a8a", "#3a8f4d")  # fmt: skip
@@ -42,7 +49,7 @@ def curves(arms: Arms, choice: Choice, axes: Sequence[str], chance: float) -> Fi
         ax.annotate(f"plain accuracy less {choice.lost:g}", **where, bbox=white, color="#666", fontsize=9, zorder=4)
         ax.set_title(least(arms, choice, axis), fontsize=10)
         ax.set(xscale="log", xlabel=LABELS[axis], ylabel="test accuracy, %", ylim=_range(plain, choice.lost))
-        log_axis(ax.xaxis)
+        _log_axis(ax.xaxis)
         ax.grid(alpha=0.25, which="both")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=9, loc="outside lower center", ncols=2 * len(axes), frameon=False)
@@ -59,6 +66,14 @@ def least(arms: Arms, choice: Choice, axis: str) -> str:
     text = f"least at that accuracy: {ARMS[order[0]].title}{shares[order[0]]}"
     ours = next((arm for arm in order if arm in OURS), None)
     return text if ours in (order[0], None) else f"{text}\nthis project's: {ARMS[ours].title}{shares[ours]}"
+
+
+def _log_axis(axis) -> None:
+    """Ticks at 1, 2 and 5 of every decade of a logarithmic axis, labeled 1k, 2k, 5k, ..., 1M."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1e6:g}M" if v >= 1e6 else f"{v / 1e3:g}k" if v >= 1e3
+                                           else f"{v:g}"))  # fmt: skip
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _line(ax: Axes, arm: str, at: list[float], values: list[list[float]]) -> None:
@@ -162,3 +177,10 @@ def chosen(arms: Arms, arm: str, choice: Choice) -> Record | None:
     records = arms[arm].get(0, [])
     point = need(choice.of(records), choice, arms["plain"][0][0].validation - choice.lost)
     return next((r for r in records if any(p is point for p in r.points)), None)
+
+
+def svg(figure: Figure) -> str:
+    """SVG element of the figure, to embed in HTML: without XML declaration and doctype."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]

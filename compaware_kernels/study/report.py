@@ -11,22 +11,22 @@ from statistics import mean
 from jinja2 import Environment
 
 from .._utils.atomic_write import write_text
-from .._utils.html import svg
 from . import latency, plots
 from .arms import ARMS
 from .config import Config, Key
 from .curves import Arms, Choice, area, by_arm, curve, needs, sizes, spread
 from .data import Source
+from .plots import svg
 from .points import LOW_RANK, SPARSE
 from .runs import Record
 
 RULE = "energy:0.99"  # of the sensitivity map, where the study has it; else its last rule
 
 
-def write(config: Config, data: Source, records: list[Record], folder: Path, timed: str) -> dict[str, Path]:
+def write(config: Config, data: Source, records: list[Record], folder: Path, timed: str = "") -> dict[str, Path]:
     """Write ``results.json``, ``report.html`` and ``curves.svg`` into ``folder``, atomically; returns the paths.
 
-    ``timed`` is the machine that measured milliseconds.
+    ``timed`` is the machine that measured milliseconds; "" where none did.
     """
     arms, best = by_arm(records, config), Choice(config.tune_epochs > 0, lost=config.lost)
     chance = 100 / data.classes
@@ -39,7 +39,7 @@ def write(config: Config, data: Source, records: list[Record], folder: Path, tim
         choices=[(describe(c), svg(plots.curves(arms, c, ("macs",), chance)), rows(arms, c, chance))
                  for c in choices(config)],
         others=svg(plots.curves(arms, best, ("params", "bytes"), chance)),
-        latency=svg(plots.curves(arms, best, ("milliseconds",), chance)), images=latency.IMAGES,
+        latency=svg(plots.curves(arms, best, ("milliseconds",), chance)) if timed else None, images=latency.IMAGES,
         over_time=svg(plots.over_time(arms, best)), spectra=svg(plots.spectra(arms, best)),
         map=svg(figure) if figure else None, diverged=[str(r.key) for r in records if r.diverged], ours=plots.OURS,
         arms=[(arm, about(arm), "; ".join(Key(arm, tuple(s.items()), 0).setting for s in config.arms[arm]))

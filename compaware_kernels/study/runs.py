@@ -103,11 +103,6 @@ class Study:
         except (KeyError, TypeError) as error:
             raise ValueError(f"{self.folder}: a record of another version: {error}") from error
 
-    @property
-    def units(self) -> int:
-        """How often a training calls ``advance``."""
-        return self.config.epochs + len(self.config.rules) + len(self.config.sparsities)
-
     @contextmanager
     def alone(self) -> Iterator[None]:
         """While no other process works in this folder; who is alone may ask again, the pool's processes are not asked.
@@ -160,29 +155,33 @@ class Study:
         path = self.path(key)
         part = path.with_suffix(".running")
         try:
-            run = fit(self.config, key, data, part, advance)
-            record = self._record(key, run, data, advance)
+            done = record(self.config, key, fit(self.config, key, data, part, advance), data, advance)
         except Diverged as error:
-            record = Record(key, diverged=str(error))
+            done = Record(key, diverged=str(error))
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, asdict(record))
+        write_json(path, asdict(done))
         shutil.rmtree(part, ignore_errors=True)
-        return record
+        return done
 
-    def _record(self, key: Key, run: Trained, data: Source, advance: Callable[[], None]) -> Record:
-        sizes = whole(run, data)
-        layers = foldable_layers(run.model)[0]
-        return Record(
-            key,
-            machine=machine(),
-            validation=accuracy(run.model, data.validation()),
-            test=accuracy(run.model, data.test()),
-            params=sizes.params, macs=sizes.macs, bytes=sizes.bytes,
-            seconds=run.seconds, losses=run.losses, ranks=run.ranks, rows=run.rows,
-            spectra={layer.name: singular_values(layer.matrix())[0].tolist() for layer in layers},
-            facts=run.arm.facts(),
-            points=points(run, self.config, key.seed, data, advance),
-        )  # fmt: skip
+
+def record(config: Config, key: Key, run: Trained, data: Source, advance: Callable[[], None]) -> Record:
+    """What a trained network is worth, as it is and compressed; ``advance`` is called after every compression.
+
+    Raises:
+        Diverged: two factors of a layer are finite, but not their product.
+    """
+    sizes, layers = whole(run, data), foldable_layers(run.model)[0]
+    return Record(
+        key,
+        machine=machine(),
+        validation=accuracy(run.model, data.validation()),
+        test=accuracy(run.model, data.test()),
+        params=sizes.params, macs=sizes.macs, bytes=sizes.bytes,
+        seconds=run.seconds, losses=run.losses, ranks=run.ranks, rows=run.rows,
+        spectra={layer.name: singular_values(layer.matrix())[0].tolist() for layer in layers},
+        facts=run.arm.facts(),
+        points=points(run, config, key.seed, data, advance),
+    )  # fmt: skip
 
 
 def write_json(path: Path, table: dict) -> None:

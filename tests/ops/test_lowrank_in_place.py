@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compaware_kernels.folds import FOLDS
 from compaware_kernels.ops import lowrank
+from compaware_kernels.ops.lowrank import Geometry
 from tests.helpers import lowrank_checks as checks
 from tests.helpers.lowrank_checks import ACTIVATIONS, CONV, LINEAR, conv2d_case, linear_case
 from tests.ops.test_lowrank import CONV_ARGS, CONV_REFUSALS, LINEAR_ARGS, A, kernel, ops, positional
@@ -144,11 +145,8 @@ def flops(f, *args):
 def test_flops_are_those_of_two_convolutions(fold):
     for name in CONV:
         args = conv2d_case(name, fold, residual=True)
-        geometry = (
-            args.get(key, default) for key, default in CONV_ARGS.items() if key in ("stride", "padding", "dilation")
-        )
-        first, second = lowrank.parts(fold, *geometry)
-        groups = args.get("groups", 1)
+        geometry = Geometry(*(args.get(key, CONV_ARGS[key]) for key in Geometry._fields))
+        (first, second), groups = geometry.parts(), geometry.groups
 
         def two(x, V, U, first=first, second=second, groups=groups):
             return F.conv2d(F.conv2d(x, V, None, *first, groups), U, None, *second, groups)

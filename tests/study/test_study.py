@@ -200,7 +200,7 @@ def test_damaged_record_is_named(data, tmp_path):
 def test_records_round_trip(data, tmp_path):
     study, seen = Study(replace(CONFIG, arms={"group": [{"group": 0.8}], "plain": [{}]}), "digits", tmp_path), []
     record = study.train(key("group"), data, lambda: seen.append(1))
-    assert study.records() == [record] and len(seen) == study.units
+    assert study.records() == [record] and len(seen) == study.config.units
     assert [p.kind for p in record.points] == [LOW_RANK, LOW_RANK, SPARSE] and record.key == key("group")
     for point in record.points[:2]:
         model = restructured(fit.build("dec", (1, 8, 8), 10, 1), point.structure, "")

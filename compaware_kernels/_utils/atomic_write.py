@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 
-__all__ = ["atomic_folder", "atomic_write", "write_text"]
+__all__ = ["OLD", "atomic_folder", "atomic_write", "write_text"]
 
 OLD = ".compaware-old"  # name, in the temporary folder, of the folder that is being replaced
 

@@ -14,7 +14,7 @@ from .._utils.atomic_write import atomic_write
 from ..nn.lowrank import LowRank
 from ..nn.module_surgery import NORMS, replace, resized, sizes
 from ..nn.registry import LOW_RANK, low_rank_type
-from ..nn.unwrap import bare
+from ..nn.unwrap import without_wrappers
 
 __all__ = ["CheckpointError", "load", "restructured", "save", "structure_of"]
 
@@ -35,7 +35,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     Raises:
         OSError: the folder is missing or cannot be written; nothing is left behind.
     """
-    model = bare(model)
+    model = without_wrappers(model)
     metadata = {"format": FORMAT, "layers": json.dumps(structure_of(model))}
     try:
         with atomic_write(path) as new:
@@ -87,7 +87,7 @@ def restructured(model: nn.Module, structure: dict[str, dict], source: str) -> n
     Raises:
         CheckpointError: it is of another architecture; says ``source`` and the layer.
     """
-    model = copy.deepcopy(bare(model))
+    model = copy.deepcopy(without_wrappers(model))
     for name, entry in structure.items():
         model = _restructure(model, name, entry, source)
     return model

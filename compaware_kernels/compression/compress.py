@@ -17,14 +17,12 @@ from ..nn.discovery import Layer, foldable_layers, require_matches
 from ..nn.factorization import SVD
 from ..nn.module_surgery import replace, to_channels_last
 from ..nn.registry import low_rank_type, why_dense
-from ..nn.unwrap import bare
+from ..nn.unwrap import without_wrappers
 from . import latency_model
 from .calibration import Calibration, WeightedSVD
 from .dead_neurons import remove_dead_neurons
 from .fx_trace import same_outputs
 from .macs import count_macs
-
-__all__ = ["CompressReport", "LayerReport", "RankRule", "compress"]
 
 RankRule = Callable[[Tensor], int]
 
@@ -128,7 +126,7 @@ def compress(
         raise TypeError("example_inputs: wanted a tuple of the model's inputs, (x,); got a tensor")
     if goal not in ("speed", "size") or (measure and goal == "size"):
         raise ValueError(f"goal must be speed or size, and only speed is measured; got {goal!r}, measure={measure}")
-    model, inputs, folds = bare(model), tuple(example_inputs), FOLDS if fold == "auto" else (fold,)
+    model, inputs, folds = without_wrappers(model), tuple(example_inputs), FOLDS if fold == "auto" else (fold,)
     row_axes(folds[0], 0)
     layers, skipped = foldable_layers(model, skip)
     rules = ranks if isinstance(ranks, Mapping) else {"*": ranks}

@@ -23,7 +23,7 @@ from .._utils.tables import text_table
 from ..folds import CONVS, to_matrix
 from ..nn.discovery import require_matches
 from ..nn.factorization import SVD
-from ..nn.unwrap import bare
+from ..nn.unwrap import without_wrappers
 from ..ranks import break_even
 from .compress import RankRule
 
@@ -115,7 +115,7 @@ def export_lora(
 
     Source: Hu et al., LoRA, ICLR 2022. The format is that of PEFT 0.21 (https://github.com/huggingface/peft).
     """
-    folder, model, base = _target(path), bare(model), bare(base)
+    folder, model, base = _target(path), without_wrappers(model), without_wrappers(base)
     rules = ranks if isinstance(ranks, Mapping) else {} if ranks is None else {"*": ranks}
     names = [name for name, _ in model.named_modules()]
     require_matches(whole, names, "whole")

@@ -18,7 +18,7 @@ from ..nn.discovery import foldable_layers
 from ..nn.factorization import singular_values
 from ..nn.module_surgery import replace
 from ..nn.registry import low_rank_type, why_dense
-from ..nn.unwrap import bare
+from ..nn.unwrap import without_wrappers
 from ..ops.validation import check_finite
 from .calibration import Calibration
 from .macs import count_macs
@@ -94,7 +94,7 @@ def allocate(
         raise ValueError(f"wanted of=macs or params, by={' or '.join(_WAYS)}; got of={of!r}, by={by!r}")
     if not (isinstance(budget, (int, float)) and 0 < budget <= 1):
         raise ValueError(f"budget: wanted a share of the dense cost, above 0 and up to 1; got {budget!r}")
-    layers = _layers(bare(model), tuple(example_inputs), of, fold, skip, calibration)
+    layers = _layers(without_wrappers(model), tuple(example_inputs), of, fold, skip, calibration)
     dense, least = (sum(float(layer.costs[i]) for layer in layers) for i in (-1, 0))
     if budget * dense < least:
         raise ValueError(f"budget: rank 1 everywhere needs {least / dense:.4g} of the dense {of}; got {budget}")

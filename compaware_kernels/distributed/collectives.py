@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_gather_int", "all_to_all", "as_bytes", "columns_to_rows", "from_bytes", "rows_to_columns",
+__all__ = ["all_to_all", "as_bytes", "columns_to_rows", "from_bytes", "rows_to_columns",
            "synchronize_errors"]  # fmt: skip
 
 T = TypeVar("T")
@@ -91,7 +91,7 @@ def all_to_all(
 
 def columns_to_rows(M: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Reshard a matrix: column shard ``[a, b_j]`` -> row shard ``[a_j, b]``, the rows split evenly over the group."""
-    widths, heights = all_gather_int(M.shape[1], group, M.device), _even_split(len(M), group.size())
+    widths, heights = _all_gather_int(M.shape[1], group, M.device), _even_split(len(M), group.size())
     mine = heights[group.rank()]
     expected = [[(torch.Size((mine, width)), M.dtype)] for width in widths]
     received = all_to_all([[part] for part in M.split(heights)], expected, group, M.device)
@@ -100,13 +100,13 @@ def columns_to_rows(M: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def rows_to_columns(X: Tensor, shape: torch.Size, group: dist.ProcessGroup) -> Tensor:
     """Inverse of :func:`columns_to_rows`: row shard ``[a_j, b]`` -> column shard of ``shape`` ``[a, b_j]``."""
-    widths, heights = all_gather_int(shape[1], group, X.device), _even_split(shape[0], group.size())
+    widths, heights = _all_gather_int(shape[1], group, X.device), _even_split(shape[0], group.size())
     expected = [[(torch.Size((height, shape[1])), X.dtype)] for height in heights]
     received = all_to_all([[part] for part in X.split(widths, 1)], expected, group, X.device)
     return torch.cat([part for (part,) in received])
 
 
-def all_gather_int(number: int, group: dist.ProcessGroup, device: torch.device) -> list[int]:
+def _all_gather_int(number: int, group: dist.ProcessGroup, device: torch.device) -> list[int]:
     """The number of every rank of the group, by rank."""
     mine = torch.tensor([number], device=device)
     parts = [torch.empty_like(mine) for _ in range(group.size())]

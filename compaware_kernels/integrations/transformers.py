@@ -21,7 +21,7 @@ from transformers.training_args import ParallelMode
 from .._utils.atomic_write import atomic_write
 from .common import Compression, first_sample
 
-__all__ = ["CompressionAware"]
+__all__ = ["STATE_FILE", "CompressionAware"]
 
 STATE_FILE = "compaware_kernels.pt"
 

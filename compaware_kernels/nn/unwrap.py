@@ -11,8 +11,15 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["bare", "data_parallel_group", "name_without_wrappers", "reshard", "unwrapped", "unwrapped_optimizer",
-           "wrapped_module"]  # fmt: skip
+__all__ = [
+    "data_parallel_group",
+    "name_without_wrappers",
+    "reshard",
+    "unwrapped",
+    "unwrapped_optimizer",
+    "without_wrappers",
+    "wrapped_module",
+]  # fmt: skip
 
 # Names under which the wrappers of torch.compile and activation checkpointing keep the module they wrap.
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -26,7 +33,7 @@ def wrapped_module(module: nn.Module) -> nn.Module | None:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside torch.compile, activation checkpointing, DistributedDataParallel, DataParallel, AveragedModel.
 
-    Wrappers may be nested in any order; those of submodules stay, see :func:`bare`.
+    Wrappers may be nested in any order; those of submodules stay, see :func:`without_wrappers`.
     """
     while True:
         if isinstance(model, (DistributedDataParallel, DataParallel, AveragedModel)):
@@ -37,7 +44,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def bare(model: nn.Module) -> nn.Module:
+def without_wrappers(model: nn.Module) -> nn.Module:
     """The model without any wrapper, also of its submodules; a copy if a submodule is wrapped, else the model itself.
 
     Its submodules and its state dict have the names that the model's code gives them.

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from .._utils.atomic_write import atomic_write
+from .._utils.constants import CSRC
 from . import library as _library
 
 Numbers = Sequence[int | float]
 Launcher = Callable[[str, int, int, int, int, int, Numbers], None]  # as launch(), with device, stream before arguments
 
-SOURCES = tuple(path / "csrc" for path in (_library.PATH.parent, _library.PATH.parents[1]))  # installed, source tree
+SOURCES = (CSRC,)
 OPTIONS = ("-std=c++17",)  # not those of cupy.RawModule(code=...), which flushes subnormal numbers to zero
 
 

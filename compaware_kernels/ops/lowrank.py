@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
+from .._utils.constants import constant
 from ..folds import row_axes
 
 ACTIVATIONS = {
@@ -28,7 +29,8 @@ ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
 }
-HEADER, COLUMNS = 16, 16  # floats before what is packed; what columns are padded to (csrc/core/lowrank_work.h)
+HEADER = constant("kPackHeader")  # floats before the packed factors
+COLUMNS = constant("kPackColumns")  # columns are padded to a multiple of this
 Ints = Sequence[int]
 
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._utils.constants import constant
 from .error_bounds import norms, storage, unit_roundoff
 from .spectral_functions import Spectral, batched
 
 SHORT, LONG = 64, 256  # up to here Jacobi is faster than a Gram matrix and its eigenvectors,
 ALONE, MANY = 16, 16  # of a single matrix up to ALONE, of larger ones where there are MANY of one shape
-LOSS = 40  # error of U f(s) V^T before the last product, in units of u ||W||_F; measured: below 20
-COARSE = 10  # the same, in the choice of fp32: with it at most 0.61 of the tolerance was used (20,000 cases of hunt.py)
+LOSS = constant("kLoss")  # error of U f(s) V^T before the last product, in units of u ||W||_F
+COARSE = constant("kCoarse")  # the same, in the choice of fp32
 
 
 @dataclass

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._utils.constants import constant
 from ..distributed.row_sharded import RowSharded
 from ..ops.linalg import COLUMNS, inner, product, times, without
 from .error_bounds import Sketch, norm_from_log, sketch_triplets
@@ -36,8 +37,9 @@ FRESH, PART = 12, 5  # so many columns, and one per so many known, at random bes
 FIRST = 32  # columns to begin with where nothing is known
 PROBES = 24  # of the rest
 MAX_PASSES, MAX_POWER = 5, 6
-MARGIN = 1.25  # for an estimate of the spectral norm; still too small: 2 of 1,000 at rank 1, none above (20,000 draws)
-NEAR = 0.8  # of the threshold: triplets from here on are checked as if they were wanted,
+MARGIN = constant("kMargin")  # for an estimate of the spectral norm
+RESOLVED = constant("kResolved")  # of the largest singular value: triplets below are not checked
+NEAR = constant("kNear")  # of the threshold: triplets from here on are checked as if they were wanted,
 QUIET = 0.6  # and with a rest of up to here those before cannot be above it together: sqrt(0.8^2 + 0.6^2) = 1
 WELL = 0.1  # least diagonal of the Cholesky factor of unit columns that fp32 can do with
 
@@ -175,7 +177,7 @@ class Subspace:
             self.threshold = mu[self.count - 1] if len(mu) >= self.count else 0.0
         self.rank = sum(x > self.threshold for x in mu) if self.count is None else min(self.count, len(mu))
         near = sum(x > NEAR * self.threshold for x in mu)
-        self.checked = min(max(1, self.rank, near), columns_for(self.rank), sum(x > 1e-6 * mu[0] for x in mu))
+        self.checked = min(max(1, self.rank, near), columns_for(self.rank), sum(x > RESOLVED * mu[0] for x in mu))
 
     def _bound_rest(self) -> None:
         """rho >= ||R||_2 from the powers (R^T R)^j Omega, R = X (I - V V^T).

@@ -85,7 +85,7 @@ class Coordinator:
     def _groups_of_replicas(self, weight: Tensor) -> tuple[dist.ProcessGroup, ...]:
         """Process groups, of more than one rank, over which the weight is replicated."""
         own = {rank for group in process_groups([weight]) for rank in dist.get_process_group_ranks(group)}
-        # The group of the model counts unless it joins the shards of this very weight.
+        # The ranks of self.group hold replicas of this weight, unless it is already distributed over some of them.
         apart = self.group and len(own & {*dist.get_process_group_ranks(self.group)}) <= 1
         groups = [*replica_groups(weight), *([self.group] if apart else [])]
         return tuple(group for group in groups if group.size() > 1)

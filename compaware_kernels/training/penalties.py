@@ -21,7 +21,7 @@ from ..proximal.spectral_functions import FirmThreshold, SoftThreshold, Spectral
 from ..proximal.warm_state import WarmState
 from .layer_record import LayerRecord
 
-__all__ = ["L1", "PENALTIES", "GroupLasso", "Penalty", "Settings", "SpectralPenalty", "Step", "shrink", "thresholds"]
+__all__ = ["PENALTIES", "Settings", "SpectralPenalty", "Step", "shrink", "thresholds"]
 
 TOL = 1e-3  # of the solver, relative to the threshold; the default of ck.svt_
 

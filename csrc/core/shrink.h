@@ -1,9 +1,7 @@
-// Shrinkage, free of torch: the arithmetic and the job description that the CPU and the CUDA kernels share.
+// L1 and group-lasso shrinkage, free of torch: the arithmetic and the job that the CPU and the CUDA kernels share.
 #pragma once
 
-#ifndef __CUDACC_RTC__  // NVRTC has no standard headers; csrc/cuda/portable.h names the integers
-#include <cstdint>
-#endif
+#include "constants.h"
 
 #ifdef __CUDACC__
 #define CK_HOST_DEVICE __host__ __device__
@@ -13,23 +11,21 @@
 
 namespace compaware {
 
-enum class DType { f64, f32, f16, bf16 };
-
 struct Tau {
-  const double* data;  // null: this stage is left out
+  const double* data;  // null: without this stage
   int64_t step;        // 0: one number for all matrices, 1: one per matrix
 };
 
-// One weight: `matrices` of `size` contiguous elements each, cut into spans. A span is what is shrunk as one: a row,
-// or, where rows do not matter, any run of elements. `in` and `out` may be the same memory. `tails`: null, or one more
-// element of each span, a neuron's bias, shrunk where it lies.
+// One weight: `matrices` of `size` contiguous elements each, cut into spans. A span is a group: a row, or, without the
+// group stage, any run of elements. `in` and `out` may be the same memory. `bias`: null, or one more element of each
+// group, shrunk in place.
 struct Shrink {
   DType dtype;
   const void* in;
   void* out;
   int64_t matrices, size, span;
   Tau l1, tau;
-  void* tails;
+  void* bias;
 
   CK_HOST_DEVICE int64_t spans_per_matrix() const { return (size + span - 1) / span; }
   CK_HOST_DEVICE int64_t spans() const { return matrices * spans_per_matrix(); }

@@ -1,8 +1,8 @@
-// The shrinkage ops, once for every dispatch key: check the arguments, describe the work, run it.
+// The L1 and group-lasso ops, for every dispatch key: check the arguments, describe the work, run the one kernel.
 //
-// soft_threshold, group_shrink and sparse_group_shrink are one computation, L1 and then rows, with a stage left out;
-// the forms with a trailing underscore do it for a ragged list, in place. A dispatch key brings `run` and calls
-// `register_shrink<DeviceType::..., run>(m)`.
+// All are soft thresholding of elements, then group shrinkage of rows, with a stage or the biases left out: an op is a
+// choice of Thresholds. The forms with a trailing underscore take a ragged list, in place. A dispatch key provides `run`
+// and calls `register_shrink<DeviceType::..., run>(m)`.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -12,32 +12,25 @@
 
 #include <algorithm>
 #include <optional>
-#include <sstream>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "shrink.h"
+#include "tensor.h"
 
 namespace compaware {
 
 using torch::headeronly::DeviceType;
-using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 using MaybeTau = std::optional<Tensor>;
 using Run = void (*)(const std::vector<Shrink>& work, int32_t device);
 
 constexpr int64_t kSpan = 4096;  // elements, where rows do not matter
 
-inline std::string text(IntHeaderOnlyArrayRef sizes) {
-  std::ostringstream out;
-  out << '[';
-  for (size_t i = 0; i < sizes.size(); ++i) out << (i ? ", " : "") << sizes[i];
-  out << ']';
-  return out.str();
-}
+struct Thresholds {
+  MaybeTau l1, tau;  // of elements, of rows; none: without this stage
+};
 
 inline std::optional<DType> dtype_of(const Tensor& W) {
   switch (W.scalar_type()) {
@@ -74,11 +67,14 @@ inline void check_tau(IntHeaderOnlyArrayRef sizes, const Tensor& W, const std::s
                   name, ": wanted one number, or shape ", text(batch), "; got shape ", text(sizes));
 }
 
-// Thresholds as the kernels read them: contiguous fp64, beside the weights. Every narrower float is exact in fp64, so
-// the kernels round once to the compute dtype, whatever came.
-inline MaybeTau to_fp64(const MaybeTau& tau, const Tensor& W) {
-  if (!tau) return std::nullopt;
-  return torch::stable::contiguous(torch::stable::to(*tau, ScalarType::Double, std::nullopt, W.device()));
+// As the kernels read them: contiguous fp64, on the device of W. Every narrower float is exact in fp64, so the kernels
+// round once to the dtype they compute in, whatever the thresholds came in.
+inline Thresholds to_fp64(const Thresholds& given, const Tensor& W) {
+  const auto convert = [&](const MaybeTau& tau) -> MaybeTau {
+    if (!tau) return std::nullopt;
+    return torch::stable::contiguous(torch::stable::to(*tau, ScalarType::Double, std::nullopt, W.device()));
+  };
+  return {convert(given.l1), convert(given.tau)};
 }
 
 // The thresholds of entry i of L.
@@ -88,36 +84,28 @@ inline Tau entry(const MaybeTau& tau, int64_t i, int64_t L) {
   return {tau->const_data_ptr<double>() + i * count, count > 1 ? 1 : 0};
 }
 
-inline Shrink describe(const Tensor& from, Tensor& to, Tau l1, Tau tau) {
-  const int64_t n = from.size(-1), size = from.size(-2) * n;
-  void* out = to.mutable_data_ptr();  // first: where `from` is `to`, this may move it (copy on write)
-  return {*dtype_of(from), from.const_data_ptr(), out, from.numel() / size, size,
-          tau.data ? n : std::min(size, kSpan), l1, tau, nullptr};
+// Entry i of L: P becomes W, shrunk. `bias`: null, or one number per row, shrunk in place.
+inline Shrink describe(const Tensor& W, Tensor& P, const Thresholds& t, int64_t i, int64_t L, void* bias) {
+  const int64_t n = W.size(-1), size = W.size(-2) * n, span = t.tau ? n : std::min(size, kSpan);
+  void* out = P.mutable_data_ptr();  // first: where W is P, this may move it (copy on write)
+  return {*dtype_of(W), W.const_data_ptr(), out, W.numel() / size, size, span, entry(t.l1, i, L), entry(t.tau, i, L),
+          bias};
 }
 
 template <DeviceType device, Run run>
-Tensor shrink(const Tensor& W, const MaybeTau& l1, const MaybeTau& tau) {
+Tensor shrink(const Tensor& W, const Thresholds& given) {
   check_weight(W, "W", device);
-  if (l1) check_tau(l1->sizes(), W, "l1");
-  if (tau) check_tau(tau->sizes(), W, "tau");
+  if (given.l1) check_tau(given.l1->sizes(), W, "l1");
+  if (given.tau) check_tau(given.tau->sizes(), W, "tau");
   const Tensor X = torch::stable::contiguous(W);
   Tensor P = W.is_contiguous() ? torch::stable::new_empty(W, W.sizes()) : X;  // X is a copy already
   if (W.numel() == 0) return P;
-  const MaybeTau a = to_fp64(l1, W), t = to_fp64(tau, W);
-  run({describe(X, P, entry(a, 0, 1), entry(t, 0, 1))}, W.get_device_index());
+  const Thresholds t = to_fp64(given, W);
+  run({describe(X, P, t, 0, 1, nullptr)}, W.get_device_index());
   return P;
 }
 
-using Extent = std::pair<const char*, const char*>;  // the bytes between the first and the last element
-
-inline Extent extent(const Tensor& W) {
-  int64_t last = 0;
-  for (int64_t axis = 0; axis < W.dim(); ++axis) last += (W.size(axis) - 1) * W.stride(axis);
-  const auto first = static_cast<const char*>(W.const_data_ptr());
-  return {first, W.numel() ? first + (last + 1) * W.element_size() : first};
-}
-
-// A bias per row of W, in place.
+// A bias per row of W, shrunk in place.
 inline void check_bias(const Tensor& bias, const Tensor& W, const std::string& name) {
   STD_TORCH_CHECK(bias.scalar_type() == W.scalar_type() && bias.device() == W.device() &&
                   bias.sizes() == W.sizes().slice(0, W.dim() - 1),
@@ -126,36 +114,10 @@ inline void check_bias(const Tensor& bias, const Tensor& W, const std::string& n
   check_writable(bias, name);
 }
 
-// What the kernels work on: a weight itself, or a copy where it is not contiguous or shares memory with an earlier one
-// (tied weights). Copied back in the order of the list, each result is that of the weight as it came.
-inline std::vector<Tensor> workspace(const std::vector<Tensor>& weights) {
-  std::vector<Tensor> out;
-  std::vector<Extent> seen;
-  for (const Tensor& W : weights) {
-    const Extent mine = extent(W);
-    const bool tied = std::any_of(seen.begin(), seen.end(), [&](const Extent& other) {
-      return mine.first < other.second && other.first < mine.second;
-    });
-    out.push_back(tied ? torch::stable::clone(torch::stable::contiguous(W)) : torch::stable::contiguous(W));
-    seen.push_back(mine);
-  }
-  return out;
-}
-
-// Copies in the order of the list: each result is that of the weight as it came.
-inline void put_back(const std::vector<Tensor>& results, const std::vector<Tensor>& weights) {
-  for (size_t i = 0; i < weights.size(); ++i) {
-    Tensor W = weights[i];
-    if (results[i].const_data_ptr() != W.const_data_ptr()) torch::stable::copy_(W, results[i]);
-  }
-}
-
-// `biases`: none, or one number per row for every weight.
-template <DeviceType device, Run run>
-void shrink_(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, const MaybeTau& l1,
-             const MaybeTau& tau) {
+inline void check_list(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, const Thresholds& given,
+                       DeviceType device) {
   const int64_t L = static_cast<int64_t>(weights.size());
-  for (const MaybeTau& t : {l1, tau})
+  for (const MaybeTau& t : {given.l1, given.tau})
     STD_TORCH_CHECK(!t || (t->dim() >= 1 && t->size(0) == L),
                     "thresholds: wanted one per weight, shape [", L, "]; got shape ", text(t->sizes()));
   for (int64_t i = 0; i < L; ++i) {
@@ -165,47 +127,73 @@ void shrink_(const std::vector<Tensor>& weights, const std::vector<Tensor>& bias
     STD_TORCH_CHECK(weights[i].get_device_index() == weights[0].get_device_index(), name,
                     ": wanted all weights on one device, ", weights[0].get_device_index(), "; got ",
                     weights[i].get_device_index());
-    if (l1) check_tau(l1->sizes().slice(1), weights[i], "l1 of " + name);
-    if (tau) check_tau(tau->sizes().slice(1), weights[i], "tau of " + name);
+    if (given.l1) check_tau(given.l1->sizes().slice(1), weights[i], "l1 of " + name);
+    if (given.tau) check_tau(given.tau->sizes().slice(1), weights[i], "tau of " + name);
     if (!biases.empty()) check_bias(biases[i], weights[i], "biases[" + std::to_string(i) + "]");
   }
-  if (L == 0) return;
+}
 
-  const MaybeTau a = to_fp64(l1, weights[0]), t = to_fp64(tau, weights[0]);
+// What the kernels work on: a weight itself, or a copy where it is not contiguous or shares memory with an earlier one
+// (tied weights).
+inline std::vector<Tensor> workspace(const std::vector<Tensor>& weights) {
+  std::vector<Tensor> out;
+  std::vector<Extent> seen;
+  for (const Tensor& W : weights) {
+    const Extent mine = extent(W);
+    const bool tied = std::any_of(seen.begin(), seen.end(), [&](const Extent& other) { return overlap(mine, other); });
+    out.push_back(tied ? torch::stable::clone(torch::stable::contiguous(W)) : torch::stable::contiguous(W));
+    seen.push_back(mine);
+  }
+  return out;
+}
+
+// Copies back in the order of the list: each result is that of the weight as it came.
+inline void write_back(const std::vector<Tensor>& results, const std::vector<Tensor>& weights) {
+  for (size_t i = 0; i < weights.size(); ++i) {
+    Tensor W = weights[i];
+    if (results[i].const_data_ptr() != W.const_data_ptr()) torch::stable::copy_(W, results[i]);
+  }
+}
+
+// `biases`: none, or one number per row for every weight; each belongs to the group of its row.
+template <DeviceType device, Run run>
+void shrink_(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, const Thresholds& given) {
+  check_list(weights, biases, given, device);
+  if (weights.empty()) return;
+  const int64_t L = static_cast<int64_t>(weights.size());
+  const Thresholds t = to_fp64(given, weights[0]);
   std::vector<Tensor> X = workspace(weights), b = workspace(biases);
   std::vector<Shrink> work;
   for (int64_t i = 0; i < L; ++i) {
-    const Tau l1_here = entry(a, i, L), tau_here = entry(t, i, L);
-    void* const tails = b.empty() || !b[i].numel() ? nullptr : b[i].mutable_data_ptr();
+    void* const bias = b.empty() || !b[i].numel() ? nullptr : b[i].mutable_data_ptr();
     if (X[i].numel()) {
-      work.push_back(describe(X[i], X[i], l1_here, tau_here));
-      work.back().tails = tails;
-    } else if (tails) {  // rows of nothing but a bias
-      const int64_t m = b[i].size(-1);
-      work.push_back({*dtype_of(X[i]), tails, tails, b[i].numel() / m, m, 1, l1_here, tau_here, nullptr});
+      work.push_back(describe(X[i], X[i], t, i, L, bias));
+    } else if (bias) {  // rows of nothing but a bias
+      const int64_t m = b[i].size(-1), matrices = b[i].numel() / m;
+      work.push_back({*dtype_of(X[i]), bias, bias, matrices, m, 1, entry(t.l1, i, L), entry(t.tau, i, L), nullptr});
     }
   }
   run(work, weights[0].get_device_index());
-  put_back(X, weights);
-  put_back(b, biases);
+  write_back(X, weights);
+  write_back(b, biases);
 }
 
-// The signatures of the op table (compaware_kernels/ops.py).
+// The ops with the signatures of their schemas: all of them the two functions above.
 template <DeviceType device, Run run>
 struct ShrinkOps {
   using T = const Tensor&;
   using List = const std::vector<Tensor>&;
-  static Tensor soft_threshold(T W, T tau) { return shrink<device, run>(W, tau, std::nullopt); }
-  static Tensor group_shrink(T W, T tau) { return shrink<device, run>(W, std::nullopt, tau); }
-  static Tensor sparse_group_shrink(T W, T l1, T tau) { return shrink<device, run>(W, l1, tau); }
-  static void soft_threshold_(List weights, T tau) { shrink_<device, run>(weights, {}, tau, std::nullopt); }
-  static void group_shrink_(List weights, T tau) { shrink_<device, run>(weights, {}, std::nullopt, tau); }
+  static Tensor soft_threshold(T W, T tau) { return shrink<device, run>(W, {tau, {}}); }
+  static Tensor group_shrink(T W, T tau) { return shrink<device, run>(W, {{}, tau}); }
+  static Tensor sparse_group_shrink(T W, T l1, T tau) { return shrink<device, run>(W, {l1, tau}); }
+  static void soft_threshold_(List weights, T tau) { shrink_<device, run>(weights, {}, {tau, {}}); }
+  static void group_shrink_(List weights, T tau) { shrink_<device, run>(weights, {}, {{}, tau}); }
   static void neuron_shrink_(List weights, List biases, T tau) {
     STD_TORCH_CHECK(biases.size() == weights.size(), "biases: wanted one per weight, ", weights.size(), "; got ",
                     biases.size());
-    shrink_<device, run>(weights, biases, std::nullopt, tau);
+    shrink_<device, run>(weights, biases, {{}, tau});
   }
-  static void sparse_group_shrink_(List weights, T l1, T tau) { shrink_<device, run>(weights, {}, l1, tau); }
+  static void sparse_group_shrink_(List weights, T l1, T tau) { shrink_<device, run>(weights, {}, {l1, tau}); }
 };
 
 template <DeviceType device, Run run>

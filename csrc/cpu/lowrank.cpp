@@ -14,6 +14,8 @@
 #include <string>
 #include <vector>
 
+#include "../core/tensor.h"
+
 #define CK_KERNEL "lowrank_kernel.h"
 #include "each_isa.h"
 #include "isa.h"
@@ -23,16 +25,14 @@ namespace {
 
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 using Sizes = std::vector<int64_t>;
 
-constexpr int64_t kHeader = 16;   // floats before the packed factors: a Stamp
 constexpr int64_t kSamples = 32;  // entries of a factor that are compared with what was packed
 constexpr int64_t kTile = 96;     // pixels: an intermediate of rank 128 takes 48 KiB
 
 struct Kernels {
-  void (*tile)(const LowRankWork&, int64_t, int64_t, const float*, const float**, float*);
+  void (*tile)(const LowRankConv&, int64_t, int64_t, const float*, const float**, float*);
   void (*pack)(const Factor&, float*);
   bool (*is_packed)(const Factor&, const float*, int64_t);
 };
@@ -61,7 +61,7 @@ Factor factor(const Tensor& W, int64_t groups, int64_t g) {
           conv ? W.size(3) : 1, W.stride(0), W.stride(1), conv ? W.stride(2) : 0, conv ? W.stride(3) : 0};
 }
 
-// What was packed, and when.
+// What was packed, and when: the header of packed factors.
 struct Stamp {
   const void *V, *U;
   int64_t V_version, U_version;
@@ -69,7 +69,7 @@ struct Stamp {
   Stamp(const Tensor& V, const Tensor& U)
       : V(V.const_data_ptr()), U(U.const_data_ptr()), V_version(version(V)), U_version(version(U)) {}
 };
-static_assert(sizeof(Stamp) <= kHeader * sizeof(float));
+static_assert(sizeof(Stamp) <= kPackHeader * sizeof(float));
 
 bool is_single(const Tensor& A) { return A.scalar_type() == ScalarType::Float; }
 
@@ -79,7 +79,7 @@ bool packs(const Tensor& V, const Tensor& U) {
 
 template <class Each>  // each(factor, where it is packed) for every factor of every group
 void each_factor(const Tensor& V, const Tensor& U, int64_t groups, Each each) {
-  int64_t at = kHeader;
+  int64_t at = kPackHeader;
   for (int64_t g = 0; g < groups; ++g)
     for (const Tensor* W : {&V, &U}) {
       const Factor f = factor(*W, groups, g);
@@ -100,7 +100,7 @@ Tensor lowrank_pack(const Tensor& V, const Tensor& U, int64_t groups) {
   if (size) {
     float* out = packed.mutable_data_ptr<float>();
     const Stamp stamp(V, U);
-    std::fill(out, out + kHeader, 0.0f);
+    std::fill(out, out + kPackHeader, 0.0f);
     std::memcpy(out, &stamp, sizeof(Stamp));
     each_factor(V, U, groups, [&](const Factor& f, int64_t at) { kernels().pack(f, out + at); });
   }
@@ -109,7 +109,7 @@ Tensor lowrank_pack(const Tensor& V, const Tensor& U, int64_t groups) {
 
 // The factors as `packed` has them, unless they changed since; then packed anew, for this call.
 Tensor fresh(const MaybeTensor& packed, const Tensor& V, const Tensor& U, int64_t groups) {
-  bool good = packed && packed->numel() >= kHeader && is_single(*packed) && packed->is_contiguous();
+  bool good = packed && packed->numel() >= kPackHeader && is_single(*packed) && packed->is_contiguous();
   if (good) {
     const float* data = packed->const_data_ptr<float>();
     const Stamp stamp(V, U);
@@ -123,11 +123,17 @@ Tensor fresh(const MaybeTensor& packed, const Tensor& V, const Tensor& U, int64_
 
 // --- arguments --------------------------------------------------------------------------------------------------------
 
-std::string text(const std::vector<int64_t>& sizes) {
-  std::string out = "[";
-  for (int64_t size : sizes) out += (out.size() > 1 ? ", " : "") + std::to_string(size);
-  return out + "]";
-}
+// y = act(U (V * x) + bias + residual), and the factors packed, if they are.
+struct Operands {
+  const Tensor &x, &V, &U;
+  const MaybeTensor &bias, &residual, &packed;
+};
+
+// Of a convolution: [height, width] each.
+struct Geometry {
+  const Sizes &stride, &padding, &dilation;
+  int64_t groups;
+};
 
 Sizes sizes_of(const Tensor& A) { return Sizes(A.sizes().begin(), A.sizes().end()); }
 
@@ -142,30 +148,29 @@ void want(const char* op, const char* name, const Tensor& A, const Sizes& sizes)
   STD_TORCH_CHECK(sizes_of(A) == sizes, op, ": wanted ", name, " of shape ", text(sizes), "; got ", text(sizes_of(A)));
 }
 
-// x has C channels, y is [*y]: everything else must fit.
-void check(const char* op, const Tensor& x, int64_t C, int64_t groups, const Tensor& V, const Tensor& U, const MaybeTensor& bias,
-           const MaybeTensor& residual, const Sizes& y, const std::string& activation) {
+// y has the shape [*y], x has C channels: everything else must fit.
+void check(const char* op, const Operands& t, int64_t C, int64_t groups, const Sizes& y, const std::string& activation) {
   one_of(op, "activation", activation, {"none", "relu", "relu6", "silu", "gelu"});
-  const int64_t O = U.size(0);
-  STD_TORCH_CHECK(groups >= 1 && C % groups == 0 && O % groups == 0 && V.size(0) % groups == 0, op,
-                  ": wanted groups that divide the channels; got ", groups, " for ", C, " -> ", V.size(0), " -> ", O);
-  for (const Tensor* W : {&V, &U, bias ? &*bias : &V, residual ? &*residual : &V})
-    STD_TORCH_CHECK(W->scalar_type() == x.scalar_type(), op, ": wanted all in the dtype of x, ", x.scalar_type(), "; got ",
-                    W->scalar_type());
-  Sizes first = sizes_of(V), second = sizes_of(U);
+  const int64_t O = t.U.size(0), ranks = t.V.size(0);
+  STD_TORCH_CHECK(groups >= 1 && C % groups == 0 && O % groups == 0 && ranks % groups == 0, op,
+                  ": wanted groups that divide the channels; got ", groups, " for ", C, " -> ", ranks, " -> ", O);
+  for (const Tensor* A : {&t.V, &t.U, t.bias ? &*t.bias : &t.V, t.residual ? &*t.residual : &t.V})
+    STD_TORCH_CHECK(A->scalar_type() == t.x.scalar_type(), op, ": wanted all in the dtype of x, ", t.x.scalar_type(),
+                    "; got ", A->scalar_type());
+  Sizes first = sizes_of(t.V), second = sizes_of(t.U);
   first[1] = C / groups;
-  second[1] = V.size(0) / groups;
-  want(op, "V", V, first);
-  want(op, "U", U, second);
-  if (bias) want(op, "bias", *bias, {O});
-  if (residual) want(op, "residual", *residual, y);
+  second[1] = ranks / groups;
+  want(op, "V", t.V, first);
+  want(op, "U", t.U, second);
+  if (t.bias) want(op, "bias", *t.bias, {O});
+  if (t.residual) want(op, "residual", *t.residual, y);
 }
 
 // The shape of y.
-Sizes check_conv2d(const Tensor& x, const Tensor& V, const Tensor& U, const MaybeTensor& bias, const MaybeTensor& residual,
-                   const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups,
-                   const std::string& fold, const std::string& activation) {
+Sizes check_conv2d(const Operands& t, const Geometry& g, const std::string& fold, const std::string& activation) {
   const char* op = "lowrank_conv2d";
+  const auto& [x, V, U, bias, residual, packed] = t;
+  const auto& [stride, padding, dilation, groups] = g;
   one_of(op, "fold", fold, {"paper", "spatial", "input"});
   STD_TORCH_CHECK(x.dim() == 4 && V.dim() == 4 && U.dim() == 4, op, ": wanted x, V and U of 4 axes; got ", x.dim(), ", ",
                   V.dim(), " and ", U.dim());
@@ -191,7 +196,7 @@ Sizes check_conv2d(const Tensor& x, const Tensor& V, const Tensor& U, const Mayb
   }
   STD_TORCH_CHECK(fits, op, ": a kernel of ", kernel[0], " x ", kernel[1], ", dilation ", text(dilation),
                   ", does not fit an input of ", x.size(2), " x ", x.size(3), ", padding ", text(padding));
-  check(op, x, x.size(1), groups, V, U, bias, residual, y, activation);
+  check(op, t, x.size(1), groups, y, activation);
   return y;
 }
 
@@ -214,33 +219,43 @@ int64_t tile_of(int64_t pixels) {
   return (pixels + even - 1) / even;
 }
 
-void run(const LowRankWork& w) {
-  const int64_t pixels = w.pixels(), P = tile_of(pixels), tiles = (pixels + P - 1) / P;
+void run(const LowRankConv& conv) {
+  const int64_t pixels = conv.pixels(), P = tile_of(pixels), tiles = (pixels + P - 1) / P;
   const Kernels k = kernels();
   torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
-    const int64_t sums = P * padded(w.r), zeros = padded(w.C), pointers = (w.taps() + 1) * P;
+    const int64_t sums = P * padded(conv.r), zeros = padded(conv.C), pointers = (conv.taps() + 1) * P;
     char* memory = scratch.aligned((sums + zeros) * sizeof(float) + pointers * sizeof(float*));
     float *T = reinterpret_cast<float*>(memory), *zero = T + sums;
     std::fill(zero, zero + zeros, 0.0f);
     for (int64_t t = begin; t < end; ++t)
-      k.tile(w, t * P, std::min(P, pixels - t * P), zero, reinterpret_cast<const float**>(zero + zeros), T);
+      k.tile(conv, t * P, std::min(P, pixels - t * P), zero, reinterpret_cast<const float**>(zero + zeros), T);
   });
 }
 
 const float* data_of(const MaybeTensor& A) { return A ? A->const_data_ptr<float>() : nullptr; }
 
-// Fills in what both ops share, runs, and applies an activation that is no clamp.
-void finish(LowRankWork& w, Tensor& y, const Tensor& x, const Tensor& packed, const MaybeTensor& bias,
-              const MaybeTensor& residual, const std::string& activation) {
-  w.x = x.const_data_ptr<float>();
-  w.packed = packed.const_data_ptr<float>() + kHeader;
-  w.bias = data_of(bias);
-  w.residual = data_of(residual);
-  w.y = y.mutable_data_ptr<float>();
-  w.low = activation.starts_with("relu") ? 0.0f : -INFINITY;
-  w.high = activation == "relu6" ? 6.0f : INFINITY;
-  run(w);
+using Layout = std::optional<MemoryFormat>;
+
+Tensor dense(const Tensor& A, Layout layout) {
+  return layout ? torch::stable::contiguous(A, *layout) : torch::stable::contiguous(A);
+}
+
+MaybeTensor dense(const MaybeTensor& A, Layout layout) { return A ? MaybeTensor(dense(*A, layout)) : std::nullopt; }
+
+// Computes y, whose memory may be the residual's and no other operand's. `conv` has the geometry already; `layout`:
+// where pixels are contiguous; none: everywhere.
+void compute(LowRankConv& conv, Tensor& y, const Operands& t, Layout layout, const std::string& activation) {
+  const Tensor x = dense(t.x, layout), packed = fresh(t.packed, t.V, t.U, conv.G);
+  const MaybeTensor bias = dense(t.bias, std::nullopt), residual = dense(t.residual, layout);
+  conv.x = x.const_data_ptr<float>();
+  conv.packed = packed.const_data_ptr<float>() + kPackHeader;
+  conv.bias = data_of(bias);
+  conv.residual = data_of(residual);
+  conv.y = y.mutable_data_ptr<float>();
+  conv.low = activation.starts_with("relu") ? 0.0f : -INFINITY;
+  conv.high = activation == "relu6" ? 6.0f : INFINITY;
+  run(conv);
   if (activation == "silu") call<Tensor>("aten::silu_", y);
   if (activation == "gelu") call<Tensor>("aten::gelu_", y, std::string("none"));
 }
@@ -257,9 +272,7 @@ bool is_channels_last(const Tensor& A) {
 }
 
 // Is there something to multiply, in fp32?
-bool takes(const Tensor& x, const Tensor& V, const Tensor& U) {
-  return packs(V, U) && x.numel() && V.numel() && U.numel();
-}
+bool takes(const Operands& t) { return packs(t.V, t.U) && t.x.numel() && t.V.numel() && t.U.numel(); }
 
 constexpr MemoryFormat kLast = MemoryFormat::ChannelsLast;
 
@@ -273,80 +286,75 @@ bool is_dense(const Tensor& A) {
   return true;
 }
 
-// Behind the last element, in bytes.
-const char* end_of(const Tensor& A) {
-  int64_t last = 0;
-  for (int64_t axis = 0; axis < A.dim(); ++axis) last += (A.size(axis) - 1) * A.stride(axis);
-  return static_cast<const char*>(A.const_data_ptr()) + (last + 1) * A.element_size();
+// Into y, dense in channels_last.
+void conv2d_into(Tensor& y, const Operands& t, const Geometry& g, const std::string& activation) {
+  LowRankConv conv{};
+  conv.N = t.x.size(0), conv.C = t.x.size(1), conv.O = y.size(1), conv.G = g.groups, conv.r = t.V.size(0) / g.groups;
+  for (int i : {0, 1})
+    (i == 0 ? conv.h : conv.w) = {t.x.size(2 + i), y.size(2 + i), t.V.size(2 + i), g.stride[i], g.padding[i],
+                                  g.dilation[i]};
+  compute(conv, y, t, kLast, activation);
 }
 
-bool overlap(const Tensor& A, const Tensor& B) {
-  return A.numel() && B.numel() && A.const_data_ptr() < end_of(B) && B.const_data_ptr() < end_of(A);
+Tensor conv2d(const Operands& t, const Geometry& g, const std::string& fold, const std::string& activation) {
+  const Sizes shape = check_conv2d(t, g, fold, activation);
+  if (fold != "paper" || !takes(t))
+    return call<Tensor>("compaware::lowrank_two_step", t.x, t.V, t.U, t.bias, t.residual, g.stride, g.padding,
+                        g.dilation, g.groups, fold, activation);
+  Tensor y = torch::stable::empty(shape, ScalarType::Float, std::nullopt, t.x.device(), std::nullopt, kLast);
+  conv2d_into(y, t, g, activation);
+  return is_channels_last(t.x) || is_channels_last(t.V) ? y : torch::stable::contiguous(y);
 }
 
-// Into y, dense in channels_last, which may be the residual and overlaps no other argument.
-void conv2d_into(Tensor& y, const Tensor& x, const Tensor& V, const Tensor& U, const MaybeTensor& bias,
-                 const MaybeTensor& residual, const MaybeTensor& packed, const Sizes& stride, const Sizes& padding,
-                 const Sizes& dilation, int64_t groups, const std::string& activation) {
-  LowRankWork w{};
-  w.N = x.size(0), w.C = x.size(1), w.H = x.size(2), w.W = x.size(3);
-  w.O = y.size(1), w.OH = y.size(2), w.OW = y.size(3), w.G = groups, w.r = V.size(0) / groups;
-  w.kh = V.size(2), w.kw = V.size(3);
-  w.stride_h = stride[0], w.stride_w = stride[1], w.pad_h = padding[0], w.pad_w = padding[1];
-  w.dilation_h = dilation[0], w.dilation_w = dilation[1];
-  const Tensor X = torch::stable::contiguous(x, kLast), P = fresh(packed, V, U, groups);
-  const MaybeTensor b = bias ? MaybeTensor(torch::stable::contiguous(*bias)) : std::nullopt;
-  const MaybeTensor added = residual ? MaybeTensor(torch::stable::contiguous(*residual, kLast)) : std::nullopt;
-  finish(w, y, X, P, b, added, activation);
+// y is the residual.
+void conv2d_(Tensor& y, const Operands& t, const Geometry& g, const std::string& fold, const std::string& activation) {
+  check_conv2d(t, g, fold, activation);
+  for (int64_t axis = 0; axis < y.dim(); ++axis)
+    STD_TORCH_CHECK(y.size(axis) < 2 || y.stride(axis) > 0,
+                    "lowrank_conv2d_: wanted a residual with memory of its own for every number; got stride 0 along axis ",
+                    axis);
+  const auto apart = [&](const MaybeTensor& A) { return !A || !overlap(extent(y), extent(*A)); };
+  const bool alone = apart(t.x) && apart(t.V) && apart(t.U) && apart(t.bias) && apart(t.packed);
+  if (fold == "paper" && takes(t) && is_dense(y) && alone)
+    conv2d_into(y, t, g, activation);
+  else
+    torch::stable::copy_(y, conv2d(t, g, fold, activation));
 }
+
+Tensor linear(const Operands& t, const std::string& activation) {
+  const char* op = "lowrank_linear";
+  STD_TORCH_CHECK(t.x.dim() >= 1 && t.V.dim() == 2 && t.U.dim() == 2, op,
+                  ": wanted x [..., C], V [r, C] and U [O, r]; got axes ", t.x.dim(), ", ", t.V.dim(), " and ", t.U.dim());
+  Sizes shape = sizes_of(t.x);
+  shape.back() = t.U.size(0);
+  check(op, t, t.x.size(-1), 1, shape, activation);
+  if (!takes(t))
+    return call<Tensor>("compaware::lowrank_linear_two_step", t.x, t.V, t.U, t.bias, t.residual, activation);
+  LowRankConv conv{};
+  conv.N = conv.G = 1, conv.C = t.x.size(-1), conv.O = t.U.size(0), conv.r = t.V.size(0);
+  conv.w.in = conv.w.out = t.x.numel() / conv.C;
+  Tensor y = torch::stable::new_empty(t.x, shape);
+  compute(conv, y, t, std::nullopt, activation);
+  return y;
+}
+
+// --- the ops, with the signatures of their schemas --------------------------------------------------------------------
 
 Tensor lowrank_conv2d(const Tensor& x, const Tensor& V, const Tensor& U, const MaybeTensor& bias,
                       const MaybeTensor& residual, const MaybeTensor& packed, const Sizes& stride, const Sizes& padding,
                       const Sizes& dilation, int64_t groups, const std::string& fold, const std::string& activation) {
-  const Sizes shape = check_conv2d(x, V, U, bias, residual, stride, padding, dilation, groups, fold, activation);
-  if (fold != "paper" || !takes(x, V, U))
-    return call<Tensor>("compaware::lowrank_two_step", x, V, U, bias, residual, stride, padding, dilation, groups, fold,
-                        activation);
-  Tensor y = torch::stable::empty(shape, ScalarType::Float, std::nullopt, x.device(), std::nullopt, kLast);
-  conv2d_into(y, x, V, U, bias, residual, packed, stride, padding, dilation, groups, activation);
-  return is_channels_last(x) || is_channels_last(V) ? y : torch::stable::contiguous(y);
+  return conv2d({x, V, U, bias, residual, packed}, {stride, padding, dilation, groups}, fold, activation);
 }
 
 void lowrank_conv2d_(const Tensor& x, const Tensor& V, const Tensor& U, const MaybeTensor& bias, Tensor residual,
                      const MaybeTensor& packed, const Sizes& stride, const Sizes& padding, const Sizes& dilation,
                      int64_t groups, const std::string& fold, const std::string& activation) {
-  check_conv2d(x, V, U, bias, residual, stride, padding, dilation, groups, fold, activation);
-  for (int64_t axis = 0; axis < residual.dim(); ++axis)
-    STD_TORCH_CHECK(residual.size(axis) < 2 || residual.stride(axis) > 0,
-                    "lowrank_conv2d_: wanted a residual with memory of its own for every number; got stride 0 along axis ", axis);
-  const bool alone = !overlap(residual, x) && !overlap(residual, V) && !overlap(residual, U) &&
-                     !(bias && overlap(residual, *bias)) && !(packed && overlap(residual, *packed));
-  if (fold == "paper" && takes(x, V, U) && is_dense(residual) && alone)
-    conv2d_into(residual, x, V, U, bias, residual, packed, stride, padding, dilation, groups, activation);
-  else
-    torch::stable::copy_(residual, lowrank_conv2d(x, V, U, bias, residual, packed, stride, padding, dilation, groups, fold,
-                                                  activation));
+  conv2d_(residual, {x, V, U, bias, residual, packed}, {stride, padding, dilation, groups}, fold, activation);
 }
 
 Tensor lowrank_linear(const Tensor& x, const Tensor& V, const Tensor& U, const MaybeTensor& bias,
                       const MaybeTensor& residual, const MaybeTensor& packed, const std::string& activation) {
-  const char* op = "lowrank_linear";
-  STD_TORCH_CHECK(x.dim() >= 1 && V.dim() == 2 && U.dim() == 2, op, ": wanted x [..., C], V [r, C] and U [O, r]; got axes ",
-                  x.dim(), ", ", V.dim(), " and ", U.dim());
-  Sizes shape = sizes_of(x);
-  shape.back() = U.size(0);
-  check(op, x, x.size(-1), 1, V, U, bias, residual, shape, activation);
-  if (!takes(x, V, U))
-    return call<Tensor>("compaware::lowrank_linear_two_step", x, V, U, bias, residual, activation);
-  LowRankWork w{};
-  w.C = x.size(-1), w.W = w.OW = x.numel() / w.C, w.O = U.size(0), w.r = V.size(0);
-  w.N = w.H = w.OH = w.G = w.kh = w.kw = w.stride_h = w.stride_w = w.dilation_h = w.dilation_w = 1;
-  Tensor y = torch::stable::new_empty(x, shape);
-  const Tensor X = torch::stable::contiguous(x), P = fresh(packed, V, U, 1);
-  const MaybeTensor b = bias ? MaybeTensor(torch::stable::contiguous(*bias)) : std::nullopt;
-  const MaybeTensor added = residual ? MaybeTensor(torch::stable::contiguous(*residual)) : std::nullopt;
-  finish(w, y, X, P, b, added, activation);
-  return y;
+  return linear({x, V, U, bias, residual, packed}, activation);
 }
 
 }  // namespace

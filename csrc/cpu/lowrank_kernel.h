@@ -31,6 +31,7 @@ constexpr int64_t kPiece = 8192;  // floats of a panel that stay in L1
 constexpr int64_t kLine = 16;     // floats of a cache line
 
 constexpr int L = kLanes<float>;
+static_assert(kPackColumns % L == 0);
 
 // A panel is kVectors vectors wide, its last one may have fewer. Sums of so many rows, one row of the panel and one number
 // of the input fill the registers (32 with AVX-512, else 16).
@@ -157,42 +158,44 @@ inline void product(int64_t count, const Rows& A, const float* B, int64_t column
 }
 
 // Where each pixel of a tile finds its input: rows[tap * count + i], padding as `zeros`.
-inline void find_rows(const LowRankWork& w, int64_t first, int64_t count, const float* zeros, const float** rows) {
+inline void find_rows(const LowRankConv& conv, int64_t first, int64_t count, const float* zeros, const float** rows) {
+  const Axis &h = conv.h, &w = conv.w;
   for (int64_t i = 0, run; i < count; i += run) {  // pixels of one row of one image
-    const int64_t line = (first + i) / w.OW, ow = (first + i) % w.OW, oh = line % w.OH, n = line / w.OH;
-    run = std::min(count - i, w.OW - ow);
-    for (int64_t tap = 0; tap < w.taps(); ++tap) {
-      const int64_t ih = oh * w.stride_h - w.pad_h + tap / w.kw * w.dilation_h;
-      const int64_t iw = ow * w.stride_w - w.pad_w + tap % w.kw * w.dilation_w;
-      const int64_t width = ih >= 0 && ih < w.H ? w.W : 0;
-      const float* line_at = w.x + (n * w.H + ih) * w.W * w.C;
+    const int64_t line = (first + i) / w.out, ow = (first + i) % w.out, oh = line % h.out, n = line / h.out;
+    run = std::min(count - i, w.out - ow);
+    for (int64_t tap = 0; tap < conv.taps(); ++tap) {
+      const int64_t ih = oh * h.stride - h.padding + tap / w.kernel * h.dilation;
+      const int64_t iw = ow * w.stride - w.padding + tap % w.kernel * w.dilation;
+      const int64_t width = ih >= 0 && ih < h.in ? w.in : 0;
+      const float* line_at = conv.x + (n * h.in + ih) * w.in * conv.C;
       const float** out = rows + tap * count + i;
       for (int64_t p = 0; p < run; ++p) {
-        const int64_t column = iw + p * w.stride_w;
-        out[p] = column >= 0 && column < width ? line_at + column * w.C : zeros;
+        const int64_t column = iw + p * w.stride;
+        out[p] = column >= 0 && column < width ? line_at + column * conv.C : zeros;
       }
     }
   }
 }
 
 // Pixels first .. first + count. scratch: T [count, padded r], aligned; rows: taps * count pointers, then count.
-inline void lowrank_tile(const LowRankWork& w, int64_t first, int64_t count, const float* zeros, const float** rows, float* T) {
-  const int64_t C = w.C / w.G, O = w.O / w.G, ldt = padded(w.r), taps = w.taps();
+inline void lowrank_tile(const LowRankConv& conv, int64_t first, int64_t count, const float* zeros, const float** rows,
+                         float* T) {
+  const int64_t C = conv.C / conv.G, O = conv.O / conv.G, r = conv.r, ldt = padded(r), taps = conv.taps();
   const float** T_rows = rows + taps * count;
   for (int64_t i = 0; i < count; ++i) T_rows[i] = T + i * ldt;
-  find_rows(w, first, count, zeros, rows);
-  for (int64_t g = 0; g < w.G; ++g) {
-    const float* V = w.packed + g * packed_group(taps, C, w.r, O);
-    const Rows input{rows, count, taps, C, g * C, count, taps - w.kw};
+  find_rows(conv, first, count, zeros, rows);
+  for (int64_t g = 0; g < conv.G; ++g) {
+    const float* V = conv.packed + g * packed_group(taps, C, r, O);
+    const Rows input{rows, count, taps, C, g * C, count, taps - conv.w.kernel};
     product(count, input, V, ldt, T, ldt, Ends{});
-    const int64_t at = first * w.O + g * O;
+    const int64_t at = first * conv.O + g * O;
     constexpr int64_t step = rows_at_once(kVectors);
     for (int64_t i = 0; i < count; i += step) {  // a few rows of y from end to end: memory is slow at anything else
-      const int64_t here = at + i * w.O;
-      const Ends ends{w.residual ? w.residual + here : nullptr, w.bias ? w.bias + g * O : nullptr, w.low > -INFINITY,
-                      w.low, w.high, 1};
-      const Rows middle{T_rows + i, count, 1, w.r, 0};
-      product(std::min(step, count - i), middle, V + packed_first(taps, C, w.r), O, w.y + here, w.O, ends);
+      const int64_t here = at + i * conv.O;
+      const Ends ends{conv.residual ? conv.residual + here : nullptr, conv.bias ? conv.bias + g * O : nullptr,
+                      conv.low > -INFINITY, conv.low, conv.high, 1};
+      const Rows middle{T_rows + i, count, 1, r, 0};
+      product(std::min(step, count - i), middle, V + packed_first(taps, C, r), O, conv.y + here, conv.O, ends);
     }
   }
 }

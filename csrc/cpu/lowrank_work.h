@@ -6,25 +6,28 @@
 // y and residual [N, OH, OW, O]. A linear layer is a convolution of one row of pixels, 1 x 1.
 #pragma once
 
-#include <cstdint>
+#include "../core/constants.h"
 
 namespace compaware {
 
-struct LowRankWork {
-  const float *x, *packed, *bias, *residual;  // bias and residual may be null, and residual may be y
-  float *y;
-  float low, high;
-  int64_t N, H, W, C, OH, OW, O, G, r;
-  int64_t kh, kw, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-
-  int64_t taps() const { return kh * kw; }
-  int64_t pixels() const { return N * OH * OW; }
+// The geometry of a convolution along one axis.
+struct Axis {
+  int64_t in = 1, out = 1, kernel = 1, stride = 1, padding = 0, dilation = 1;
 };
 
-// Columns are padded to a multiple of this, whatever the instruction set: the size of what is packed depends on shapes only.
-constexpr int64_t kColumns = 16;
+struct LowRankConv {
+  const float *x, *packed, *bias, *residual;  // bias and residual may be null, and residual may be y
+  float* y;
+  float low, high;
+  int64_t N, C, O, G, r;
+  Axis h, w;
 
-inline int64_t padded(int64_t columns) { return (columns + kColumns - 1) / kColumns * kColumns; }
+  int64_t taps() const { return h.kernel * w.kernel; }
+  int64_t pixels() const { return N * h.out * w.out; }
+};
+
+// The size of a packed factor depends on its shape only: no instruction set has vectors wider than kPackColumns floats.
+inline int64_t padded(int64_t columns) { return (columns + kPackColumns - 1) / kPackColumns * kPackColumns; }
 
 // Floats of one group: V as [taps C/G, padded r], then U as [r, padded O/G], each in panels of columns.
 inline int64_t packed_first(int64_t taps, int64_t C, int64_t r) { return taps * C * padded(r); }
@@ -32,16 +35,17 @@ inline int64_t packed_group(int64_t taps, int64_t C, int64_t r, int64_t O) {
   return packed_first(taps, C, r) + r * padded(O);
 }
 
-// A factor before it is packed: column j and row (tap, c) is at data[j * column + y * high + x * wide + c * channel].
+// A factor before it is packed: element (row, column) of the matrix [depth, columns], with row = (tap, channel), is at
+// data[column * column_stride + y * y_stride + x * x_stride + channel * channel_stride] for tap (y, x) of the kernel.
 struct Factor {
   const float* data;
-  int64_t columns, channels, kh, kw;          // sizes
-  int64_t column, channel, high, wide;        // strides
+  int64_t columns, channels, kh, kw;
+  int64_t column_stride, channel_stride, y_stride, x_stride;
 
   int64_t depth() const { return kh * kw * channels; }
-  float at(int64_t j, int64_t k) const {
-    const int64_t tap = k / channels;
-    return data[j * column + k % channels * channel + tap / kw * high + tap % kw * wide];
+  float at(int64_t column, int64_t row) const {
+    const int64_t tap = row / channels;
+    return data[column * column_stride + row % channels * channel_stride + tap / kw * y_stride + tap % kw * x_stride];
   }
 };
 

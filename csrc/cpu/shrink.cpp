@@ -4,6 +4,9 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+// Less than x86-64-v3 and v4: which products and sums are fused, and so the last bits of fp64 norms, stay what they were.
+#define CK_AVX2 "avx2"
+#define CK_AVX512 "avx512f"
 #define CK_KERNEL "shrink_kernel.h"
 #include "each_isa.h"
 #include "isa.h"

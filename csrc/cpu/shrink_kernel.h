@@ -1,7 +1,6 @@
 // L1 and group shrinkage of the spans of one weight (core/shrink.h), one span after the other.
 //
-// Included once per instruction set, whose namespace is CK_ISA (each_isa.h). group_shrink_ over plain x86-64, on one core
-// of an AMD EPYC: with AVX2 2.5x for fp16, 2.1x for bf16, 1.8x for fp32; with AVX-512 3.2x, 2.3x and 2.2x.
+// Included once per instruction set, whose namespace is CK_ISA (each_isa.h).
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -48,7 +47,7 @@ void shrink_spans(const Shrink& w, int64_t begin, int64_t end) {
     const auto y = static_cast<T*>(w.out) + k * w.size + start;
     const C l1 = w.l1.data ? static_cast<C>(w.l1.data[k * w.l1.step]) : C(0);
     const C tau = w.tau.data ? static_cast<C>(w.tau.data[k * w.tau.step]) : C(0);
-    shrink_span(x, y, n, l1, w.tau.data ? &tau : nullptr, w.tails ? static_cast<T*>(w.tails) + i : nullptr);
+    shrink_span(x, y, n, l1, w.tau.data ? &tau : nullptr, w.bias ? static_cast<T*>(w.bias) + i : nullptr);
   }
 }
 

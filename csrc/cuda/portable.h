@@ -101,6 +101,15 @@ CK_DEVICE void store_wide(void* data, DType type, int64_t i, double x) {
   }
 }
 
+// The same in C, fp32 or fp64.
+template <class C>
+CK_DEVICE C load_as(const void* data, DType type, int64_t i) {
+  if constexpr (sizeof(C) == 8) return load_wide(data, type, i);
+  else return load(data, type, i);
+}
+CK_DEVICE void store_as(void* data, DType type, int64_t i, float x) { store(data, type, i, x); }
+CK_DEVICE void store_as(void* data, DType type, int64_t i, double x) { store_wide(data, type, i, x); }
+
 // Tables of the host have the type as a number.
 CK_DEVICE float load(const void* data, int64_t type, int64_t i) { return load(data, static_cast<DType>(type), i); }
 CK_DEVICE void store(void* data, int64_t type, int64_t i, float x) { store(data, static_cast<DType>(type), i, x); }

@@ -17,20 +17,15 @@ CK_DEVICE int job_of(const ShrinkJobs& list, int64_t block) {
   return low;
 }
 
-CK_DEVICE float load_as(const void* in, DType dtype, int64_t i, float) { return load(in, dtype, i); }
-CK_DEVICE double load_as(const void* in, DType dtype, int64_t i, double) { return load_wide(in, dtype, i); }
-CK_DEVICE void store_as(void* out, DType dtype, int64_t i, float v) { store(out, dtype, i, v); }
-CK_DEVICE void store_as(void* out, DType dtype, int64_t i, double v) { store_wide(out, dtype, i, v); }
-
 // One span, by `width` threads. Computed in C; thresholds are rounded to C, once, as in the reference.
 template <class C>
 CK_DEVICE void shrink_span(const Shrink& w, int64_t span, int lane, int width) {
   const int64_t per_matrix = w.spans_per_matrix(), k = span / per_matrix, offset = span % per_matrix * w.span;
   const int64_t left = w.size - offset, n = left < w.span ? left : w.span, start = k * w.size + offset;
   const C l1 = w.l1.data ? static_cast<C>(w.l1.data[k * w.l1.step]) : C(0);
-  const auto at = [&](int64_t j) { return j < n ? start + j : span; };  // of the span, and then of the tails
-  const auto soft_at = [&](int64_t j) { return soft(load_as(j < n ? w.in : w.tails, w.dtype, at(j), C()), l1); };
-  const int64_t count = n + (w.tails != nullptr);
+  const auto at = [&](int64_t j) { return j < n ? start + j : span; };  // in the span; behind it comes its bias
+  const auto soft_at = [&](int64_t j) { return soft(load_as<C>(j < n ? w.in : w.bias, w.dtype, at(j)), l1); };
+  const int64_t count = n + (w.bias != nullptr);
   C scale = 1;
   if (w.tau.data) {
     C sum = 0;
@@ -42,21 +37,21 @@ CK_DEVICE void shrink_span(const Shrink& w, int64_t span, int lane, int width) {
     scale = group_scale(static_cast<C>(sqrt(sum)), static_cast<C>(w.tau.data[k * w.tau.step]));
   }
   for (int64_t j = lane; j < count; j += width)
-    store_as(j < n ? w.out : w.tails, w.dtype, at(j), soft_at(j) * scale);
+    store_as(j < n ? w.out : w.bias, w.dtype, at(j), soft_at(j) * scale);
 }
 
 // The type of the elements, known when compiling: no branch per element.
 template <DType dtype, class C>
 CK_DEVICE void shrink_typed(Shrink w, int64_t block) {
   w.dtype = dtype;
-  const int width = ShrinkJob::narrow(w) ? kWarp : kShrinkThreads;
-  const int64_t span = block * (kShrinkThreads / width) + threadIdx.x / width;
+  const int width = ShrinkJob::narrow(w) ? kWarp : kThreads;
+  const int64_t span = block * (kThreads / width) + threadIdx.x / width;
   if (span < w.spans()) shrink_span<C>(w, span, threadIdx.x % width, width);
 }
 
 }  // namespace compaware
 
-CK_KERNEL(compaware::kShrinkThreads) ck_shrink(const __grid_constant__ compaware::ShrinkJobs list) {
+CK_KERNEL(compaware::kThreads) ck_shrink(const __grid_constant__ compaware::ShrinkJobs list) {
   using namespace compaware;
   const ShrinkJob& job = list.jobs[job_of(list, blockIdx.x)];
   const int64_t block = blockIdx.x - job.first;

@@ -6,7 +6,7 @@
 
 namespace compaware {
 
-constexpr int kWarp = 32, kShrinkThreads = 256, kShrinkWarps = kShrinkThreads / kWarp;
+constexpr int kWarp = 32, kWarps = kThreads / kWarp;
 constexpr int64_t kNarrow = 1024;  // a span up to this size is one warp's, a longer one a block's
 
 struct ShrinkJob {
@@ -15,7 +15,7 @@ struct ShrinkJob {
 
   CK_HOST_DEVICE static bool narrow(const Shrink& w) { return w.span <= kNarrow; }
   CK_HOST_DEVICE static int64_t blocks(const Shrink& w) {
-    return narrow(w) ? (w.spans() + kShrinkWarps - 1) / kShrinkWarps : w.spans();
+    return narrow(w) ? (w.spans() + kWarps - 1) / kWarps : w.spans();
   }
 };
 

@@ -22,7 +22,7 @@ inline void launch_shrink(const std::vector<Shrink>& work, int32_t device, void*
       grid += ShrinkJob::blocks(*w);
     }
     void* args[] = {&list};
-    const char* error = ck_launch("ck_shrink", grid, kShrinkThreads, 0, device, stream, args);
+    const char* error = ck_launch("ck_shrink", grid, kThreads, 0, device, stream, args);
     STD_TORCH_CHECK(!error, "the shrink kernel was not launched: ", error);
   }
 }

@@ -3,23 +3,13 @@
 
 #include "block.cuh"
 #include "portable.h"
+#include "step.h"
 
 namespace compaware {
 
-constexpr int64_t kSmallBytes = 96 * 1024;  // of dynamic shared memory, for (m + n) n numbers in fp64,
-constexpr int kSmallColumns = 78;           // so that n <= this
-constexpr double kLoss = 40, kCoarse = 10;  // LOSS and COARSE of compaware_kernels/small.py
-
-struct Small {
-  void* W;                        // [m, n], m >= n
-  int64_t dtype, m, n, row, col;  // row, col: strides, in elements
-  const double* tau;
-  double* s;        // [n] singular values of the result, descending
-  double* error;    // a bound of ||computed - exact||_F
-  double* rank;     // of the result; -1 where nothing was done
-  double* method;   // SmallMethod
-};
-enum SmallMethod { kBelowTau, kJacobi32, kJacobi64, kRefusedSmall = 7 };
+constexpr int kSmallColumns = 78;  // n is at most this, as (m + n) n fp64 numbers fit in kSmallBytes
+static_assert(16 * kSmallColumns * kSmallColumns <= kSmallBytes);
+static_assert(16 * (kSmallColumns + 1) * (kSmallColumns + 1) > kSmallBytes);
 
 // What rounding to the dtype moves: a relative and an absolute part.
 struct Storage {
@@ -34,9 +24,6 @@ CK_DEVICE Storage storage_of(int64_t dtype) {
     default: return {0x1p-8, 0x1p-133};
   }
 }
-
-CK_DEVICE float load_as(const Small& job, DType dtype, int64_t i, float) { return load(job.W, dtype, i); }
-CK_DEVICE double load_as(const Small& job, DType dtype, int64_t i, double) { return load_wide(job.W, dtype, i); }
 
 // visit(i, j) for all elements. Neighbouring threads have elements that are neighbours in memory.
 template <class F>
@@ -136,7 +123,7 @@ CK_DEVICE void project(const Small& job, const Scale& scale, const Factors<C>& f
       C some[kAcross] = {};
       for (const int end = min(i + kTerms * parts, m); i < end; i += parts)
         for (int j = 0; j < kAcross; ++j)
-          some[j] += u[i] * (load_as(job, dtype, i * job.row + min(left + j, n - 1) * job.col, C()) * first);
+          some[j] += u[i] * (load_as<C>(job.W, dtype, i * job.row + min(left + j, n - 1) * job.col) * first);
       for (int j = 0; j < kAcross; ++j) sum[j] += some[j];
     }
     for (int j = 0; j < kAcross; ++j) {
@@ -159,7 +146,7 @@ CK_DEVICE void multiply_out(const Small& job, const Scale& scale, const Factors<
   });
 }
 
-CK_DEVICE void report(const Small& job, const Scale& scale, const Spectrum& spectrum, SmallMethod method) {
+CK_DEVICE void report(const Small& job, const Scale& scale, const Spectrum& spectrum, Method method) {
   double squares = 0;
   int64_t rank = 0;
   for (int k = 0; k < job.n; ++k) {
@@ -200,14 +187,14 @@ CK_DEVICE void clear_small(const Small& job, const Scale& scale) {
   if (threadIdx.x) return;
   *job.error = scale.up(max(scale.norm * (1 + 1e-12) - scale.tau, 0.0));  // the norm is rounded, too
   *job.rank = 0;
-  *job.method = kBelowTau;
+  *job.method = kZero;
 }
 
 CK_DEVICE void small_svt(const Small& job, const int32_t* refused, double tol) {
   __shared__ Spectrum spectrum;
   __shared__ Scale scale;  // registers are short
   if (*refused) {
-    if (threadIdx.x == 0) *job.rank = -1, *job.method = kRefusedSmall;
+    if (threadIdx.x == 0) *job.rank = -1, *job.method = kRefused;
     return;
   }
   const Scale found = scale_of(job);
@@ -222,6 +209,6 @@ CK_DEVICE void small_svt(const Small& job, const int32_t* refused, double tol) {
 }  // namespace compaware
 
 // One block per matrix. Where *refused is not 0, nothing is written.
-CK_KERNEL(256) ck_small(const compaware::Small* jobs, int64_t count, const int32_t* refused, double tol) {
+CK_KERNEL(compaware::kThreads) ck_small(const compaware::Small* jobs, int64_t count, const int32_t* refused, double tol) {
   if (blockIdx.x < count) compaware::small_svt(jobs[blockIdx.x], refused, tol);
 }

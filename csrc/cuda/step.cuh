@@ -13,17 +13,9 @@
 namespace compaware {
 
 constexpr double kUnit32 = 5.9604644775390625e-8, kUnit64 = 1.1102230246251565e-16;
-constexpr double kNear = 0.8;            // of tau: triplets from here on are checked as if they were wanted
-constexpr double kMargin = 1.25;         // for an estimate of the spectral norm
 constexpr int kSweeps = 5;               // leave some 1e-9 of angles; what they leave, `judge` sees
 constexpr double kLost = 1e-7;           // of the largest: singular values below are rounding
 constexpr double kDependent = 1e-12;     // of a squared length: what is left of a column that depends on others
-constexpr double kFactor = 0.632036736;  // ||R||_F <= kFactor ||R Omega||_F, but for a probability of 5e-12
-
-struct Chunk {  // of a matrix
-  const void* W;
-  int64_t dtype, first, count;
-};
 
 CK_DEVICE double roundoff(int64_t dtype) {
   return dtype == int64_t(DType::f16) ? 4.8828125e-4 : dtype == int64_t(DType::bf16) ? 3.90625e-3 : kUnit32;
@@ -59,7 +51,7 @@ CK_DEVICE void fill_normal(T* out, int64_t size, const double* call, int64_t str
 }  // namespace compaware
 
 // Blocks: one per chunk, one per layer, one to reset the counters. `call`: the seed, and the number of this call.
-CK_KERNEL(256) ck_begin(const compaware::Layer* layers, int64_t count, const compaware::Chunk* chunks, int64_t pieces,
+CK_KERNEL(compaware::kThreads) ck_begin(const compaware::Layer* layers, int64_t count, const compaware::Chunk* chunks, int64_t pieces,
                         double* partials, const double* call, int32_t* refused, int32_t* counters, int64_t all) {
   using namespace compaware;
   const int64_t block = blockIdx.x;
@@ -137,7 +129,7 @@ CK_DEVICE void orthonormalise(const Layer& layer) {
 }  // namespace compaware
 
 // S, with which the columns of (W V) S are orthonormal; the first time, what is to be done at all.
-CK_KERNEL(256) ck_orth(const compaware::Layer* layers, const int32_t* refused, const double* call, const double* lows,
+CK_KERNEL(compaware::kThreads) ck_orth(const compaware::Layer* layers, const int32_t* refused, const double* call, const double* lows,
                        double tol, int64_t first) {
   using namespace compaware;
   const Layer& layer = layers[blockIdx.x];
@@ -203,13 +195,13 @@ CK_DEVICE int count_above(const double* mu, int k, double bound) {
 
 // How many triplets are checked.
 CK_DEVICE int checked(const Layer& layer) {
-  const double low = kNear * *layer.tau, coarse = 1e-6 * layer.mu[0];
+  const double low = kNear * *layer.tau, coarse = kResolved * layer.mu[0];
   return count_above(layer.mu, int(layer.k), low > coarse ? low : coarse);
 }
 
 }  // namespace compaware
 
-CK_KERNEL(256) ck_ritz(const compaware::Layer* layers, const double* call, int64_t shared_columns) {
+CK_KERNEL(compaware::kThreads) ck_ritz(const compaware::Layer* layers, const double* call, int64_t shared_columns) {
   using namespace compaware;
   const Layer& layer = layers[blockIdx.x];
   if (!layer.gates[kTry]) return;
@@ -294,7 +286,7 @@ CK_DEVICE void conclude(const Layer& layer, double tol, double error, double est
 
 }  // namespace compaware
 
-CK_KERNEL(256) ck_judge(const compaware::Layer* layers, const double* lows, double tol) {
+CK_KERNEL(compaware::kThreads) ck_judge(const compaware::Layer* layers, const double* lows, double tol) {
   using namespace compaware;
   const Layer& layer = layers[blockIdx.x];
   if (!layer.gates[kTry]) return;
@@ -359,7 +351,7 @@ CK_DEVICE void refill(const Layer& layer, const double* call) {
 }  // namespace compaware
 
 // One block per layer, and one that ends the call.
-CK_KERNEL(256) ck_finish(const compaware::Layer* layers, int64_t count, int32_t* refused, double* call, double tol) {
+CK_KERNEL(compaware::kThreads) ck_finish(const compaware::Layer* layers, int64_t count, int32_t* refused, double* call, double tol) {
   using namespace compaware;
   if (blockIdx.x < count) {
     const Layer& layer = layers[blockIdx.x];

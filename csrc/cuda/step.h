@@ -2,26 +2,29 @@
 // compaware_kernels/proximal/cuda/plan.py fills the same table.
 #pragma once
 
-#include "../core/shrink.h"
+#include "../core/constants.h"
 
 namespace compaware {
 
-constexpr int kProbes = 32;    // Gaussian vectors behind each statement about a norm
-constexpr int kPowers = 9;     // (R^T R)^j R ... of the rest, for a bound of its norm
-constexpr int kPairs = 14;     // of iterations for the sign function; two by two, so that each ends where it began
-constexpr int kRootPairs = 8;  // and for the inverse root
+constexpr int kSignPair = kRestart + 1, kRootPair = kSignPair + kPairs, kGates = kRootPair + kRootPairs;
+constexpr int kCoefficients = kRootCheck + 1, kReports = kRho + 1;
 
-constexpr int kMaxColumns = 512;
+// A run of elements of a matrix, of which one block sums the squares.
+struct Chunk {
+  const void* W;
+  int64_t dtype, first, count;
+};
 
-// Decisions: what follows is done where they are not 0.
-enum Gate { kClear, kTry, kApply, kDense, kRestart, kSignPair, kRootPair = kSignPair + kPairs, kGates = kRootPair + kRootPairs };
-
-// (alpha, beta, gamma) of the products that depend on the matrix: alpha A B + beta D + gamma I.
-enum Coefficient { kProject, kPower, kGram, kScaleSign, kScaleRoot, kCorrection, kRootCheck, kCoefficients };
-
-// What comes out, in fp64.
-enum Report { kNorm, kError, kRank, kMethod, kKnown, kRho, kReports };
-enum Method { kZero, kNothing = 3, kSubspace, kFull, kUnsure, kRefused };  // beside SmallMethod; kUnsure: tol was not shown
+// A matrix that one block shrinks whole.
+struct Small {
+  void* W;                        // [m, n], m >= n
+  int64_t dtype, m, n, row, col;  // row, col: strides, in elements
+  const double* tau;
+  double* s;       // [n] singular values of the result, descending
+  double* error;   // a bound of ||computed - exact||_F
+  double* rank;    // of the result; -1 where nothing was done
+  double* method;  // a Method
+};
 
 struct Layer {
   const void* W;  // [m, n] without gaps, by rows or by columns, m >= n

@@ -244,7 +244,7 @@ def shrink_jobs(weights):
             x[0].numel(),
             span,
             *sum(steps, ()),
-            0,  # no tails
+            0,  # no bias
             grid,
         ]
         grid += (rows + 7) // 8 if span <= 1024 else rows

@@ -49,8 +49,8 @@ def test_no_races_and_nothing_out_of_bounds(sanitizer):
         matrices, size = W[..., 0, 0].numel(), W[0].numel() if W.ndim == 3 else W.numel()
         thresholds = (l1[i].data_ptr(), 0, tau[i].data_ptr() if i < 2 else 0, 0)
         data = W.data_ptr()
-        tails = biases[i].data_ptr() if i < 2 else 0
-        table += struct.pack("<q11q", TYPES.index(W.dtype), data, data, matrices, size, span, *thresholds, tails, first)
+        bias = biases[i].data_ptr() if i < 2 else 0
+        table += struct.pack("<q11q", TYPES.index(W.dtype), data, data, matrices, size, span, *thresholds, bias, first)
         spans = matrices * -(-size // span)
         first += -(-spans // 8) if span <= 1024 else spans
     jobs = struct.pack("<q", len(weights)) + table.ljust(96 * JOBS, b"\0")

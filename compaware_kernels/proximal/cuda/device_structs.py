@@ -1,4 +1,4 @@
-"""The tables of csrc/cuda/step.h and small.h, as numpy structures: every field has 8 bytes."""
+"""Device tables, as csrc/cuda/step.h lays them out: every field has 8 bytes."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PROBES, POWERS = 32, 9
-PAIRS, ROOT_PAIRS = 14, 8
+from ..._utils.constants import constant, enumerators, members
 
-DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # DType of csrc/core/shrink.h
-GATES = ("clear", "try", "apply", "dense", "restart")
+PROBES, POWERS = constant("kProbes"), constant("kPowers")
+PAIRS, ROOT_PAIRS = constant("kPairs"), constant("kRootPairs")
+
+_TORCH = {"f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {_TORCH[name]: code for code, name in enumerate(enumerators("DType"))}
+GATES = enumerators("Gate")
 SIGN_PAIR, ROOT_PAIR = len(GATES), len(GATES) + PAIRS
 ALL_GATES = ROOT_PAIR + ROOT_PAIRS
-COEFFICIENTS = ("project", "power", "gram", "scale_sign", "scale_root", "correction", "root_check")
-REPORT = ("norm", "error", "rank", "method", "known", "rho")
-METHODS = ("zero", "jacobi, fp32", "jacobi, fp64", "none", "subspace", "products",
-           "products: the tolerance was not shown", "refused: NaN or Inf")  # fmt: skip
+COEFFICIENTS = enumerators("Coefficient")
+REPORT = enumerators("Report")
+_SAID = {
+    "zero": "zero", "jacobi32": "jacobi, fp32", "jacobi64": "jacobi, fp64", "nothing": "none", "subspace": "subspace",
+    "full": "products", "unsure": "products: the tolerance was not shown", "refused": "refused: NaN or Inf",
+}  # fmt: skip
+METHODS = tuple(_SAID[name] for name in enumerators("Method"))  # by code, as SvtInfo names them
 
-LAYER = (
-    "W", "dtype", "m", "n", "k", "number", "tau", "partial", "partials", "report", "s", "gates", "awake",
-    "coefficients", "omega", "V", "G", "scratch", "S", "H", "L", "mu", "Qs", "Qv", "Qf", "inside", "scaled", "F",
-    "left", "skew_U", "skew_V", "first", "powers", "restart", "diagonal", "sign_check", "root_check",
-)  # fmt: skip
-SMALL = ("W", "dtype", "m", "n", "row", "col", "tau", "s", "error", "rank", "method")
-CHUNK = ("W", "dtype", "first", "count")
+LAYER, SMALL, CHUNK = members("Layer"), members("Small"), members("Chunk")
 
 
 def table(fields: Sequence[str], rows: Sequence[SimpleNamespace], device: torch.device) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-SMALL_BYTES = 96 * 1024  # of shared memory, for (m + n) n numbers in fp64: kSmallBytes of small.cuh
+from ..._utils.constants import constant
+
+SMALL_BYTES = constant("kSmallBytes")  # of shared memory, for (m + n) n numbers in fp64
 SPARE = 8  # columns of a basis beyond the rank
-MAX_COLUMNS = 512  # kMaxColumns of step.h
+MAX_COLUMNS = constant("kMaxColumns")
 
 
 def is_small(W: Tensor) -> bool:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..._utils.constants import constant
 from ...ops import cuda_launcher
 from .plan import Plan
 from .sizes import SMALL_BYTES
 
-THREADS = 256
+THREADS = constant("kThreads")  # of every block
 COLUMNS = {(8, 0): 128, (9, 0): 160, (10, 0): 160}  # whose squares fit in shared memory in fp64, by compute capability
 FEW_COLUMNS = 96  # of any other
 

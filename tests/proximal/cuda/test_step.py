@@ -1,7 +1,6 @@
 """GPU proximal step: what can be tested without a GPU (launches, structs, fake tensors, polynomials)."""
 
 import math
-import re
 from pathlib import Path
 
 import pytest
@@ -10,11 +9,10 @@ from torch._subclasses import FakeTensorMode
 
 import compaware_kernels as ck
 from compaware_kernels.ops import cuda_launcher
-from compaware_kernels.proximal.cuda import device_structs
 
 pytest.importorskip("triton")
 from compaware_kernels.proximal.cuda import plan, step
-from compaware_kernels.proximal.cuda.sizes import MAX_COLUMNS, width
+from compaware_kernels.proximal.cuda.sizes import width
 
 ROOT = Path(__file__).parents[3]
 MOST_LAUNCHES = 16
@@ -43,28 +41,6 @@ def test_launches(warm, monkeypatch):
         widths = [width(min(W.shape) // 8, min(W.shape)) if warm else 0 for W in weights]
         counts[network] = len(launches(weights, widths, monkeypatch))
     assert counts["resnet50"] == counts["vit_b"] == counts["lenet"] <= MOST_LAUNCHES
-
-
-def fields(struct: str, header: str) -> list[str]:
-    """Members of a C++ struct, in order."""
-    text = re.sub(r"//.*", "", (ROOT / "csrc" / "cuda" / header).read_text())
-    body = re.search(rf"struct {struct} {{(.*?)\n}};", text, re.S)[1]
-    members = re.findall(r"(?:const )?\w+[ *]+([\w, *]+);", body)
-    return [name.strip(" *") for names in members for name in names.split(",")]
-
-
-def numbers(header: str) -> dict[str, int]:
-    text = (ROOT / "csrc" / "cuda" / header).read_text()
-    return {name: int(value) for name, value in re.findall(r"constexpr int (\w+) = (\d+);", text)}
-
-
-def test_structs_match_those_of_the_kernels():
-    assert fields("Layer", "step.h") == list(device_structs.LAYER)
-    assert fields("Chunk", "step.cuh") == list(device_structs.CHUNK)
-    found = numbers("step.h")
-    assert (found["kProbes"], found["kPowers"]) == (device_structs.PROBES, device_structs.POWERS)
-    assert (found["kPairs"], found["kRootPairs"]) == (device_structs.PAIRS, device_structs.ROOT_PAIRS)
-    assert found["kMaxColumns"] == MAX_COLUMNS
 
 
 class Net(torch.nn.Module):

@@ -24,6 +24,8 @@ from .dead_neurons import remove_dead_neurons
 from .fx_trace import same_outputs
 from .macs import count_macs
 
+__all__ = ["CompressReport", "LayerReport", "RankRule", "compress"]
+
 RankRule = Callable[[Tensor], int]
 
 

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+__all__ = ["count_macs"]
+
 
 def count_macs(model: nn.Module, inputs: tuple) -> dict[str, int]:
     """Multiply-adds per submodule (and of the whole model under "") of one forward pass in eval mode."""

@@ -3,9 +3,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py $(shell find csrc -type f)
-# JOBS=n runs n tests at a time. All tests of a file run in one process, which makes its fixtures once.
+# JOBS=n runs n tests at a time.
 JOBS ?= 2
-PYTEST = $(BIN)/pytest -n $(JOBS) --dist loadfile --durations=20
+PYTEST = $(BIN)/pytest -n $(JOBS) --durations=20
 # Read by glibc when a process starts: keep freed memory, so that benchmarks do not pay for page faults in each call.
 KEEP := glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.malloc.top_pad=268435456
 
@@ -15,17 +15,17 @@ KEEP := glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.ma
 demo: .venv/built
 	$(BIN)/compaware demo
 
-# Tests of every public behavior, in minutes.
+# Tests of every public behavior, in minutes. All tests of a file run in one process, which makes its fixtures once.
 test: .venv/built
-	$(PYTEST) -m "not slow and not emulation and not gpu"
+	$(PYTEST) --dist loadfile -m "not slow and not emulation and not gpu"
 
 # And the slow tests: emulators, sanitizers, interpreter, compilers for GPUs, studies; on a GPU, if there is one.
 test-all: test test-rest
 
 test-rest: .venv/built
 	@failed=0; \
-	$(PYTEST) -m "slow or emulation or gpu" || failed=1; \
-	TRITON_INTERPRET=1 $(PYTEST) -m emulation || failed=1; \
+	$(PYTEST) --dist worksteal -m "slow or emulation or gpu" || failed=1; \
+	TRITON_INTERPRET=1 $(PYTEST) --dist worksteal -m emulation || failed=1; \
 	exit $$failed
 
 # Benchmarks of the proximal operators; inference has a target of its own.
@@ -78,8 +78,8 @@ docs: .venv/built .venv/docs
 # If a marker selects no test, pytest fails.
 gpu-check: .venv/built
 	@failed=0; \
-	$(PYTEST) -m emulation || failed=1; \
-	TRITON_INTERPRET=1 $(PYTEST) -m emulation || failed=1; \
+	$(PYTEST) --dist worksteal -m emulation || failed=1; \
+	TRITON_INTERPRET=1 $(PYTEST) --dist worksteal -m emulation || failed=1; \
 	$(BIN)/pytest -m gpu -rs || failed=1; \
 	echo; echo "Run on any machine: Triton kernels interpreted; CUDA kernels emulated, also under sanitizers; both compiled"; \
 	echo "for every GPU, without one."; \

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from ._utils.dtypes import compute_dtype, nearest_tf32
 from .ops import backends, cuda_launcher, quarantine, shrinkage
-from .proximal.spectral_functions import SoftThreshold
+from .proximal.spectral_functions import FirmThreshold, SoftThreshold, Spectral
 
 TIMEOUT = 1200  # seconds that a family may take; Triton compiles for minutes, the first time
 TAU, TOL = 1.0, 1e-3
+SOFT, FIRM = SoftThreshold(TAU), FirmThreshold(TAU, gamma=3.0)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -236,7 +237,7 @@ LARGE = ((136, 64, 6), (66, 144, 4))
 SMALL = ((20, 12, 3), (40, 48, 9))
 
 
-def _step(shapes, calls: int, method: str, dtype: torch.dtype, device: torch.device) -> Case:
+def _step(shapes, calls: int, method: str, function: Spectral, dtype: torch.dtype, device: torch.device) -> Case:
     """The last of so many calls with one state: the report must be right, the method the one that is meant."""
     from .proximal.warm_state import WarmState
 
@@ -246,7 +247,7 @@ def _step(shapes, calls: int, method: str, dtype: torch.dtype, device: torch.dev
     def call():
         for W, X in zip(weights, before, strict=True):
             W.copy_(X)
-        infos = _svt_(weights, state)
+        infos = _apply(function, weights, state)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # ranks arrive, by which the next call chooses
         return infos
@@ -257,26 +258,26 @@ def _step(shapes, calls: int, method: str, dtype: torch.dtype, device: torch.dev
     def judge(infos) -> float:
         taken = {info.method for info in infos}
         assert not method or taken == {method}, f"wanted {method}, took {', '.join(sorted(taken))}"
-        return max(_svt_error(*each) for each in zip(weights, before, infos, strict=True))
+        return max(_step_error(function, *each) for each in zip(weights, before, infos, strict=True))
 
     return Case(work, judge)
 
 
-def _svt_(weights: list[Tensor], state) -> list:
-    """``ck.svt_`` by the GPU step, whatever the self-test has found of it before."""
+def _apply(function: Spectral, weights: list[Tensor], state) -> list:
+    """The GPU step, whatever the self-test has found of it before."""
     from .proximal.cuda.backend import shrink_
     from .proximal.record import Record, unfold_all
 
     records = [Record(W, index=i, fold=None) for i, W in enumerate(weights)]
     unfold_all(records)
-    infos = shrink_(records, [SoftThreshold(TAU)] * len(records), TOL, state)
+    infos = shrink_(records, [function] * len(records), TOL, state)
     state.advance()
     return infos
 
 
-def _svt_error(W: Tensor, X: Tensor, info) -> float:
+def _step_error(function: Spectral, W: Tensor, X: Tensor, info) -> float:
     U, s, Vh = torch.linalg.svd(X.double().cpu(), full_matrices=False)
-    error = W.double().cpu() - (U * (s - TAU).clamp_min(0)) @ Vh
+    error = W.double().cpu() - (U * function(s)) @ Vh
     rank, bound = int((s > TAU).sum()), float(info.error_bound)
     assert int(info.rank) == rank, f"wanted rank {rank}, got {int(info.rank)}"
     assert math.isfinite(bound), f"wanted a finite bound, got {bound}"
@@ -298,7 +299,7 @@ def _nothing_changes(dtype: torch.dtype, device: torch.device) -> Case:
         assert infos[0].method.startswith("refused"), f"wanted refused, got {infos[0].method}"
         return 0.0
 
-    return Case(lambda: _svt_(weights, WarmState()), judge)
+    return Case(lambda: _apply(SOFT, weights, WarmState()), judge)
 
 
 # --- low rank ---------------------------------------------------------------------------------------------------------
@@ -363,9 +364,12 @@ def missing(family: str, device: torch.device) -> str:
 
 
 _ROUTES = {
-    "small": partial(_step, SMALL, 1, ""),
-    "cold": partial(_step, LARGE, 1, "products"),
-    "warm": partial(_step, LARGE, 4, "subspace"),
+    "small": partial(_step, SMALL, 1, "", SOFT),
+    "cold": partial(_step, LARGE, 1, "products", SOFT),
+    "warm": partial(_step, LARGE, 4, "subspace", SOFT),
+    "firm small": partial(_step, SMALL, 1, "", FIRM),
+    "firm cold": partial(_step, LARGE, 1, "products", FIRM),
+    "firm warm": partial(_step, LARGE, 4, "subspace", FIRM),
     "NaN": _nothing_changes,
 }
 _SHRINK_OPS = ("soft_threshold", "group_shrink", "sparse_group_shrink")  # each with its form in place

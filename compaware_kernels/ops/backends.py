@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu_lowrank, library, quarantine, shrinkage
+from . import library, quarantine, shrinkage
 from . import lowrank as lowrank_ops
+from .lowrank_limits import cpu_declines, triton_declines
 
 WANTED = (3, 6)  # of Triton
 TWO_STEPS = "two steps, not the fused kernel"
@@ -72,13 +73,7 @@ def _no_triton(device: torch.device) -> str:
     return triton_missing() or (f"sm_80 or later is wanted; {device} is older" if too_old else "")
 
 
-# --- Triton's low-rank kernel: which arguments it takes, and its bodies for the ops -----------------------------------
-
-
-def _triton_declines(x: Tensor, V: Tensor, U: Tensor, groups: int = 1, fold: str = "paper") -> str:
-    from . import triton_lowrank
-
-    return triton_lowrank.why_not(x, V, U, groups, fold)
+# --- Triton's low-rank kernel, as the ops call it ---------------------------------------------------------------------
 
 
 def _triton_conv2d(x, V, U, bias, residual, packed, stride, padding, dilation, groups, fold, activation) -> Tensor:
@@ -98,9 +93,9 @@ def _triton_linear(x, V, U, bias, residual, packed, activation) -> Tensor:
 
 PLAIN = Backend("reference (plain PyTorch)")
 CPP = Backend("C++ kernel", _no_library)
-CPP_LOW_RANK = CPP._replace(declines=cpu_lowrank.declines)
+CPP_LOW_RANK = CPP._replace(declines=cpu_declines)
 CUDA_SHRINK = Backend("C++ kernel", _no_shrink, family=quarantine.SHRINK)
-TRITON = Backend("Triton kernel", _no_triton, _triton_declines, quarantine.LOW_RANK)
+TRITON = Backend("Triton kernel", _no_triton, triton_declines, quarantine.LOW_RANK)
 
 TABLE: dict[str, dict[str, list[Backend]]] = {  # op -> type of device -> its backends there, the first choice first
     "svt": {},

@@ -13,6 +13,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,6 +94,7 @@ def _wanted() -> tuple[str, ...]:
     return tuple(WAYS) if wanted == "auto" else (wanted,)
 
 
+@cache
 def _refusals(device: int, wanted: tuple[str, ...]) -> dict[str, str]:
     """Way -> why it does not work on this GPU; "" if it may."""
     return {name: WAYS[name].why_not(_sm(device)) for name in wanted}
@@ -113,7 +115,7 @@ def _ready(device: int, wanted: tuple[str, ...]) -> tuple[Launcher | None, str]:
 
 
 def _try(device: int, wanted: tuple[str, ...]) -> tuple[Launcher | None, str]:
-    reasons = _refusals(device, wanted)
+    reasons = dict(_refusals(device, wanted))
     for name in (name for name, reason in reasons.items() if not reason):
         try:
             return WAYS[name](device), ""

@@ -19,9 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .lowrank import check
-
-MAX_PIXELS = 2**30  # of x: pixels are counted in int32, and padding adds some; offsets are int64
-ROW = 16  # bytes: the widest load; rows of x, V, U and y start at multiples of it
+from .lowrank_limits import MAX_RANK, ROW
 
 
 class Tile(NamedTuple):
@@ -56,7 +54,7 @@ TILES: dict[str, dict[int, list[Tile]]] = {
         128: [Tile(64, 16, 32, 8, 3), Tile(32, 16, 32, 4, 3)],
     },
 }
-MAX_RANK = max(TILES["half"])
+assert max(TILES["half"]) == MAX_RANK
 
 
 @triton.jit
@@ -140,30 +138,6 @@ def lowrank_kernel(
         if residual is not None:
             part += tl.load(residual + at, mask=valid, other=0.0).to(tl.float32)
         tl.store(y + at, _activate(part, ACTIVATION).to(y.dtype.element_ty), mask=valid)
-
-
-def why_not(x: Tensor, V: Tensor, U: Tensor, groups: int = 1, fold: str = "paper") -> str:
-    """Why the kernel is not for these arguments, in words; "" if it is.
-
-    Args:
-        x: ``[N, C, H, W]`` or ``[..., C]``.
-        V: ``[r, C, kh, kw]`` or ``[r, C]``.
-        U: ``[O, r, 1, 1]`` or ``[O, r]``.
-    """
-    (r, C), O = V.shape[:2], U.shape[0]
-    if x.device.type != "cuda":
-        return f"a CUDA device is wanted; x is on {x.device}"
-    if not x.dtype == V.dtype == U.dtype or x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"one dtype of fp16, bf16 and fp32 is wanted; got {x.dtype}, {V.dtype}, {U.dtype}"
-    if groups != 1 or fold != "paper":
-        return f"groups 1 and fold paper are wanted; got {groups} and {fold}"
-    if not 1 <= r <= MAX_RANK:
-        return f"a rank of at most {MAX_RANK} is wanted: more does not fit on the chip; got {r}"
-    if C * x.itemsize % ROW or O * x.itemsize % ROW:
-        return f"channels in multiples of {ROW // x.itemsize} are wanted: others load one by one; got {C} and {O}"
-    if x.numel() > MAX_PIXELS * C:
-        return f"at most {MAX_PIXELS} pixels are wanted; x is {list(x.shape)}"
-    return ""
 
 
 def lowrank_conv2d(

@@ -121,6 +121,10 @@ class FirmThreshold(Spectral):
         return self.gamma / (self.gamma - 1)
 
     @property
+    def ramp(self) -> tuple[float, float]:
+        return self.tau, self.slope
+
+    @property
     def pieces(self) -> tuple[tuple[float, float], ...]:
         """(weight, threshold) of the soft thresholds whose sum it is, from which the gradient follows:
         ``(gamma soft(tau) - soft(gamma tau)) / (gamma - 1)``."""

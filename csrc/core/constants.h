@@ -1,4 +1,4 @@
-// Numbers and codes on which C++ and Python must agree: written here and nowhere else. compaware_kernels/constants.py reads
+// Numbers and codes on which C++ and Python must agree: written here and nowhere else. compaware_kernels/_utils/constants.py reads
 // this file, so it keeps to plain forms: `constexpr type kName = literal;`, one a line, and enumerators without values.
 #pragma once
 
@@ -45,7 +45,7 @@ constexpr int kRootPairs = 8;           // of iterations for the inverse square 
 enum Gate { kClear, kTry, kApply, kDense, kRestart };
 
 // (alpha, beta, gamma) of the products that depend on the matrix: alpha A B + beta D + gamma I.
-enum Coefficient { kProject, kPower, kGram, kScaleSign, kScaleRoot, kCorrection, kRootCheck };
+enum Coefficient { kProject, kPower, kGram, kScaleSign, kScaleRoot, kCorrection, kRootCheck, kKeep };
 
 // What the device reports of a matrix, in fp64.
 enum Report { kNorm, kError, kRank, kMethod, kKnown, kRho };

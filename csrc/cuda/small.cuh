@@ -1,8 +1,9 @@
-// Singular value thresholding of small matrices, in place: one block does the whole of one.
+// Singular value thresholding, soft or firm, of small matrices, in place: one block does the whole of one.
 #pragma once
 
 #include "block.cuh"
 #include "portable.h"
+#include "ramp.cuh"
 #include "step.h"
 
 namespace compaware {
@@ -37,7 +38,8 @@ CK_DEVICE void each_element(const Small& job, F visit) {
 // All is computed for W / 2^exponent, whose largest entry is in [1/2, 1): nothing over- or underflows.
 struct Scale {
   int exponent;
-  double norm, tau;  // norm: Frobenius
+  double norm;  // Frobenius
+  Ramp f;
 
   CK_DEVICE double down(double x) const { return ldexp(x, -exponent); }
   CK_DEVICE double up(double x) const { return ldexp(x, exponent); }
@@ -57,13 +59,13 @@ CK_DEVICE Scale scale_of(const Small& job) {
     sum += x * x;
   });
   scale.norm = sqrt(block_sum(sum));
-  scale.tau = scale.down(*job.tau);
+  scale.f = {scale.down(*job.tau), *job.slope};
   return scale;
 }
 
 // Of each triplet, in no order.
 struct Spectrum {
-  double s[kSmallColumns], gain[kSmallColumns];  // gain: max(1 - tau / s, 0)
+  double s[kSmallColumns], gain[kSmallColumns];  // gain: f(s) / s
   int place[kSmallColumns];
 };
 
@@ -94,11 +96,11 @@ CK_DEVICE void decompose(const Small& job, const Scale& scale, const Factors<C>&
     double sum = 0;
     for (int i = lane_index(); i < m; i += kLanes) sum += double(u[i]) * u[i];
     const double s = sqrt(warp_sum(sum));
-    const bool kept = !(s <= scale.tau);
+    const bool kept = !(s <= scale.f.tau);
     for (int i = lane_index(); i < m && kept; i += kLanes) u[i] = C(u[i] / s);
     if (lane_index()) continue;
     spectrum.s[k] = s;
-    spectrum.gain[k] = kept ? 1 - scale.tau / s : 0;
+    spectrum.gain[k] = kept ? scale.f.gain(s) : 0;
   }
   __syncthreads();
   order(spectrum.s, n, spectrum.place);
@@ -150,14 +152,14 @@ CK_DEVICE void report(const Small& job, const Scale& scale, const Spectrum& spec
   double squares = 0;
   int64_t rank = 0;
   for (int k = 0; k < job.n; ++k) {
-    const double s = spectrum.gain[k] == 0 ? 0 : spectrum.s[k] - scale.tau;
+    const double s = spectrum.gain[k] == 0 ? 0 : scale.f.value(spectrum.s[k]);
     if (threadIdx.x == 0) job.s[spectrum.place[k]] = scale.up(s);
     squares += s * s;
     rank += s != 0;
   }
   const Storage storage = storage_of(job.dtype);
   const double unit = method == kJacobi32 ? 0x1p-24 : 0x1p-53;
-  const double moved = (kLoss + double(job.n)) * unit * 1.01 * scale.norm;
+  const double moved = (kLoss + double(job.n)) * unit * 1.01 * scale.norm * scale.f.slope;
   const double stored = storage.relative * (1.01 * sqrt(squares) + moved);
   if (threadIdx.x) return;
   *job.error = scale.up(moved + stored) + sqrt(double(job.m * job.n)) * storage.absolute;
@@ -169,7 +171,7 @@ template <class C>
 CK_DEVICE void shrink_small(const Small& job, const Scale& scale, Spectrum& spectrum) {
   const Factors<C> f(job);
   decompose(job, scale, f, spectrum);
-  if (scale.tau > 0) {  // with 0, W stays, to the bit
+  if (scale.f.tau > 0) {  // with 0, W stays, to the bit
     switch (static_cast<DType>(job.dtype)) {
       case DType::f64: project<DType::f64>(job, scale, f, spectrum); break;
       case DType::f32: project<DType::f32>(job, scale, f, spectrum); break;
@@ -185,7 +187,7 @@ CK_DEVICE void clear_small(const Small& job, const Scale& scale) {
   each_element(job, [&](int i, int j) { store_wide(job.W, job.dtype, i * job.row + j * job.col, 0); });
   for (int k = threadIdx.x; k < job.n; k += blockDim.x) job.s[k] = 0;
   if (threadIdx.x) return;
-  *job.error = scale.up(max(scale.norm * (1 + 1e-12) - scale.tau, 0.0));  // the norm is rounded, too
+  *job.error = scale.up(max(scale.norm * (1 + 1e-12) - scale.f.tau, 0.0) * scale.f.slope);  // the norm is rounded
   *job.rank = 0;
   *job.method = kZero;
 }
@@ -200,8 +202,8 @@ CK_DEVICE void small_svt(const Small& job, const int32_t* refused, double tol) {
   const Scale found = scale_of(job);
   if (threadIdx.x == 0) scale = found;
   __syncthreads();
-  const bool coarse = kCoarse * 0x1p-24 * 1.01 * scale.norm > tol * scale.tau;
-  if (scale.norm <= scale.tau) clear_small(job, scale);
+  const bool coarse = kCoarse * 0x1p-24 * 1.01 * scale.norm * scale.f.slope > tol * scale.f.tau;
+  if (scale.norm <= scale.f.tau) clear_small(job, scale);
   else if (coarse || job.dtype == int64_t(DType::f64)) shrink_small<double>(job, scale, spectrum);
   else shrink_small<float>(job, scale, spectrum);
 }

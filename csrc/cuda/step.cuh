@@ -8,6 +8,7 @@
 #include "block.cuh"
 #include "jacobi.cuh"
 #include "portable.h"
+#include "ramp.cuh"
 #include "step.h"
 
 namespace compaware {
@@ -20,6 +21,8 @@ constexpr double kDependent = 1e-12;     // of a squared length: what is left of
 CK_DEVICE double roundoff(int64_t dtype) {
   return dtype == int64_t(DType::f16) ? 4.8828125e-4 : dtype == int64_t(DType::bf16) ? 3.90625e-3 : kUnit32;
 }
+
+CK_DEVICE Ramp ramp(const Layer& layer) { return {*layer.tau, *layer.slope}; }
 
 // The sum of squares of `size` contiguous numbers.
 template <class T>
@@ -76,26 +79,50 @@ CK_DEVICE int first_needed(const double* lows, int64_t steps, double low) {
   return first;
 }
 
-// The numbers that the products need, from tau and the norm.
-CK_DEVICE void set_coefficients(const Layer& layer, double tau, double norm) {
-  const double beta = norm * norm / (tau * tau) + 1, root = beta + 1;  // >= the norms of X - I and of max(X, I)
-  const double rows[kCoefficients][3] = {{-1 / tau, 1 / tau, 0},    {1 / tau, 0, 0},  {1 / (tau * tau), 0, -1},
-                                         {0, 1 / beta, 0},          {0, 1 / root, 0}, {-1 / sqrt(root), 1, 0},
-                                         {-1 / root, 1, 0}};
-  for (int i = 0; i < kCoefficients; ++i)
-    for (int j = 0; j < 3; ++j) layer.coefficients[3 * i + j] = rows[i][j];
+// What the products take away from W is the sum, over the passes, of weight (W - SVT(W)), with the threshold tau: slope
+// times that of the layer's tau, less slope - 1 times that of gamma tau, gamma = slope / (slope - 1). Of slope 1 the
+// second has no weight, and an infinite threshold.
+struct Pass {
+  double tau, weight;
+};
+
+CK_DEVICE Pass pass_of(const Layer& layer, int64_t pass) {
+  const Ramp f = ramp(layer);
+  return pass ? Pass{f.tau * f.slope / (f.slope - 1), f.slope - 1} : Pass{f.tau, f.slope};
 }
 
-CK_DEVICE void open_full(const Layer& layer, double tau, double norm, const double* lows, int64_t steps, double tol) {
+CK_DEVICE int32_t* pairs_of(const Layer& layer, int64_t pass) {
+  return layer.gates + kSignPair + pass * (kPairs + kRootPairs);
+}
+
+// The numbers that the products need, from the thresholds and the norm.
+CK_DEVICE void set_coefficients(const Layer& layer, double norm) {
+  for (int64_t pass = 0; pass < layer.passes; ++pass) {
+    const auto [tau, weight] = pass_of(layer, pass);
+    const double beta = norm * norm / (tau * tau) + 1, root = beta + 1;  // >= the norms of X - I and of max(X, I)
+    const double kept = weight / sqrt(root);
+    const double rows[kCoefficients][3] = {{-1 / tau, 1 / tau, 0}, {1 / tau, 0, 0},  {1 / (tau * tau), 0, -1},
+                                           {0, 1 / beta, 0},       {0, 1 / root, 0}, {-1 / sqrt(root), 1, 0},
+                                           {-1 / root, 1, 0},      {pass ? -kept : 0, pass ? 1 : kept, 0}};
+    double* const out = layer.coefficients + 3 * kCoefficients * pass;
+    for (int i = 0; i < kCoefficients; ++i)
+      for (int j = 0; j < 3; ++j) out[3 * i + j] = rows[i][j];
+  }
+}
+
+CK_DEVICE void open_full(const Layer& layer, double norm, const double* lows, double tol) {
   atomicOr(layer.awake, 1);
-  const double beta = norm * norm / (tau * tau) + 1;
-  const int sign = first_needed(lows, 2 * kPairs, tol / (2 * beta)), skipped = 2 * (kPairs - kRootPairs);
-  const int root = first_needed(lows + skipped, 2 * kRootPairs, 0.9 / sqrt(beta + 1));
-  for (int i = 0; i < kPairs; ++i) layer.gates[kSignPair + i] = 2 * i >= sign;
-  for (int i = 0; i < kRootPairs; ++i) layer.gates[kRootPair + i] = 2 * i >= root;
+  for (int64_t pass = 0; pass < layer.passes; ++pass) {
+    const double tau = pass_of(layer, pass).tau, beta = norm * norm / (tau * tau) + 1;
+    const int sign = first_needed(lows, 2 * kPairs, tol / (2 * beta)), skipped = 2 * (kPairs - kRootPairs);
+    const int root = first_needed(lows + skipped, 2 * kRootPairs, 0.9 / sqrt(beta + 1));
+    int32_t* const pairs = pairs_of(layer, pass);
+    for (int i = 0; i < kPairs; ++i) pairs[i] = 2 * i >= sign;
+    for (int i = 0; i < kRootPairs; ++i) pairs[kPairs + i] = 2 * i >= root;
+  }
 }
 
-// What becomes of the layer: thread 0, before anything is computed of it.
+// What becomes of the layer: thread 0, before anything is computed of it. tol: of W, as below.
 CK_DEVICE void decide(const Layer& layer, bool refused, double tol, double norm) {
   const double tau = *layer.tau;
   const bool zero = norm <= tau, nothing = tau == 0 || refused;
@@ -110,8 +137,8 @@ CK_DEVICE void decide(const Layer& layer, bool refused, double tol, double norm)
   layer.report[kError] = layer.report[kRho] = 0;
   layer.report[kRank] = nothing ? -1 : 0;
   layer.report[kMethod] = refused ? kRefused : nothing ? kNothing : zero ? kZero : attempt ? kSubspace : kFull;
-  for (int i = 0; i < kPairs + kRootPairs; ++i) layer.gates[kSignPair + i] = 0;
-  if (!nothing && !zero) set_coefficients(layer, tau, norm);
+  for (int i = 0; i < layer.passes * (kPairs + kRootPairs); ++i) layer.gates[kSignPair + i] = 0;
+  if (!nothing && !zero) set_coefficients(layer, norm);
 }
 
 // A random basis, for the next call.
@@ -138,8 +165,9 @@ CK_KERNEL(compaware::kThreads) ck_orth(const compaware::Layer* layers, const int
     for (int64_t i = threadIdx.x; i < layer.partials; i += blockDim.x) sum += layer.partial[i];
     const double norm = 1.000001 * sqrt(block_sum(sum));
     if (threadIdx.x == 0) {
+      tol /= *layer.slope;
       decide(layer, *refused, tol, norm);
-      if (layer.gates[kDense]) open_full(layer, *layer.tau, norm, lows, 2 * kPairs, tol);
+      if (layer.gates[kDense]) open_full(layer, norm, lows, tol);
     }
     for (int64_t i = threadIdx.x; i < layer.n && !*refused; i += blockDim.x) layer.s[i] = 0;
     __syncthreads();
@@ -174,7 +202,7 @@ CK_DEVICE void eigen(const Layer& layer, double* rows, double* norms, int* place
 // Rotations [k, k] from what eigen has left, one column after the other.
 CK_DEVICE void write_triplets(const Layer& layer, const double* rows, const double* norms, const int* place) {
   const int k = int(layer.k);
-  const double tau = *layer.tau;
+  const Ramp f = ramp(layer);
   double largest = 0;
   for (int j = 0; j < k; ++j) largest = norms[j] > largest ? norms[j] : largest;
   for (int64_t e = threadIdx.x; e < int64_t(k) * k; e += blockDim.x) {
@@ -182,7 +210,7 @@ CK_DEVICE void write_triplets(const Layer& layer, const double* rows, const doub
     const double mu = norms[j], q = mu > kLost * largest ? rows[j * k + i] / mu : 0;
     layer.Qs[to] = float(q);
     layer.Qv[to] = float(mu > kLost * largest ? q / mu : 0);
-    layer.Qf[to] = float(mu > tau ? q * (1 - tau / mu) : 0);
+    layer.Qf[to] = float(mu > f.tau ? q * f.gain(mu) : 0);
   }
   for (int j = threadIdx.x; j < k; j += blockDim.x) layer.mu[place[j]] = norms[j];
 }
@@ -272,7 +300,7 @@ CK_DEVICE double tail(const Layer& layer, int c, double rho, double slack) {
   return sqrt(sum);
 }
 
-// By thread 0: whether the subspace will do.
+// By thread 0: whether the subspace will do. tol and estimate: of W; its function moves by up to slope times as much.
 CK_DEVICE void conclude(const Layer& layer, double tol, double error, double estimate, double rho) {
   const double tau = *layer.tau;
   const bool met = estimate <= tol * tau;
@@ -290,7 +318,8 @@ CK_KERNEL(compaware::kThreads) ck_judge(const compaware::Layer* layers, const do
   using namespace compaware;
   const Layer& layer = layers[blockIdx.x];
   if (!layer.gates[kTry]) return;
-  const double tau = *layer.tau, norm = layer.report[kNorm], slack = 4 * kUnit32 * norm;
+  const Ramp f = ramp(layer);
+  const double tau = f.tau, norm = layer.report[kNorm], slack = 4 * kUnit32 * norm;
   const int c = checked(layer);
   const Size F = size_of(layer.F, layer.m), E = size_of(layer.left, layer.k);
   const Size U = size_of(layer.skew_U, layer.k), V = size_of(layer.skew_V, layer.k);
@@ -299,7 +328,7 @@ CK_KERNEL(compaware::kThreads) ck_judge(const compaware::Layer* layers, const do
   const double excess = tail(layer, c, rho, slack + bound);
   double kept = 0, stored = 0;
   for (int j = 0; j < c; ++j) {
-    const double mu = layer.mu[j], s = mu > tau ? mu - tau : 0;
+    const double mu = layer.mu[j], s = mu > tau ? f.value(mu) : 0;
     kept += mu * mu;
     stored += s * s;
     if (threadIdx.x == 0) layer.s[j] = s;
@@ -307,9 +336,9 @@ CK_KERNEL(compaware::kThreads) ck_judge(const compaware::Layer* layers, const do
   const double rounding = 2 * (c + 1) * kUnit32 * sqrt(kept) + roundoff(layer.dtype) * sqrt(stored);
   const double spectral = sqrt(F.spectral * F.spectral + E.spectral * E.spectral) + U.spectral + V.spectral;
   if (threadIdx.x) return;
-  conclude(layer, tol, bound + excess + rounding, kMargin * spectral + excess, rho);
+  conclude(layer, tol / f.slope, f.slope * (bound + excess) + rounding, kMargin * spectral + excess, rho);
   if (!layer.gates[kDense]) return;
-  open_full(layer, tau, norm, lows, 2 * kPairs, tol);
+  open_full(layer, norm, lows, tol / f.slope);
   for (int64_t j = 0; j < layer.n; ++j) layer.s[j] = 0;
 }
 
@@ -319,16 +348,21 @@ namespace compaware {
 
 // How far W - W M^(-1/2) is from the prox, M = max(X, I): (X - I)(1 - S^2) / 4 is what the sign S lacks, I - Y M Y what
 // the inverse root Y lacks, and both move the result by at most tau times their norm. See proximal/cuda/matrix_sign.py.
+// weight times tau is the same in both passes.
 CK_DEVICE void account(const Layer& layer, double tol) {
   const int64_t n = layer.n;
   const double tau = *layer.tau, norm = layer.report[kNorm];
-  double trace = 0;
+  double trace = 0, found = 0;
   for (int64_t i = threadIdx.x; i < n; i += blockDim.x) trace += layer.diagonal[i];
   trace = block_sum(trace);
-  const double sign = sqrt(sum_squares(layer.sign_check, n * kProbes));
-  const double root = sqrt(sum_squares(layer.root_check, n * kProbes));
+  for (int64_t pass = 0; pass < layer.passes; ++pass) {
+    const double sign = sqrt(sum_squares(layer.sign_check + pass * n * kProbes, n * kProbes));
+    const double root = sqrt(sum_squares(layer.root_check + pass * n * kProbes, n * kProbes));
+    const Pass of = pass_of(layer, pass);
+    found += kFactor * (*layer.slope * tau) * (sign + root) +
+             (layer.m + 100) * kUnit64 * norm * norm * of.weight / of.tau;
+  }
   if (threadIdx.x) return;
-  const double found = kFactor * tau * (sign + root) + (layer.m + 100) * kUnit64 * norm * norm / tau;
   layer.report[kError] = found + roundoff(layer.dtype) * norm + 2 * kUnit32 * tau * sqrt(double(n));
   layer.report[kRank] = rint((double(n) + trace) / 2);
   layer.report[kMethod] = found <= tol * tau * sqrt(double(n)) ? kFull : kUnsure;

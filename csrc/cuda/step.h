@@ -7,7 +7,7 @@
 namespace compaware {
 
 constexpr int kSignPair = kRestart + 1, kRootPair = kSignPair + kPairs, kGates = kRootPair + kRootPairs;
-constexpr int kCoefficients = kRootCheck + 1, kReports = kRho + 1;
+constexpr int kCoefficients = kKeep + 1, kReports = kRho + 1;
 
 // A run of elements of a matrix, of which one block sums the squares.
 struct Chunk {
@@ -19,7 +19,7 @@ struct Chunk {
 struct Small {
   void* W;                        // [m, n], m >= n
   int64_t dtype, m, n, row, col;  // row, col: strides, in elements
-  const double* tau;
+  const double *tau, *slope;
   double* s;       // [n] singular values of the result, descending
   double* error;   // a bound of ||computed - exact||_F
   double* rank;    // of the result; -1 where nothing was done
@@ -29,14 +29,15 @@ struct Small {
 struct Layer {
   const void* W;  // [m, n] without gaps, by rows or by columns, m >= n
   int64_t dtype, m, n, k, number;
-  const double* tau;
+  int64_t passes;  // of the products: 2 where slope may be more than 1
+  const double *tau, *slope;
   const double* partial;  // [partials] sums of squares
   int64_t partials;
   double* report;        // [kReports]
   double* s;             // [n] singular values of the result
-  int32_t* gates;        // [kGates]
+  int32_t* gates;        // [kGates], and kPairs + kRootPairs more for a second pass
   int32_t* awake;        // one of all layers: not 0 where kDense is open for any
-  double* coefficients;  // [kCoefficients, 3]
+  double* coefficients;  // [passes, kCoefficients, 3]
   double* omega;         // [n, kProbes] Gaussian
   // The subspace: left singular vectors U [m, k] = W V S, and Z = W^T U [n, k].
   float* V;             // [n, k] for the next call
@@ -54,8 +55,8 @@ struct Layer {
   const float* powers;                       // then, one behind the other, the next powers: [n], [m], [n] ... x kProbes
   float* restart;                            // [n, k] a random basis
   // All of it: S = sign(X - I), Y = max(X, I)^(-1/2), X = W^T W / tau^2.
-  const double* diagonal;                   // [n] of S
-  const double *sign_check, *root_check;  // [kProbes, n] what S and Y lack
+  const double* diagonal;                 // [n] of S, of the first pass
+  const double *sign_check, *root_check;  // [passes, kProbes, n] what S and Y lack
 };
 
 }  // namespace compaware

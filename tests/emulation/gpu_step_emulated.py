@@ -50,21 +50,24 @@ def network(call=0, dtype=torch.float32):
     return [(W + 1e-4 * call * torch.randn(W.shape, generator=generator)).to(dtype) for W in weights]
 
 
-def check(weights, before, tau, infos, storage=2e-7):
+def check(weights, before, tau, infos, storage=2e-7, gamma=None):
     """The result is within the reported error bound of the fp64 truth, and within the tolerance."""
     for W, X, info in zip(weights, before, infos, strict=True):
-        error = W.double() - torch.from_numpy(oracle.svt(X.double().numpy(), tau))
+        X64 = X.double().numpy()
+        truth = oracle.svt(X64, tau) if gamma is None else oracle.firm_svt(X64, tau, gamma)
+        error = W.double() - torch.from_numpy(truth)
         assert float(error.norm()) <= float(info.error_bound), info.method
         allowed = TOL * tau + storage * float(torch.linalg.matrix_norm(X.double(), 2))
         assert float(torch.linalg.matrix_norm(error, 2)) <= allowed, info.method
         assert int(info.rank) == int((torch.linalg.svdvals(X.double()) > tau).sum()), info.method
 
 
-def step(weights, fresh, state, tau=TAU, **options):
+def step(weights, fresh, state, tau=TAU, gamma=None, **options):
     for W, X in zip(weights, fresh, strict=True):
         W.copy_(X)
-    infos = ck.svt_(weights, tau, state=state, tol=TOL)
-    check(weights, fresh, tau, infos, **options)
+    kwargs = {"state": state, "tol": TOL}
+    infos = ck.svt_(weights, tau, **kwargs) if gamma is None else ck.firm_svt_(weights, tau, gamma, **kwargs)
+    check(weights, fresh, tau, infos, gamma=gamma, **options)
     return [info.method for info in infos]
 
 
@@ -76,6 +79,32 @@ def test_cold_then_warm(seed, monkeypatch):
     assert methods[0][:2] == ["products"] * 2 and methods[-1][:2] == ["subspace"] * 2
     assert all("jacobi" in method for call in methods for method in call[2:])
     assert counted == 4 * LAUNCHES
+
+
+@pytest.mark.parametrize("gamma", [1.2, 4.0])
+def test_firm_cold_then_warm(gamma):
+    """As many launches; and a soft step in between finds its plan, and the subspaces, as they are."""
+    state, weights = ck.WarmState(), network()
+    methods = [step(weights, network(call), state, gamma=gamma) for call in range(3)]
+    (engine,) = state.engines.values()
+    methods += [step(weights, network(3), state), step(weights, network(4), state, gamma=gamma)]
+    assert methods[0][:2] == ["products"] * 2 and methods[-1][:2] == methods[-2][:2] == ["subspace"] * 2
+    assert list(state.engines.values()) == [engine] and counted == 5 * LAUNCHES
+
+
+def test_firm_spectra():
+    """s of the subspace route, and of small matrices; and a plan for soft thresholds is not taken for one for firm."""
+    state, weights = ck.WarmState(), network(dtype=torch.bfloat16)
+    for call, gamma in enumerate((None, None, None, 2.0, 2.0)):
+        step(weights, network(call, torch.bfloat16), state, gamma=gamma, storage=2**-7)
+        assert next(iter(state.engines.values())).plan.firm == (gamma is not None)
+    before = network(5, torch.bfloat16)
+    for W, X in zip(weights, before, strict=True):
+        W.copy_(X)
+    for X, info in zip(before, ck.firm_svt_(weights, TAU, 2.0, state=state), strict=True):
+        s = torch.linalg.svdvals(X.double())
+        exact = torch.minimum(2 * (s - TAU), s).clamp_min(0)
+        torch.testing.assert_close(info.s[0], exact, rtol=1e-5, atol=2e-3)
 
 
 @pytest.mark.parametrize("dtype, storage", [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)], ids=str)

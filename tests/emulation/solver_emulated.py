@@ -32,6 +32,10 @@ def test_values():
     checks.check_values("cpu", torch.float16)
 
 
+def test_firm_values():
+    checks.check_values("cpu", torch.float32, gamma=3.0)
+
+
 def test_replay():
     checks.check_replay("cpu", checks.CaptureOnCpu)
 

@@ -45,9 +45,10 @@ def sanitized(made: plan.Plan, sanitizer: str):
     return cuda_launcher.registered(launcher)
 
 
-def make(weights, widths, tau=1.0, known=False) -> plan.Plan:
-    """Plan for these weights; ``known``: with bases of the true singular vectors."""
-    made = plan.Plan(weights, widths)
+def make(weights, widths, tau=1.0, known=False, gamma=math.inf) -> plan.Plan:
+    """Plan for these weights; ``known``: with bases of the true singular vectors; ``gamma``: of firm thresholding."""
+    made = plan.Plan(weights, widths, firm=gamma < math.inf)
+    made.slopes.fill_(1 / (1 - 1 / gamma))
     taus = tau if isinstance(tau, list) else [tau] * len(weights)
     made.inputs.copy_(torch.tensor([*taus, SEED, CALL], dtype=torch.float64))
     for x in (x for x in made.layers if known and x.k):
@@ -86,7 +87,7 @@ def apart(made: plan.Plan) -> plan.Plan:
 def state(made: plan.Plan) -> dict[str, Tensor]:
     """Copies of everything that kernels write."""
     found = {f"{x.number}.{name}": value.clone() for x in made.layers for name, value in vars(x).items()
-             if isinstance(value, Tensor) and name not in ("partial", "awake", "tau")}  # fmt: skip
+             if isinstance(value, Tensor) and name not in ("partial", "awake", "tau", "slope")}  # fmt: skip
     return found | {name: getattr(made, name).clone() for name in ("inputs", "out", "refused", "partials", "zeroed")}
 
 
@@ -112,7 +113,7 @@ def judged(x, norm: float) -> tuple[float, float, float]:
 
     By the formulas of proximal/cuda/subspace_iteration.py, and the norms of error_bounds.py.
     """
-    tau, unit, slack = x.tau.item(), 2.0**-24, 4 * 2.0**-24 * norm
+    tau, slope, unit, slack = x.tau.item(), x.slope.item(), 2.0**-24, 4 * 2.0**-24 * norm
     parts = torch.stack([R.mT @ R for R in (x.F, x.left, x.skew_U, x.skew_V)])
     F, E, U, V = (FACTOR * math.sqrt(K.trace()) for K in parts)
     about_F, about_E, about_U, about_V = error_bounds.spectral_estimates(parts)
@@ -124,10 +125,10 @@ def judged(x, norm: float) -> tuple[float, float, float]:
     c = int((x.mu > max(0.8 * tau, 1e-6 * x.mu[0])).sum())
     above = ((x.mu[c:] ** 2 + rho**2).sqrt() + slack + bound - tau).clamp_min(0)
     excess = above.norm().item() if rho <= tau else math.inf
-    stored = (x.mu[:c] - tau).clamp_min(0).norm().item()
+    stored = torch.minimum(slope * (x.mu[:c] - tau), x.mu[:c]).clamp_min(0).norm().item()
     rounding = 2 * (c + 1) * unit * x.mu[:c].norm().item() + error_bounds.unit_roundoff(x.W.dtype) * stored
     spectral = math.hypot(about_F, about_E) + about_U + about_V
-    return bound + excess + rounding, 1.25 * spectral + excess, rho
+    return slope * (bound + excess) + rounding, 1.25 * spectral + excess, rho
 
 
 def launch(made, kernel, tol=TOL):

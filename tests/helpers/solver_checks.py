@@ -32,21 +32,23 @@ def wait(device):
         torch.cuda.synchronize(device)
 
 
-def assert_right(weights, before, infos, tau=TAU):
+def assert_right(weights, before, infos, tau=TAU, gamma=None):
     """The error is within the reported bound and within the tolerance."""
     for W, X, info in zip(weights, before, infos, strict=True):
         X = X.double().cpu()
-        error = W.double().cpu() - torch.from_numpy(oracle.svt(X.numpy(), tau))
+        exact = oracle.svt(X.numpy(), tau) if gamma is None else oracle.firm_svt(X.numpy(), tau, gamma)
+        error = W.double().cpu() - torch.from_numpy(exact)
         assert float(error.norm()) <= float(info.error_bound), info.method
         allowed = TOL * tau + 2 * ROUNDING[W.dtype] * float(X.norm())
         assert float(torch.linalg.matrix_norm(error, 2)) <= allowed, info.method
         assert int(info.rank) == int((torch.linalg.svdvals(X) > tau).sum()), info.method
 
 
-def call(weights, fresh, state, tau=TAU, **options):
+def call(weights, fresh, state, tau=TAU, gamma=None, **options):
     for W, X in zip(weights, fresh, strict=True):
         W.copy_(X)
-    return ck.svt_(weights, tau, state=state, tol=TOL, **options)
+    options |= {"state": state, "tol": TOL}
+    return ck.svt_(weights, tau, **options) if gamma is None else ck.firm_svt_(weights, tau, gamma, **options)
 
 
 def warm(device, shapes=FEW, dtype=torch.float32, calls=3, **options):
@@ -58,13 +60,13 @@ def warm(device, shapes=FEW, dtype=torch.float32, calls=3, **options):
     return weights, state
 
 
-def check_values(device, dtype, shapes=FEW, calls=3):
+def check_values(device, dtype, shapes=FEW, calls=3, gamma=None):
     weights, state, methods = network(shapes, dtype, device=device), ck.WarmState(), []
     for i in range(calls):
         fresh = network(shapes, dtype, i, device)
-        infos = call(weights, fresh, state)
+        infos = call(weights, fresh, state, gamma=gamma)
         wait(device)
-        assert_right(weights, fresh, infos)
+        assert_right(weights, fresh, infos, gamma=gamma)
         methods.append([info.method for info in infos])
     assert methods[0][:2] == ["products"] * 2 and methods[-1][:2] == ["subspace"] * 2, methods
 

@@ -137,13 +137,13 @@ def test_the_fused_kernel_runs_where_it_is_said_to(op, there, fresh):
         pytest.importorskip("triton")
         from compaware_kernels.ops import triton_lowrank
 
-        fresh.setattr(triton_lowrank, "why_not", lambda *args: "")
         fresh.setattr(triton_lowrank, op, lambda x, *rest: found.append("Triton kernel") or x)
     else:
         fresh.setitem(sys.modules, "triton", None)
     two_steps = "lowrank_two_step" if op == "lowrank_conv2d" else "lowrank_linear_two_step"
     fresh.setattr(lowrank, two_steps, lambda *args: found.append("reference (plain PyTorch)"))
-    fresh.setitem(backends.TABLE[op], "cpu", backends.TABLE[op]["cuda"])
+    (row,) = backends.TABLE[op]["cuda"]
+    fresh.setitem(backends.TABLE[op], "cpu", [row._replace(declines=lambda *args: "")])
     {"lowrank_conv2d": backends._conv2d, "lowrank_linear": backends._linear}[op](*args)
     assert found == [ck.info()["ops"][op]["CUDA"].partition(":")[0]] and ("Triton" in found[0]) == there
 

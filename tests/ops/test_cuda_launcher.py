@@ -21,9 +21,11 @@ needs_built = pytest.mark.skipif(bool(cuda_launcher.Built.why_not()), reason=cud
 @pytest.fixture(autouse=True)
 def nothing_chosen_yet(monkeypatch):
     monkeypatch.delenv("COMPAWARE_CUDA", raising=False)
-    cuda_launcher._tried.clear()
+    for forget in (cuda_launcher._tried.clear, cuda_launcher._refusals.cache_clear):
+        forget()
     yield
-    cuda_launcher._tried.clear()
+    for forget in (cuda_launcher._tried.clear, cuda_launcher._refusals.cache_clear):
+        forget()
 
 
 @pytest.fixture
@@ -100,6 +102,7 @@ def test_reasons_why_nothing_can_be_launched(gpus, cupy, without_library, monkey
     with pytest.raises(RuntimeError, match=r'ck_shrink: built: not built; nvrtc: .*\n.*identifier "undeclared"'):
         cuda_launcher.launch("ck_shrink", 1, 32, 0, [], SECOND)
     assert len(cupy.compiled) == 1, "tried once"
+    assert cuda_launcher.missing(SECOND, compiled=False) == cuda_launcher.missing(SECOND), "known from then on"
     monkeypatch.setattr(cuda_launcher, "SOURCES", ())
     assert cuda_launcher.about()["nvrtc"] == "the package has no sources of the kernels"
 
@@ -108,6 +111,8 @@ def test_choice_of_launcher(gpus, cupy, monkeypatch):
     monkeypatch.setattr(library, "missing", None)
     monkeypatch.setattr(cuda_launcher.Built, "_library", lambda: SimpleNamespace(ck_launch=None))
     folder = cuda_launcher.cache_folder()
+    assert cuda_launcher.missing(SECOND, compiled=False) == cuda_launcher.missing(FIRST, compiled=False) == ""
+    assert not cupy.compiled
     assert cuda_launcher.about() == {
         "built": "for sm_80, sm_90a",
         "nvrtc": f"NVRTC 13.0, CuPy 14.2.0, cache {folder}",

@@ -28,7 +28,7 @@ def test_registered_and_imported_late():
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """What is remembered about Triton is forgotten before and after."""
+    """Clears the cached choice of the Triton kernel before and after."""
     caches = backends.triton_missing, backends._no_triton, backends.log_once
     for cached in caches:
         cached.cache_clear()

@@ -98,7 +98,9 @@ class DeviceInfo(SvtInfo):
 class Engine:
     """A plan, and what one call leaves for the next; kept as long as the :class:`WarmState` it was made for."""
 
-    def __init__(self, weights: Sequence[Tensor], keys: Sequence[str], state: WarmState, widths: dict[str, int]):
+    def __init__(
+        self, weights: Sequence[Tensor], keys: Sequence[str], state: WarmState, widths: dict[str, int], firm: bool
+    ):
         from .plan import Plan  # which needs Triton
 
         self.like = _like(weights)
@@ -108,7 +110,7 @@ class Engine:
         self.keys = [f"{key}.{j}" for key, count in zip(keys, self.counts, strict=True) for j in range(count)]
         bases = [state.bases.get(key) for key in self.keys]
         columns = [widths.get(key, _width_of(V, M)) for key, V, M in zip(self.keys, bases, matrices, strict=True)]
-        self.plan = Plan(matrices, columns)
+        self.plan = Plan(matrices, columns, firm)
         for x, V in zip(self.plan.matrices, bases, strict=True):
             if x.k and V is not None and V.shape[0] == x.n:
                 x.V[:, : V.shape[1]].copy_(V[:, : x.k])
@@ -120,10 +122,10 @@ class Engine:
         return {key: x.V if x.k else x.W.new_empty(x.n, 0, dtype=torch.float32)
                 for key, x in zip(self.keys, self.plan.matrices, strict=True)}  # fmt: skip
 
-    def serves(self, weights: Sequence[Tensor], state: WarmState) -> bool:
-        """Whether the weights are where they were, and the state is as this has left it."""
+    def serves(self, weights: Sequence[Tensor], state: WarmState, firm: bool) -> bool:
+        """Whether the weights are where they were, the state is as this has left it, and the plan has what it takes."""
         kept = all(state.bases.get(key) is x.V for key, x in zip(self.keys, self.plan.matrices, strict=True) if x.k)
-        return kept and self.like == _like(weights)
+        return kept and self.plan.firm >= firm and self.like == _like(weights)
 
     def wanted(self) -> dict[str, int]:
         """Other widths of the subspaces, by what has arrived of an earlier call; none, if the present ones will do."""
@@ -147,18 +149,22 @@ class Engine:
         return widths if present | widths != present else {}
 
     def run(self, ramps: Sequence[tuple[float, float]], state: WarmState, tol: float, guard: Guard) -> None:
-        """Queue one call."""
+        """Queue one call; ``ramps``: tau and slope of each weight."""
         from . import step
 
         plan, on_gpu = self.plan, self.plan.device.type == "cuda"
-        values = [tau for (tau, _), count in zip(ramps, self.counts, strict=True) for _ in range(count)]
-        inputs = torch.tensor([*values, state.seed, state.calls], dtype=torch.float64, pin_memory=on_gpu)
+        each = [ramp for ramp, count in zip(ramps, self.counts, strict=True) for _ in range(count)]
+        taus, slopes = zip(*each, strict=True)
+        inputs = torch.tensor([*taus, state.seed, state.calls], dtype=torch.float64, pin_memory=on_gpu)
         plan.inputs.copy_(inputs, non_blocking=True)
+        if plan.firm:
+            slopes = torch.tensor(slopes, dtype=torch.float64, pin_memory=on_gpu)
+            plan.slopes.copy_(slopes, non_blocking=True)
         if guard.all_finite is not None:
             plan.inputs[:-2].mul_(guard.all_finite)
         step.run(plan, tol)
         if on_gpu and torch.cuda.is_current_stream_capturing():
-            plan.captured = inputs  # which a replay reads again
+            plan.captured, plan.captured_slopes = inputs, slopes  # which a replay reads again
             return
         found, event = torch.empty_like(plan.out, device="cpu", pin_memory=on_gpu), None
         found.copy_(plan.out, non_blocking=True)
@@ -224,9 +230,11 @@ def shrink_(
     engine = kept.engine
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()  # no event may be asked then
     widths = engine.wanted() if engine and not capturing else {}
-    if engine is None or widths or not engine.serves(weights, state):
-        engine = kept.engine = Engine(weights, [record.key for record in records], state, widths)
-    engine.run([function.ramp for function in functions], state, tol, kept.guard)
+    ramps = [function.ramp for function in functions]
+    firm = any(slope > 1 for _, slope in ramps)
+    if engine is None or widths or not engine.serves(weights, state, firm):
+        engine = kept.engine = Engine(weights, [record.key for record in records], state, widths, firm)
+    engine.run(ramps, state, tol, kept.guard)
     state.remember(engine.bases)
     return engine.reports(weights, [record.name for record in records])
 

@@ -17,6 +17,10 @@ is wrong by at most ``e m^(-1/2)``. Together the result moves, in the Frobenius 
 
 as ``sqrt(x) |d m^(-1/2)| <= |dm| / 2`` for m >= max(x, 1) - and ``1 - |s| <= 1 - s^2``. Both norms are measured by the
 Gaussian vectors omega. Near x = 1, S need not have converged: there ``x - 1`` is small.
+
+Firm thresholding takes away ``gamma / (gamma - 1)`` times this, less ``1 / (gamma - 1)`` times the same for the
+threshold ``gamma tau``: a second pass, whose error counts as much as that of the first. Clipping X at gamma^2 would
+save an inverse root; but what that sign lacks would count ``sigma / tau`` times, while here no error grows with sigma.
 """
 
 from __future__ import annotations
@@ -30,18 +34,24 @@ from torch import Tensor
 from .device_structs import PAIRS, PROBES, ROOT_PAIRS
 from .matmul_program import Program
 
-SQUARES = 9  # of n^2 numbers each
+SQUARES = 9  # of n^2 numbers each; one more for two passes
 
 
 def slot_bytes(layer: SimpleNamespace) -> int:
     """What one layer needs while it is its turn."""
-    return 8 * SQUARES * layer.n**2 + layer.m * layer.n * layer.W.element_size()
+    return 8 * _squares(layer) * layer.n**2 + layer.m * layer.n * layer.W.element_size()
+
+
+def _squares(layer: SimpleNamespace) -> int:
+    return SQUARES + layer.passes - 1
 
 
 def allocate(layer: SimpleNamespace, new) -> None:
     """What of a layer outlives its turn; ``new(*shape, dtype)`` makes a tensor."""
-    for name in ("sign_check", "root_check", "middle", "other"):
+    for name in ("middle", "other"):
         setattr(layer, name, new(PROBES, layer.n, dtype=torch.float64))
+    for name in ("sign_check", "root_check"):
+        setattr(layer, name, new(layer.passes * PROBES, layer.n, dtype=torch.float64))
     layer.diagonal = new(layer.n, dtype=torch.float64)
 
 
@@ -64,10 +74,14 @@ def list_products(program: Program, slots: Sequence[Sequence[SimpleNamespace]], 
     for turn in range(max(map(len, slots), default=0)):
         turns = [_Turn(program, slot[0].number, slot[turn], flat, one)
                  for slot, flat in zip(slots, space, strict=True) if turn < len(slot)]  # fmt: skip
-        for step in _steps(one):
+        passes = max(each.layer.passes for each in turns)
+        for number in range(passes):
             for each in turns:
-                step(each)
-            program.stage()
+                each.begin(number)
+            for step in _steps(one, number, passes):
+                for each in turns:
+                    step(each)
+                program.stage()
 
 
 class _Turn:
@@ -75,13 +89,18 @@ class _Turn:
 
     def __init__(self, program: Program, counter: int, layer: SimpleNamespace, flat: Tensor, one: dict[str, Tensor]):
         n, self.program, self.counter, self.layer, self.one = layer.n, program, counter, layer, one
-        self.X, self.S, self.S2, self.A, self.T, self.R2, self.Z, self.Z2, self.q = (
-            flat[i * n * n : (i + 1) * n * n].view(n, n) for i in range(SQUARES)
-        )
-        rest = flat[SQUARES * n * n :].view(layer.W.dtype)[: layer.W.numel()]
+        squares = [flat[i * n * n : (i + 1) * n * n].view(n, n) for i in range(_squares(layer))]
+        self.X, self.S, self.S2, self.A, self.T, self.R2, self.Z, self.Z2, self.q, *self.kept = squares
+        rest = flat[len(squares) * n * n :].view(layer.W.dtype)[: layer.W.numel()]
         self.copy = rest.as_strided(layer.W.shape, layer.W.stride())
         self.XS, self.M, self.R = self.S2, self.A, self.T  # once the sign is known
-        self.none = self.X[:, :0]
+
+    def begin(self, number: int) -> None:
+        """A pass, with a threshold of its own."""
+        layer = self.layer
+        self.coefficient = layer.all_coefficients[number]
+        self.sign_pairs, self.root_pairs = layer.all_sign_pairs[number], layer.all_root_pairs[number]
+        self.sign_check, self.root_check = (x.split(PROBES)[number] for x in (layer.sign_check, layer.root_check))
 
     def multiply(self, A: Tensor, B: Tensor, C: Tensor, gate: Tensor | None = None, **options) -> None:
         gate = self.layer.gate["dense"] if gate is None else gate
@@ -93,26 +112,32 @@ class _Turn:
         self.multiply(flat.view(C.shape[0], 0), flat.view(0, C.shape[1]), C, plus=plus, coef=coef)
 
 
-def _steps(one: dict[str, Tensor]):
+def _steps(one: dict[str, Tensor], number: int, passes: int):
+    """Of one pass."""
     yield _begin
-    yield lambda x: x.set(x.S, x.X, x.layer.coefficient["scale_sign"])
+    yield lambda x: x.set(x.S, x.X, x.coefficient["scale_sign"])
     for t in range(2 * PAIRS):
         yield from _sign_step(t, one)
-    yield _after_sign
+    yield _after_sign if number == 0 else _after_second_sign
     yield _begin_root
     for t in range(2 * ROOT_PAIRS):
         yield from _root_step(t, one)
-    yield from (_end, _check_root, _last)
+    if passes == 1:
+        yield from (_write, _check_root, _last)
+    elif number == 0:
+        yield from (_keep, _check_root, _last)
+    else:
+        yield from (_identity, _keep_both, _write_both)
 
 
 def _begin(x: _Turn) -> None:
-    x.multiply(x.layer.W.mT, x.layer.W, x.X, coef=x.layer.coefficient["gram"])
+    x.multiply(x.layer.W.mT, x.layer.W, x.X, coef=x.coefficient["gram"])
     x.set(x.copy, x.layer.W, x.one["same"])
 
 
 def _sign_step(t: int, one: dict[str, Tensor]):
     def options(x):
-        return {"gate": x.layer.sign_pairs[t // 2]}
+        return {"gate": x.sign_pairs[t // 2]}
 
     def ends(x):
         return (x.S, x.S2) if t % 2 == 0 else (x.S2, x.S)
@@ -122,12 +147,16 @@ def _sign_step(t: int, one: dict[str, Tensor]):
     yield lambda x: x.multiply(ends(x)[0], x.T, ends(x)[1], plus=ends(x)[0], coef=one["sign"][t, 1], **options(x))
 
 
-def _after_sign(x: _Turn) -> None:
-    layer = x.layer
+def _after_second_sign(x: _Turn) -> None:
     x.multiply(x.X, x.S, x.M, plus=x.X, coef=x.one["middle"])
     x.multiply(x.X, x.S, x.XS)
-    x.multiply(layer.omega.mT, x.S, layer.middle)
-    x.multiply(layer.omega.mT, x.X, layer.other)
+    x.multiply(x.layer.omega.mT, x.S, x.layer.middle)
+    x.multiply(x.layer.omega.mT, x.X, x.layer.other)
+
+
+def _after_sign(x: _Turn) -> None:
+    layer = x.layer
+    _after_second_sign(x)
     x.set(layer.diagonal[:, None], x.S.diagonal()[:, None], x.one["same"])
     if layer.k:
         restart = {"gate": layer.gate["restart"], "plus": layer.restart.mT, "coef": x.one["restart"]}
@@ -135,10 +164,10 @@ def _after_sign(x: _Turn) -> None:
 
 
 def _begin_root(x: _Turn) -> None:
-    x.set(x.R, x.M, x.layer.coefficient["scale_root"])
+    x.set(x.R, x.M, x.coefficient["scale_root"])
     x.set(x.Z, None, x.one["identity"])
     check = {"plus": x.layer.other, "coef": x.one["sign_check"]}
-    x.multiply(x.layer.middle, x.XS, x.layer.sign_check, **check)
+    x.multiply(x.layer.middle, x.XS, x.sign_check, **check)
 
 
 def _root_step(t: int, one: dict[str, Tensor]):
@@ -146,7 +175,7 @@ def _root_step(t: int, one: dict[str, Tensor]):
         return (x.R, x.Z, x.R2, x.Z2) if t % 2 == 0 else (x.R2, x.Z2, x.R, x.Z)
 
     def options(x):
-        return {"gate": x.layer.root_pairs[t // 2]}
+        return {"gate": x.root_pairs[t // 2]}
 
     def both(x):
         R, Z, _, Z2 = ends(x)
@@ -158,8 +187,8 @@ def _root_step(t: int, one: dict[str, Tensor]):
     yield lambda x: x.multiply(x.S2, x.q, ends(x)[2], **options(x))
 
 
-def _end(x: _Turn) -> None:
-    x.multiply(x.copy, x.Z, x.layer.W, plus=x.copy, coef=x.layer.coefficient["correction"])
+def _write(x: _Turn) -> None:
+    x.multiply(x.copy, x.Z, x.layer.W, plus=x.copy, coef=x.coefficient["correction"])
     x.multiply(x.layer.omega.mT, x.Z, x.layer.middle)
 
 
@@ -168,5 +197,25 @@ def _check_root(x: _Turn) -> None:
 
 
 def _last(x: _Turn) -> None:
-    check = {"plus": x.layer.omega.mT, "coef": x.layer.coefficient["root_check"]}
-    x.multiply(x.layer.other, x.Z, x.layer.root_check, **check)
+    check = {"plus": x.layer.omega.mT, "coef": x.coefficient["root_check"]}
+    x.multiply(x.layer.other, x.Z, x.root_check, **check)
+
+
+def _keep(x: _Turn) -> None:
+    x.set(*x.kept, x.Z, x.coefficient["keep"])
+    x.multiply(x.layer.omega.mT, x.Z, x.layer.middle)
+
+
+def _identity(x: _Turn) -> None:
+    x.set(x.q, None, x.one["identity"])
+    x.multiply(x.layer.omega.mT, x.Z, x.layer.middle)
+
+
+def _keep_both(x: _Turn) -> None:
+    x.multiply(x.Z, x.q, *x.kept, plus=x.kept[0], coef=x.coefficient["keep"])
+    _check_root(x)
+
+
+def _write_both(x: _Turn) -> None:
+    x.multiply(x.copy, *x.kept, x.layer.W, plus=x.copy, coef=x.one["minus_plus"])
+    _last(x)

@@ -28,16 +28,18 @@ class Plan:
 
     Attributes:
         inputs: fp64: the thresholds of the matrices, the seed, and the number of the call, which a call raises.
-        out: fp64, of every matrix what :data:`.tables.REPORT` names, and its singular values.
+        slopes: fp64: 1 for soft thresholding; where ``firm``, also more.
+        out: fp64, of every matrix what :data:`.device_structs.REPORT` names, and its singular values.
     """
 
-    def __init__(self, weights: Sequence[Tensor], widths: Sequence[int]):
+    def __init__(self, weights: Sequence[Tensor], widths: Sequence[int], firm: bool = False):
         self.device, self.dtype = weights[0].device, weights[0].dtype
         self.new = partial(torch.empty, device=self.device)
         self.inputs = self._zeros(len(weights) + 2)
         self.call = self.inputs[-2:]
+        self.slopes, self.firm = torch.ones(len(weights), dtype=torch.float64, device=self.device), firm
         self.refused = self._zeros(1, dtype=torch.int32)
-        self.matrices = [_matrix(W, self.inputs[i]) for i, W in enumerate(weights)]
+        self.matrices = [_matrix(*each, 1 + firm) for each in zip(weights, self.inputs, self.slopes, strict=False)]
         self.small = [x for x, W in zip(self.matrices, weights, strict=True) if is_small(W)]
         self.layers = [x for x, W in zip(self.matrices, weights, strict=True) if not is_small(W)]
         self.out = self._zeros(sum(x.n + len(device_structs.REPORT) for x in self.matrices))
@@ -83,13 +85,15 @@ class Plan:
     def _allocate(self, x: SimpleNamespace) -> None:
         x.partial = self.partials[x.first_chunk :]
         x.awake = self.awake
-        x.gates = self._zeros(device_structs.ALL_GATES, dtype=torch.int32)
-        x.coefficients = self.new(len(device_structs.COEFFICIENTS), 3, dtype=torch.float64)
+        pairs = device_structs.PAIRS, device_structs.ROOT_PAIRS
+        x.gates = self._zeros(device_structs.SIGN_PAIR + x.passes * sum(pairs), dtype=torch.int32)
+        x.coefficients = self.new(x.passes, len(device_structs.COEFFICIENTS), 3, dtype=torch.float64)
         x.omega = self.new(x.n, device_structs.PROBES, dtype=torch.float64)
         x.gate = {name: x.gates[i : i + 1] for i, name in enumerate(device_structs.GATES)}
-        x.sign_pairs = x.gates[device_structs.SIGN_PAIR :].split(1)[: device_structs.PAIRS]
-        x.root_pairs = x.gates[device_structs.ROOT_PAIR :].split(1)
-        x.coefficient = dict(zip(device_structs.COEFFICIENTS, x.coefficients, strict=True))
+        each = [part.split(1) for part in x.gates[device_structs.SIGN_PAIR :].split(pairs * x.passes)]
+        x.all_sign_pairs, x.all_root_pairs = each[::2], each[1::2]
+        x.all_coefficients = [dict(zip(device_structs.COEFFICIENTS, rows, strict=True)) for rows in x.coefficients]
+        x.sign_pairs, x.root_pairs, x.coefficient = x.all_sign_pairs[0], x.all_root_pairs[0], x.all_coefficients[0]
         if x.k:
             subspace_iteration.allocate(x, self.new)
             x.V.zero_()
@@ -119,6 +123,6 @@ class Plan:
         self.programs = [program.build(self.device) for program in (*self.warm, out, whole)]
 
 
-def _matrix(W: Tensor, tau: Tensor) -> SimpleNamespace:
-    tall = W if W.shape[0] >= W.shape[1] else W.mT
-    return SimpleNamespace(W=tall, m=tall.shape[0], n=tall.shape[1], dtype=device_structs.DTYPES[W.dtype], tau=tau)
+def _matrix(W: Tensor, tau: Tensor, slope: Tensor, passes: int) -> SimpleNamespace:
+    tall, numbers = W if W.shape[0] >= W.shape[1] else W.mT, {"tau": tau, "slope": slope, "passes": passes}
+    return SimpleNamespace(W=tall, m=tall.shape[0], n=tall.shape[1], dtype=device_structs.DTYPES[W.dtype], **numbers)

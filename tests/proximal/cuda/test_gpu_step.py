@@ -42,6 +42,13 @@ def test_values(dtype, shapes):
     checks.check_values(DEVICE, dtype, shapes, calls=5)
 
 
+@pytest.mark.parametrize("shapes", [checks.FEW, checks.MANY], ids=["few", "many"])
+@pytest.mark.parametrize("dtype", checks.ROUNDING, ids=str)
+@pytest.mark.parametrize("gamma", [1.2, 3.0])
+def test_firm_values(gamma, dtype, shapes):
+    checks.check_values(DEVICE, dtype, shapes, calls=5, gamma=gamma)
+
+
 def test_other_stream():
     """The step is ordered after pending work of the current stream; the default stream waits for nothing."""
     weights, state = checks.warm(DEVICE)

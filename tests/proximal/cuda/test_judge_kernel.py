@@ -42,8 +42,8 @@ def on_cpu(monkeypatch):
 # --- ritz ------------------------------------------------------------------------------------------------------------
 
 
-def ritz(H, tau=1.0):
-    made = step_case.make([torch.zeros(200, 150)], [len(H)], tau)
+def ritz(H, tau=1.0, gamma=math.inf):
+    made = step_case.make([torch.zeros(200, 150)], [len(H)], tau, gamma=gamma)
     x = made.layers[0]
     trying(x)
     x.H.copy_(H)
@@ -68,6 +68,17 @@ def test_ritz(k, turned, angles):
     checked = int((mu > 0.8 * tau).sum())
     step_case.is_normal(x.inside[:checked])
     assert not x.inside[checked:].any() and torch.equal(x.scaled, x.inside * x.mu[:, None])
+
+
+@pytest.mark.parametrize("gamma", [1.01, 2.0, 100.0])
+def test_ritz_of_firm_thresholds(gamma):
+    """Of values at tau and at gamma tau, too."""
+    mu = torch.tensor([300, 2.02, 2, 1.5, 1.01, 1.001, 1, 0.9, 0.1], dtype=torch.float64)
+    R = torch.linalg.qr(torch.eye(9) + 1e-2 * normal(9, 9)).Q
+    x = ritz(R.mT @ torch.diag(mu**2) @ R, gamma=gamma)
+    gain = torch.minimum(gamma / (gamma - 1) * (1 - 1 / x.mu), torch.tensor(1.0)).clamp_min(0)
+    torch.testing.assert_close(x.Qf.double(), x.Qs.double() * gain, rtol=3e-7, atol=1e-7)
+    assert gain[0] == 1
 
 
 def test_ritz_in_shared_or_global_memory(monkeypatch):
@@ -129,9 +140,9 @@ PARTS = ("F", "left", "skew_U", "skew_V")
 POWERS = torch.arange(1, device_structs.POWERS + 1)
 
 
-def judge(sizes, rest, tol=TOL, tau=1.0, dtype=torch.float32, mu=None, spoil=None, norm=100.0):
+def judge(sizes, rest, tol=TOL, tau=1.0, dtype=torch.float32, mu=None, spoil=None, norm=100.0, gamma=math.inf):
     """Run ck_judge with partial results of these norms and probe powers of a rest with norm ``rest`` times tau."""
-    made, x = one(tau=tau, dtype=dtype)
+    made, x = one(tau=tau, dtype=dtype, gamma=gamma)
     step._begin(made)
     trying(x, norm)
     x.mu.copy_(torch.logspace(1.7, -0.7, 16) * tau if mu is None else mu)
@@ -160,23 +171,40 @@ def test_judge(dtype):
         check_judged(*judge(sizes, rest, tau=0.7, dtype=dtype), TOL, 0.7)
 
 
+@pytest.mark.parametrize("gamma", [1.01, 2.0, 1e3])
+def test_judge_of_firm_thresholds(gamma):
+    for sizes, rest in itertools.product(SIZES, (0, 0.3, 0.9, 3)):
+        check_judged(*judge(sizes, rest, tau=0.7, gamma=gamma), TOL, 0.7)
+    slope = gamma / (gamma - 1)
+    for factor in (1 + 1e-7, 1 - 1e-7):
+        _, x = judge(SIZES[5], 0.3, gamma=gamma)
+        tol = slope * step_case.judged(x, 100)[1] * factor
+        made, x = judge(SIZES[5], 0.3, tol=tol, gamma=gamma)
+        check_judged(made, x, tol, 1.0)
+        assert report(x)["method"] == (SUBSPACE if factor > 1 else FULL)
+
+
 def check_judged(made, x, tol, tau, norm=100.0):
     error, estimate, rho = step_case.judged(x, norm)
-    told, met = report(x), estimate <= tol * tau
+    slope = x.slope.item()
+    told, met = report(x), estimate <= tol / slope * tau
     assert told["rho"] == pytest.approx(rho, rel=1e-8) and told["error"] == pytest.approx(error, rel=1e-8)
     assert (told["method"], told["rank"]) == (SUBSPACE if met else FULL, int((x.mu > tau).sum()))
     assert gates(x) == NO | {"try": 1, "apply": int(met), "dense": int(not met)}
     assert made.awake == (not met) and (told["norm"], told["known"]) == (norm, 1)
     s = torch.zeros(x.n, dtype=torch.float64)
-    s[: x.k] = (x.mu - tau).clamp_min(0) * met
+    s[: x.k] = torch.minimum(slope * (x.mu - tau), x.mu).clamp_min(0) * met
     torch.testing.assert_close(x.s, s, rtol=1e-14, atol=0)
     taken = x.gates[device_structs.SIGN_PAIR :]
     if met:
         assert not taken.any()
     else:
-        beta, lows = (norm / tau) ** 2 + 1, torch.tensor([low for low, *_ in schedule()][::2])
-        sign, root = (lows <= tol / (2 * beta)).sum() - 1, (lows[6:] <= 0.9 / math.sqrt(beta + 1)).sum() - 1
-        assert taken.tolist() == [*(torch.arange(14) >= sign).int(), *(torch.arange(8) >= root).int()]
+        taus, wanted = [tau, tau * slope / (slope - 1)] if made.firm else [tau], []
+        for tau in taus:
+            beta, lows = (norm / tau) ** 2 + 1, torch.tensor([low for low, *_ in schedule()][::2])
+            sign, root = (lows <= tol / slope / (2 * beta)).sum() - 1, (lows[6:] <= 0.9 / math.sqrt(beta + 1)).sum() - 1
+            wanted += [*(torch.arange(14) >= sign).int(), *(torch.arange(8) >= root).int()]
+        assert taken.tolist() == wanted
 
 
 def test_judge_at_the_boundary():
@@ -270,6 +298,28 @@ def test_finish_after_products(sign, root, dtype):
     assert told == pytest.approx({"norm": 100, "error": found + storage, "rank": 23, "method": method, "known": 1,
                                   "rho": 0}, rel=1e-8, nan_ok=True)  # fmt: skip
     assert x.s.isnan().all() and changed(before, state(made)) == {"0.report", "0.s", "inputs", "out"}
+
+
+@pytest.mark.parametrize("gamma", [1.02, 3.0, 1e3])
+def test_finish_after_two_passes(gamma):
+    """The errors of both count as much: what the second is multiplied by, its threshold makes up for."""
+    made, x = one(tau=0.7, gamma=gamma)
+    trying(x)
+    x.gates.zero_()
+    x.gates[GATE["dense"]] = 1
+    x.diagonal.copy_((torch.arange(64) < 23) * 2 - 1 + 1e-3)
+    sizes = 3e-4, 2e-5, 1e-4, 7e-5
+    for seed, (part, size) in enumerate(zip((*x.sign_check.split(32), *x.root_check.split(32)), sizes, strict=True)):
+        part.copy_(normal(32, 64, seed=seed))
+        part.mul_(size / part.norm())
+    launch(made, "finish")
+    slope, unit = gamma / (gamma - 1), 2.0**-53
+    found = step_case.FACTOR * slope * 0.7 * sum(sizes)
+    found += 300 * unit * 100**2 * (slope / 0.7 + (slope - 1) / (gamma * 0.7))
+    error = found + 2.0**-24 * 100 + 2 * 2.0**-24 * 0.7 * 8
+    method = FULL if found <= TOL * 0.7 * 8 else step_case.UNSURE
+    assert report(x)["error"] == pytest.approx(error, rel=1e-8) and report(x)["rank"] == 23
+    assert report(x)["method"] == method == (step_case.UNSURE if gamma == 1.02 else FULL)
 
 
 def test_finish_at_the_boundary():

@@ -26,8 +26,9 @@ TOL = 1e-3
 class Jobs:
     """One launch of ck_small, and its outputs."""
 
-    def __init__(self, weights, taus, tol=TOL, refused=0):
-        self.weights, self.tol, count = weights, tol, len(weights)
+    def __init__(self, weights, taus, tol=TOL, refused=0, gamma=math.inf):
+        self.weights, self.tol, self.gamma, count = weights, tol, gamma, len(weights)
+        self.slope = torch.tensor([1 / (1 - 1 / gamma)], dtype=torch.float64)
         self.tau, self.refused = torch.tensor(taus, dtype=torch.float64), torch.tensor([refused], dtype=torch.int32)
         self.s = [torch.full((min(W.shape),), math.nan, dtype=torch.float64) for W in weights]
         self.error, self.rank, self.method = torch.full((3, count), math.nan, dtype=torch.float64)
@@ -36,7 +37,7 @@ class Jobs:
             tall = W if W.shape[0] >= W.shape[1] else W.mT
             out = [x[i : i + 1].data_ptr() for x in (self.error, self.rank, self.method)]
             row = [tall.data_ptr(), TYPES.index(W.dtype), *tall.shape, *tall.stride(), self.tau[i:].data_ptr()]
-            rows.append([*row, self.s[i].data_ptr(), *out])
+            rows.append([*row, self.slope.data_ptr(), self.s[i].data_ptr(), *out])
         self.table = torch.tensor(rows)
 
     def launch(self, threads=256):
@@ -49,31 +50,35 @@ class Jobs:
         return self
 
 
-def check(W, P, tau, s, error, rank, method, tol=TOL):
-    """W: before the SVT. For fp64 the error of NumPy's SVD is allowed in addition."""
+def check(W, P, tau, s, error, rank, method, tol=TOL, gamma=math.inf):
+    """W: before the operator. For fp64 the error of NumPy's SVD is allowed in addition."""
     A, X, n, info = W.double().numpy(), P.double().numpy(), min(W.shape), torch.finfo(W.dtype)
-    wanted, norm = oracle.svt(A, tau), np.linalg.norm(A)
-    truth = np.maximum(np.linalg.svd(A, compute_uv=False) - tau, 0)
-    coarse = W.dtype == torch.float64 or COARSE * 2**-24 * 1.01 * norm > tol * tau
+    wanted = oracle.svt(A, tau) if math.isinf(gamma) else oracle.firm_svt(A, tau, gamma)
+    norm, slope = np.linalg.norm(A), 1 / (1 - 1 / gamma)
+    sigma = np.linalg.svd(A, compute_uv=False)
+    truth = np.maximum(np.minimum(slope * (sigma - tau), sigma), 0)
+    coarse = W.dtype == torch.float64 or COARSE * 2**-24 * 1.01 * norm > tol * tau / slope
     assert method == (BELOW if norm <= tau else FP64 if coarse else FP32)
-    unit, lapack = 2.0**-24 if method == FP32 else 2.0**-53, 100 * 2**-53 * norm
+    unit, lapack = 2.0**-24 if method == FP32 else 2.0**-53, 100 * 2**-53 * norm * slope
     tiny = (W.numel() ** 0.5) * info.smallest_normal * info.eps
-    promised = 1.01 * (LOSS + n) * unit * norm + info.eps / 2 * np.linalg.norm(wanted) + tiny
+    promised = 1.01 * (LOSS + n) * unit * norm * slope + info.eps / 2 * np.linalg.norm(wanted) + tiny
     assert np.linalg.norm(X - wanted) <= error + lapack
-    assert error <= 2e-12 * norm if method == BELOW else promised <= error * (1 + 1e-9) <= 1.02 * promised + tiny
+    if method == BELOW:
+        assert error <= 2e-12 * norm * slope
+    else:  # the bound includes the rounding to the dtype of W
+        assert promised <= error * (1 + 1e-9) <= 1.02 * promised + tiny + info.eps * (slope - 1) * promised
     if tau > 0:  # rounding to the dtype of W is no error of the computation
         assert np.linalg.norm(X - wanted, 2) <= tol * tau + info.eps * np.linalg.norm(wanted) + tiny + lapack
     assert (s.diff() <= 0).all() and (s >= 0).all() and rank == (s > 0).sum()
-    assert np.abs(s.numpy() - truth).max() <= 20 * unit * norm + lapack
+    assert np.abs(s.numpy() - truth).max() <= 20 * unit * norm * slope + lapack
 
 
 def check_all(weights, taus, **options):
     before = [W.clone() for W in weights]
     jobs = Jobs(weights, taus, **options).run()
     for i, W in enumerate(weights):
-        check(
-            before[i], W, taus[i], jobs.s[i], *(x[i].item() for x in (jobs.error, jobs.rank, jobs.method)), tol=jobs.tol
-        )
+        found = [x[i].item() for x in (jobs.error, jobs.rank, jobs.method)]
+        check(before[i], W, taus[i], jobs.s[i], *found, tol=jobs.tol, gamma=jobs.gamma)
     return jobs
 
 
@@ -84,8 +89,26 @@ def gaussian(shape, dtype=torch.float32, seed=0):
 @ALL_TYPES
 @pytest.mark.parametrize("spectrum", cases.SPECTRA)
 def test_spectra(spectrum, dtype):
-    weights = [torch.from_numpy(cases.matrix(shape, spectrum)).to(dtype) for shape in SHAPES]
-    check_all(weights, [cases.TAU] * len(weights))
+    for gamma in (math.inf, 2.0):
+        weights = [torch.from_numpy(cases.matrix(shape, spectrum)).to(dtype) for shape in SHAPES]
+        check_all(weights, [cases.TAU] * len(weights), gamma=gamma)
+
+
+@ALL_TYPES
+@pytest.mark.parametrize("gamma", [1.001, 1.2, 5.0, 1e9])
+def test_firm_thresholds(gamma, dtype):
+    for tau in (0, 1e-4, 0.5, 2, 7, 1e9):
+        weights = [gaussian(shape, dtype) for shape in SHAPES]
+        before = [W.clone() for W in weights]
+        check_all(weights, [tau] * len(weights), gamma=gamma)
+        if tau == 0 and dtype != torch.float64:
+            assert all(map(torch.equal, weights, before))
+
+
+def test_large_singular_values_stay_to_rounding():
+    W = cases.with_spectrum(30, 12, torch.linspace(40, 20, 12)).float()
+    P = W.clone()
+    assert Jobs([P], [1.0], gamma=3.0).run().rank == 12 and (P - W).norm() <= 3e-6 * W.norm()
 
 
 @ALL_TYPES
@@ -221,7 +244,7 @@ def test_no_races_and_nothing_out_of_bounds(sanitizer):
     taus = [3.0, 1.0, 2.0, 1e9]
     before = [W.clone() for W in weights]
     jobs = Jobs(weights, taus)
-    tensors = [*weights, jobs.tau, jobs.error, *jobs.s]
+    tensors = [*weights, jobs.tau, jobs.slope, jobs.error, *jobs.s]
     emulator.sanitize(sanitizer, [jobs.launch(threads=64)], tensors)
     for i, W in enumerate(weights):
         check(before[i], W, taus[i], jobs.s[i], *(x[i].item() for x in (jobs.error, jobs.rank, jobs.method)))
@@ -231,7 +254,7 @@ def test_the_largest_shapes_fit_in_shared_memory():
     weights = [gaussian(shape, torch.float64) for shape in ((78, 78), (752, 16))]
     jobs = Jobs(weights, [10.0, 10.0])
     before = [W.clone() for W in weights]
-    emulator.sanitize("address", [jobs.launch()], [*weights, jobs.tau, jobs.error, *jobs.s])
+    emulator.sanitize("address", [jobs.launch()], [*weights, jobs.tau, jobs.slope, jobs.error, *jobs.s])
     assert not any(map(torch.equal, weights, before))
 
 

@@ -293,12 +293,14 @@ def check(made, before, tol=TOL):
         if told["method"] in (step_case.NOTHING, step_case.REFUSED):
             assert torch.equal(x.W.isnan(), X.isnan()) and torch.equal(x.W.nan_to_num(), X.nan_to_num())
             continue
-        exact = torch.linalg.svdvals(X.double())
-        error = x.W.double() - torch.from_numpy(oracle.svt(X.double().numpy(), tau))
+        exact, slope = torch.linalg.svdvals(X.double()), x.slope.item()
+        truth = oracle.firm_svt(X.double().numpy(), tau, slope / (slope - 1)) if made.firm else None
+        error = x.W.double() - torch.from_numpy(oracle.svt(X.double().numpy(), tau) if truth is None else truth)
         assert error.norm() <= told["error"] and told["rank"] == (exact > tau).sum()
         assert torch.linalg.matrix_norm(error, 2) <= tol * tau + storage * exact[0]
         if told["method"] != FULL:
-            assert (x.s - (exact - tau).clamp_min(0)).abs().max() <= tol * tau
+            wanted = torch.minimum(slope * (exact - tau), exact).clamp_min(0)
+            assert (x.s - wanted).abs().max() <= tol * tau
     return [report(x)["method"] for x in made.layers]
 
 
@@ -319,6 +321,51 @@ def test_steps_of_a_network(dtype):
     made = make(network(dtype), WIDTHS)
     assert run(made) == [FULL] * 3
     assert [again(made, network(dtype)) for _ in range(3)][-1] == [SUBSPACE] * 3
+
+
+@HALVES
+@pytest.mark.parametrize("gamma", [1.05, 1.5, 4.0, 1e4])
+def test_firm_steps(gamma, dtype):
+    made = make(network(dtype), WIDTHS, gamma=gamma)
+    assert run(made) == [FULL] * 3
+    methods = [again(made, network(dtype)) for _ in range(3)][-1]
+    assert methods == [SUBSPACE] * 3 or gamma == 1.05
+    if dtype == torch.float32 and gamma == 1.5:  # what was above gamma tau stays
+        W = with_spectrum(200, 64, torch.linspace(40, 9, 64)).float()
+        made = make([W.clone()], [0], gamma=gamma)
+        assert run(made) == [FULL] and (made.layers[0].W - W).abs().max() <= 1e-6 * W.abs().max()
+
+
+@pytest.mark.parametrize("gamma", [1.2, 5.0])
+@pytest.mark.parametrize("s", [torch.full((64,), 50.0), torch.logspace(2, -6, 64), torch.linspace(6.1, 0, 64),
+                               torch.tensor([5.0, 5.00001, 4.99999, 1.2, 1.2, 1.0001, 0.9999, 0.5])],
+                         ids=["one number", "log-spaced", "across both", "at both"])  # fmt: skip
+def test_firm_spectra(s, gamma):
+    """By products and, where that does, by the subspace: values at tau and at gamma tau, too."""
+    W = with_spectrum(200, 64, s).float()
+    made = make([W.clone(), W.clone()], [0, 16], gamma=gamma)
+    run(made)
+    for _ in range(3):
+        again(made, [W, W])
+
+
+def test_a_firm_plan_serves_soft_thresholds():
+    """What it keeps of an earlier call with another gamma does not matter."""
+    made = make(network(), WIDTHS, gamma=2.0)
+    run(made)
+    made.slopes.fill_(1)
+    made.call[1] = step_case.CALL
+    for x, W in zip(made.matrices, network(), strict=True):
+        x.W.copy_(W if x.W.shape == W.shape else W.mT)
+        if x.k:
+            x.report[REPORT["known"]] = 0
+    soft = make(network(), WIDTHS)
+    step.run(made, TOL)
+    step.run(soft, TOL)
+    for x, y in zip(made.layers, soft.layers, strict=True):
+        assert report(x)["method"] == report(y)["method"] == FULL
+        assert report(x)["error"] == pytest.approx(report(y)["error"], rel=1e-3)
+        torch.testing.assert_close(x.W, y.W, rtol=0, atol=2e-7 * float(y.W.norm()))
 
 
 @pytest.mark.parametrize("gap", [0.5, 0.05, 0.003])
@@ -380,12 +427,12 @@ def test_tolerance_below_fp32_is_reported_as_missed():
     assert [report(x)["method"] for x in made.layers] == [step_case.UNSURE] * 3
 
 
-def every_way():
+def every_way(gamma=math.inf):
     """Layers that take all routes at once: subspace accepted, rejected, restarted, cleared, unchanged."""
     weights = [with_spectrum(200, 64, torch.logspace(2, 0.3, 6)).float(), low_rank(64, 170, 9).float(),
                low_rank(20, 12, 3).float(), low_rank(130, 96, 9).float(), low_rank(120, 80, 3).float(),
                low_rank(120, 80, 3).float()]  # fmt: skip
-    made = make(weights, [16, 5, 16, 20, 16, 0], tau=[1.0, 1.0, 1.0, 1.0, 1e4, 0.0], known=True)
+    made = make(weights, [16, 5, 16, 20, 16, 0], tau=[1.0, 1.0, 1.0, 1.0, 1e4, 0.0], known=True, gamma=gamma)
     made.layers[2].report[REPORT["known"]] = 0
     made.layers[2].V.zero_()
     return step_case.apart(made)
@@ -408,14 +455,15 @@ def test_thread_order_does_not_change_a_bit(chunks, monkeypatch):
 
 
 @SANITIZERS
-def test_no_races_and_nothing_out_of_bounds(sanitizer, monkeypatch):
+@pytest.mark.parametrize("gamma", [math.inf, 3.0])
+def test_no_races_and_nothing_out_of_bounds(gamma, sanitizer, monkeypatch):
     monkeypatch.setattr(plan, "CHUNK", 5000)
     monkeypatch.setattr(step, "FEW_COLUMNS", 15)
     monkeypatch.setattr(step, "THREADS", 128)
-    made = every_way()
+    made = every_way(gamma)
     with step_case.sanitized(made, sanitizer):
         assert run(made) == WAYS
-    alone = every_way()
+    alone = every_way(gamma)
     run(alone)
     found, wanted = state(made), state(alone)
     assert all(torch.allclose(found[name], wanted[name]) for name in changed(found, wanted))

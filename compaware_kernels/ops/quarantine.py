@@ -25,6 +25,7 @@ SUFFIXES = (".py", ".so", ".cuh", ".h")
 Verdicts = dict[str, dict[str, str]]  # device -> family -> what was wrong, or ""
 
 
+@torch.compiler.assume_constant_result  # a compiler would trace the file being read
 def refused(family: str, device: torch.device) -> str:
     """Why kernels of this family are not used on ``device``: they failed the self-test there; "" if they may be."""
     reason = found() and failure(family, device)

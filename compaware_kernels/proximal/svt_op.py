@@ -13,7 +13,7 @@ from . import inplace
 from .svt_info import SvtInfo
 
 SOLVER = backends.Backend("solver", ops=("small_svd", "wide_product"))
-for _op in backends.SPECTRAL:
+for _op in backends.SPECTRAL_OPS:
     for _rows in backends.TABLE[_op].values():
         _rows.append(SOLVER)
 

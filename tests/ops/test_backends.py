@@ -21,7 +21,7 @@ BODIES = {op: next(getattr(module, op) for module in MODULES if hasattr(module, 
 @pytest.fixture
 def fresh(monkeypatch):
     """What is remembered of Triton is forgotten before and after."""
-    caches = backends.triton_missing, backends._no_triton, backends.log_once
+    caches = backends.triton_missing, backends._too_old, backends.log_once
     for cached in caches:
         cached.cache_clear()
     yield monkeypatch
@@ -74,7 +74,7 @@ def check_info():
     info = {op: where["CPU"] for op, where in ck.info()["ops"].items()}
     for op, said in info.items():
         ran = plain_bodies_of(lambda op=op: getattr(torch.ops.compaware, op)(*arguments(op)))
-        if op in backends.SPECTRAL:
+        if op in backends.SPECTRAL_OPS:
             built = [part for part in PARTS if info[part] == "C++ kernel"]
             parts = "; ".join(f"{part}: C++ kernel" for part in built) or "plain PyTorch"
             assert said == f"solver ({parts})" and ran == {op, *PARTS} - set(built)

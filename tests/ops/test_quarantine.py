@@ -120,7 +120,7 @@ def test_failed_shrink_kernels_are_replaced(caplog):
         assert backends.describe("soft_threshold", torch.device("cuda")).startswith("reference (plain PyTorch): ")
         backends._put.clear()
         called = []
-        for name in backends.SHRINK:
+        for name in backends.SHRINK_OPS:
             op = getattr(shrinkage, name)
             op._init_fn = lambda *args, body=op._init_fn, name=name: called.append(name) or body(*args)
         backends.replace_shrink("CPU")

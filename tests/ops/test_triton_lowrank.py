@@ -29,7 +29,7 @@ def test_registered_and_imported_late():
 @pytest.fixture
 def fresh(monkeypatch):
     """Clears the cached choice of the Triton kernel before and after."""
-    caches = backends.triton_missing, backends._no_triton, backends.log_once
+    caches = backends.triton_missing, backends._too_old, backends.log_once
     for cached in caches:
         cached.cache_clear()
     yield monkeypatch
@@ -107,6 +107,18 @@ def test_why_not(reason, fresh):
         args = x, V, U, case.get("groups", 1), case.get("fold", "paper")
         backend, said = backends.choose("lowrank_conv2d", x.device, *args)
     assert reason in said and bool(said) == bool(reason) == (backend is backends.PLAIN), said
+
+
+def test_a_layer_compiles_in_one_graph():
+    """With tensors that only claim to be on a GPU: the op is in the graph, so the layer has been admitted."""
+    pytest.importorskip("triton")
+    graphs = []
+    with FakeTensorMode(), torch.no_grad():
+        layer, x = ck.LowRankLinear(64, 64, 16, bias=False, device="meta").eval(), torch.empty(2, 64, device="cuda")
+        for factor in (layer.first, layer.second):
+            factor.weight = torch.nn.Parameter(torch.empty(factor.weight.shape, device="cuda"), requires_grad=False)
+        torch.compile(layer, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True)(x)
+    assert "compaware.lowrank_linear" in graphs[0].code
 
 
 def test_refusals():

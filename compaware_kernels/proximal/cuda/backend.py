@@ -68,7 +68,7 @@ def _declines(weights: Sequence[Tensor], functions: Sequence[Spectral], plain: b
 
 
 STEP = backends.Backend("GPU step: all layers in 13 launches", _missing, _declines, quarantine.STEP)
-for _op in backends.SPECTRAL:
+for _op in backends.SPECTRAL_OPS:
     backends.TABLE[_op]["cuda"].insert(0, STEP)
 
 

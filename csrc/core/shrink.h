@@ -13,7 +13,7 @@ namespace compaware {
 
 struct Tau {
   const double* data;  // null: without this stage
-  int64_t step;        // 0: one number for all matrices, 1: one per matrix
+  int64_t step;        // 0: one threshold for all matrices, 1: one per matrix
 };
 
 // One weight: `matrices` of `size` contiguous elements each, cut into spans. A span is a group: a row, or, without the
@@ -31,7 +31,7 @@ struct Shrink {
   CK_HOST_DEVICE int64_t spans() const { return matrices * spans_per_matrix(); }
 };
 
-// sign(x) max(|x| - t, 0). The comparisons are those of the min and max instructions; NaN in x or t gives NaN.
+// Soft threshold sign(x) max(|x| - t, 0). The comparisons compile to min and max instructions; NaN in x or t gives NaN.
 template <class T>
 CK_HOST_DEVICE inline T soft(T x, T t) {
   const T above = x > -t ? x : -t;
@@ -39,8 +39,8 @@ CK_HOST_DEVICE inline T soft(T x, T t) {
   return x - clamped;
 }
 
-// The factor of a row: max(1 - t / norm, 0), without 0 / 0 at a row of zeros. NaN in t gives NaN; in norm, too, but for
-// t = 0, which changes nothing, whatever there is.
+// Group shrinkage factor of a row, max(1 - t / norm, 0), without 0 / 0 at a row of zeros. NaN in t or norm gives NaN,
+// except that t = 0 leaves any row unchanged.
 template <class T>
 CK_HOST_DEVICE inline T group_scale(T norm, T t) {
   return t == 0 ? T(1) : norm <= t ? T(0) : T(1) - t / norm;

@@ -1,8 +1,8 @@
 // The L1 and group-lasso ops, for every dispatch key: check the arguments, describe the work, run the one kernel.
 //
-// All are soft thresholding of elements, then group shrinkage of rows, with a stage or the biases left out: an op is a
-// choice of Thresholds. The forms with a trailing underscore take a ragged list, in place. A dispatch key provides `run`
-// and calls `register_shrink<DeviceType::..., run>(m)`.
+// All of them are one computation, soft thresholding of elements and then group shrinkage of rows; a stage without a
+// threshold is skipped. Ops with a trailing underscore shrink a ragged list in place. A dispatch key provides `run` and
+// calls `register_shrink<DeviceType::..., run>(m)`.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -26,10 +26,10 @@ using torch::headeronly::ScalarType;
 using MaybeTau = std::optional<Tensor>;
 using Run = void (*)(const std::vector<Shrink>& work, int32_t device);
 
-constexpr int64_t kSpan = 4096;  // elements, where rows do not matter
+constexpr int64_t kSpan = 4096;  // elements shrunk at a time without the group stage
 
 struct Thresholds {
-  MaybeTau l1, tau;  // of elements, of rows; none: without this stage
+  MaybeTau l1, tau;  // for elements, for rows; none: the stage is skipped
 };
 
 inline std::optional<DType> dtype_of(const Tensor& W) {
@@ -51,7 +51,7 @@ inline void check_weight(const Tensor& W, const std::string& name, DeviceType de
   STD_TORCH_CHECK(W.dim() >= 2, name, ": wanted a matrix or a batch of them, [..., m, n]; got shape ", text(W.sizes()));
 }
 
-// What is written through must not have elements that share memory, as an expanded tensor has.
+// A tensor that is written in place must not have elements that share memory, as an expanded one has.
 inline void check_writable(const Tensor& W, const std::string& name) {
   for (int64_t axis = 0; W.numel() && axis < W.dim(); ++axis)
     STD_TORCH_CHECK(W.size(axis) == 1 || W.stride(axis) != 0,
@@ -67,8 +67,8 @@ inline void check_tau(IntHeaderOnlyArrayRef sizes, const Tensor& W, const std::s
                   name, ": wanted one number, or shape ", text(batch), "; got shape ", text(sizes));
 }
 
-// As the kernels read them: contiguous fp64, on the device of W. Every narrower float is exact in fp64, so the kernels
-// round once to the dtype they compute in, whatever the thresholds came in.
+// Thresholds as the kernels read them: contiguous fp64 on the device of W. Narrower dtypes are exact in fp64, so the
+// kernels round once, to the dtype they compute in.
 inline Thresholds to_fp64(const Thresholds& given, const Tensor& W) {
   const auto convert = [&](const MaybeTau& tau) -> MaybeTau {
     if (!tau) return std::nullopt;
@@ -87,7 +87,7 @@ inline Tau entry(const MaybeTau& tau, int64_t i, int64_t L) {
 // Entry i of L: P becomes W, shrunk. `bias`: null, or one number per row, shrunk in place.
 inline Shrink describe(const Tensor& W, Tensor& P, const Thresholds& t, int64_t i, int64_t L, void* bias) {
   const int64_t n = W.size(-1), size = W.size(-2) * n, span = t.tau ? n : std::min(size, kSpan);
-  void* out = P.mutable_data_ptr();  // first: where W is P, this may move it (copy on write)
+  void* out = P.mutable_data_ptr();  // before the const pointer: if W is P, copy on write may move the data here
   return {*dtype_of(W), W.const_data_ptr(), out, W.numel() / size, size, span, entry(t.l1, i, L), entry(t.tau, i, L),
           bias};
 }
@@ -133,8 +133,8 @@ inline void check_list(const std::vector<Tensor>& weights, const std::vector<Ten
   }
 }
 
-// What the kernels work on: a weight itself, or a copy where it is not contiguous or shares memory with an earlier one
-// (tied weights).
+// The tensors that the kernels write: the weight itself, or a copy if it is not contiguous or shares memory with an
+// earlier one (tied weights).
 inline std::vector<Tensor> workspace(const std::vector<Tensor>& weights) {
   std::vector<Tensor> out;
   std::vector<Extent> seen;
@@ -147,7 +147,7 @@ inline std::vector<Tensor> workspace(const std::vector<Tensor>& weights) {
   return out;
 }
 
-// Copies back in the order of the list: each result is that of the weight as it came.
+// Copies results back in the order of the list; of tied weights the last one wins.
 inline void write_back(const std::vector<Tensor>& results, const std::vector<Tensor>& weights) {
   for (size_t i = 0; i < weights.size(); ++i) {
     Tensor W = weights[i];
@@ -168,7 +168,7 @@ void shrink_(const std::vector<Tensor>& weights, const std::vector<Tensor>& bias
     void* const bias = b.empty() || !b[i].numel() ? nullptr : b[i].mutable_data_ptr();
     if (X[i].numel()) {
       work.push_back(describe(X[i], X[i], t, i, L, bias));
-    } else if (bias) {  // rows of nothing but a bias
+    } else if (bias) {  // rows without elements: the group is the bias alone
       const int64_t m = b[i].size(-1), matrices = b[i].numel() / m;
       work.push_back({*dtype_of(X[i]), bias, bias, matrices, m, 1, entry(t.l1, i, L), entry(t.tau, i, L), nullptr});
     }

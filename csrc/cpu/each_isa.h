@@ -1,8 +1,8 @@
-// Compiles CK_KERNEL, a header of this folder, once per instruction set: in namespace baseline for what every machine has
-// (vectors of 16 bytes), and, where the compiler can, in avx2 (32 bytes) and avx512 (64 bytes). isa.h picks one of them at
-// run time. target_clones would not do: the width of the vectors decides the layout of packed factors.
+// Compiles CK_KERNEL, a header of this folder, once per instruction set: in namespace baseline for any machine (vectors
+// of 16 bytes), and with GCC on x86-64 in avx2 (32 bytes) and avx512 (64 bytes). isa.h picks one of them at run time.
+// target_clones cannot do this: the vector width decides the layout of packed factors.
 //
-// CK_AVX2, CK_AVX512: the targets, if x86-64-v3 and x86-64-v4 are too much; isa.h asks for these of any machine.
+// CK_AVX2, CK_AVX512: compiler targets of the last two, by default x86-64-v3 and v4; isa.h requires these of a machine.
 #define CK_ISA baseline
 #define CK_VECTOR_BYTES 16
 #include CK_KERNEL

@@ -1,4 +1,4 @@
-// Which instruction set of each_isa.h the CPU kernels run on; included after it.
+// Picks the instruction set that the CPU kernels run on; included after each_isa.h.
 #pragma once
 
 #include <torch/headeronly/util/Exception.h>
@@ -18,7 +18,7 @@ inline Isa best_isa() {
   return Isa::baseline;
 }
 
-// The best that this machine has, or the one that COMPAWARE_ISA names (so that a test can run the others); read once.
+// The best one of this machine, or the one named by COMPAWARE_ISA, which lets a test run the others. Read once.
 inline Isa isa() {
   static const Isa chosen = [] {
     const char* const name = std::getenv("COMPAWARE_ISA");
@@ -36,7 +36,7 @@ inline Isa isa() {
 
 }  // namespace compaware
 
-// `kernel` of the chosen instruction set's namespace.
+// `kernel` as compiled for the chosen instruction set.
 #ifdef CK_X86_LEVELS
 #define CK_OF_ISA(kernel) \
   (isa() == Isa::avx512 ? avx512::kernel : isa() == Isa::avx2 ? avx2::kernel : baseline::kernel)

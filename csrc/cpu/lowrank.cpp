@@ -1,5 +1,5 @@
-// lowrank_conv2d and lowrank_linear on the CPU in fp32: both factors tile by tile, in one parallel region. What is not fp32,
-// or has a second factor that is no 1 x 1, goes to lowrank_two_step.
+// lowrank_conv2d and lowrank_linear on the CPU in fp32: tile by tile of pixels, both products of a tile at once, in one
+// parallel region. Other dtypes, and second factors larger than 1 x 1, fall back to lowrank_two_step.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -28,8 +28,8 @@ using torch::headeronly::ScalarType;
 using MaybeTensor = std::optional<Tensor>;
 using Sizes = std::vector<int64_t>;
 
-constexpr int64_t kSamples = 32;  // entries of a factor that are compared with what was packed
-constexpr int64_t kTile = 96;     // pixels: an intermediate of rank 128 takes 48 KiB
+constexpr int64_t kSamples = 32;  // entries of a factor that are compared with the packed ones
+constexpr int64_t kTile = 96;     // pixels at most: an intermediate of rank 128 takes 48 KiB
 
 struct Kernels {
   void (*tile)(const LowRankConv&, int64_t, int64_t, const float*, const float**, float*);
@@ -39,7 +39,7 @@ struct Kernels {
 
 Kernels kernels() { return {CK_OF_ISA(lowrank_tile), CK_OF_ISA(pack), CK_OF_ISA(is_packed)}; }
 
-// --- calls of other ops -----------------------------------------------------------------------------------------------
+// --- calls of other ops ---------------------------------------------------------------------------------------------
 
 template <class Result, class... Args>
 Result call(const char* op, const Args&... args) {
@@ -48,12 +48,14 @@ Result call(const char* op, const Args&... args) {
   return torch::stable::detail::to<Result>(stack[0]);
 }
 
-// How often the tensor was written to, where that is counted.
-int64_t version(const Tensor& W) { return call<bool>("aten::is_inference", W) ? -1 : call<int64_t>("aten::_version", W); }
+// Version counter of a tensor; -1 for an inference tensor, which has none.
+int64_t version(const Tensor& W) {
+  return call<bool>("aten::is_inference", W) ? -1 : call<int64_t>("aten::_version", W);
+}
 
-// --- packed factors ---------------------------------------------------------------------------------------------------
+// --- packed factors -------------------------------------------------------------------------------------------------
 
-// V [G r, C/G, kh, kw] or [r, C], U [O, r, 1, 1] or [O, r]: the columns of one group's factor.
+// Group g of V [G r, C/G, kh, kw] or [r, C], or of U [O, r, 1, 1] or [O, r].
 Factor factor(const Tensor& W, int64_t groups, int64_t g) {
   const bool conv = W.dim() == 4;
   const int64_t columns = W.size(0) / groups;
@@ -61,7 +63,7 @@ Factor factor(const Tensor& W, int64_t groups, int64_t g) {
           conv ? W.size(3) : 1, W.stride(0), W.stride(1), conv ? W.stride(2) : 0, conv ? W.stride(3) : 0};
 }
 
-// What was packed, and when: the header of packed factors.
+// Header of packed factors: addresses and versions of the tensors that were packed.
 struct Stamp {
   const void *V, *U;
   int64_t V_version, U_version;
@@ -77,7 +79,7 @@ bool packs(const Tensor& V, const Tensor& U) {
   return is_single(V) && is_single(U) && (U.dim() == 2 || (U.size(2) == 1 && U.size(3) == 1));
 }
 
-template <class Each>  // each(factor, where it is packed) for every factor of every group
+template <class Each>  // calls each(factor, its offset in the packed floats) for V and U of every group
 void each_factor(const Tensor& V, const Tensor& U, int64_t groups, Each each) {
   int64_t at = kPackHeader;
   for (int64_t g = 0; g < groups; ++g)
@@ -89,8 +91,8 @@ void each_factor(const Tensor& V, const Tensor& U, int64_t groups, Each each) {
 }
 
 Tensor lowrank_pack(const Tensor& V, const Tensor& U, int64_t groups) {
-  STD_TORCH_CHECK(V.dim() == U.dim() && (V.dim() == 2 || V.dim() == 4), "lowrank_pack: wanted V and U of 2 or 4 axes; got ",
-                  V.dim(), " and ", U.dim());
+  STD_TORCH_CHECK(V.dim() == U.dim() && (V.dim() == 2 || V.dim() == 4),
+                  "lowrank_pack: wanted V and U of 2 or 4 axes; got ", V.dim(), " and ", U.dim());
   STD_TORCH_CHECK(groups >= 1 && V.size(0) % groups == 0 && U.size(0) % groups == 0,
                   "lowrank_pack: wanted groups that divide ", V.size(0), " and ", U.size(0), "; got ", groups);
   int64_t size = 0;
@@ -107,7 +109,7 @@ Tensor lowrank_pack(const Tensor& V, const Tensor& U, int64_t groups) {
   return packed;
 }
 
-// The factors as `packed` has them, unless they changed since; then packed anew, for this call.
+// `packed` if it still matches the factors, else the factors packed for this call.
 Tensor fresh(const MaybeTensor& packed, const Tensor& V, const Tensor& U, int64_t groups) {
   bool good = packed && packed->numel() >= kPackHeader && is_single(*packed) && packed->is_contiguous();
   if (good) {
@@ -115,21 +117,22 @@ Tensor fresh(const MaybeTensor& packed, const Tensor& V, const Tensor& U, int64_
     const Stamp stamp(V, U);
     good = std::memcmp(data, &stamp, sizeof(Stamp)) == 0;
     each_factor(V, U, groups, [&](const Factor& f, int64_t at) {
-      good = good && at + f.depth() * padded(f.columns) <= packed->numel() && kernels().is_packed(f, data + at, kSamples);
+      good = good && at + f.depth() * padded(f.columns) <= packed->numel() &&
+             kernels().is_packed(f, data + at, kSamples);
     });
   }
   return good ? *packed : lowrank_pack(V, U, groups);
 }
 
-// --- arguments --------------------------------------------------------------------------------------------------------
+// --- arguments ------------------------------------------------------------------------------------------------------
 
-// y = act(U (V * x) + bias + residual), and the factors packed, if they are.
+// Operands of y = act(U (V * x) + bias + residual); packed: from lowrank_pack, or none.
 struct Operands {
   const Tensor &x, &V, &U;
   const MaybeTensor &bias, &residual, &packed;
 };
 
-// Of a convolution: [height, width] each.
+// Geometry of a convolution; [height, width] each.
 struct Geometry {
   const Sizes &stride, &padding, &dilation;
   int64_t groups;
@@ -140,16 +143,17 @@ Sizes sizes_of(const Tensor& A) { return Sizes(A.sizes().begin(), A.sizes().end(
 void one_of(const char* op, const char* name, const std::string& value, std::initializer_list<const char*> known) {
   std::string all;
   for (const char* word : known) all += std::string(all.empty() ? "" : ", ") + word;
-  STD_TORCH_CHECK(std::find(known.begin(), known.end(), value) != known.end(), op, ": wanted ", name, " to be one of ", all,
-                  "; got '", value, "'");
+  STD_TORCH_CHECK(std::find(known.begin(), known.end(), value) != known.end(), op, ": wanted ", name,
+                  " to be one of ", all, "; got '", value, "'");
 }
 
 void want(const char* op, const char* name, const Tensor& A, const Sizes& sizes) {
   STD_TORCH_CHECK(sizes_of(A) == sizes, op, ": wanted ", name, " of shape ", text(sizes), "; got ", text(sizes_of(A)));
 }
 
-// y has the shape [*y], x has C channels: everything else must fit.
-void check(const char* op, const Operands& t, int64_t C, int64_t groups, const Sizes& y, const std::string& activation) {
+// Shapes and dtypes that both ops require, where x has C channels and y the shape `y`.
+void check(const char* op, const Operands& t, int64_t C, int64_t groups, const Sizes& y,
+           const std::string& activation) {
   one_of(op, "activation", activation, {"none", "relu", "relu6", "silu", "gelu"});
   const int64_t O = t.U.size(0), ranks = t.V.size(0);
   STD_TORCH_CHECK(groups >= 1 && C % groups == 0 && O % groups == 0 && ranks % groups == 0, op,
@@ -166,14 +170,14 @@ void check(const char* op, const Operands& t, int64_t C, int64_t groups, const S
   if (t.residual) want(op, "residual", *t.residual, y);
 }
 
-// The shape of y.
+// Checks the arguments; returns the shape of y.
 Sizes check_conv2d(const Operands& t, const Geometry& g, const std::string& fold, const std::string& activation) {
   const char* op = "lowrank_conv2d";
   const auto& [x, V, U, bias, residual, packed] = t;
   const auto& [stride, padding, dilation, groups] = g;
   one_of(op, "fold", fold, {"paper", "spatial", "input"});
-  STD_TORCH_CHECK(x.dim() == 4 && V.dim() == 4 && U.dim() == 4, op, ": wanted x, V and U of 4 axes; got ", x.dim(), ", ",
-                  V.dim(), " and ", U.dim());
+  STD_TORCH_CHECK(x.dim() == 4 && V.dim() == 4 && U.dim() == 4, op, ": wanted x, V and U of 4 axes; got ", x.dim(),
+                  ", ", V.dim(), " and ", U.dim());
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
                   ": wanted two numbers each as stride, padding and dilation");
   STD_TORCH_CHECK(std::min(stride[0], stride[1]) > 0 && std::min(dilation[0], dilation[1]) > 0 &&
@@ -187,7 +191,7 @@ Sizes check_conv2d(const Operands& t, const Geometry& g, const std::string& fold
     fits = fits && kernel[i] > 0 && room >= 0;
     y.push_back(room / stride[i] + 1);
   }
-  const int second = fold == "paper" ? 0 : fold == "spatial" ? 1 : 2;  // how many kernel axes are the second factor's
+  const int second = fold == "paper" ? 0 : fold == "spatial" ? 1 : 2;  // kernel axes that belong to U
   for (int i : {0, 1}) {
     const Tensor& other = i < second ? V : U;
     Sizes wanted = sizes_of(other);
@@ -200,9 +204,9 @@ Sizes check_conv2d(const Operands& t, const Geometry& g, const std::string& fold
   return y;
 }
 
-// --- the product ------------------------------------------------------------------------------------------------------
+// --- the fused kernel -----------------------------------------------------------------------------------------------
 
-struct Scratch {  // of one thread, kept
+struct Scratch {  // a thread's buffer, kept for the next call
   std::unique_ptr<char[]> memory;
   size_t size = 0;
 
@@ -212,7 +216,7 @@ struct Scratch {  // of one thread, kept
   }
 };
 
-// Pixels per tile: as many tiles as threads, or a multiple; none much larger than another.
+// Pixels per tile, such that tiles are of equal size and their number is a multiple of the threads.
 int64_t tile_of(int64_t pixels) {
   const int64_t threads = torch::stable::get_num_threads(), tiles = (pixels + kTile - 1) / kTile;
   const int64_t even = (tiles + threads - 1) / threads * threads;
@@ -243,8 +247,8 @@ Tensor dense(const Tensor& A, Layout layout) {
 
 MaybeTensor dense(const MaybeTensor& A, Layout layout) { return A ? MaybeTensor(dense(*A, layout)) : std::nullopt; }
 
-// Computes y, whose memory may be the residual's and no other operand's. `conv` has the geometry already; `layout`:
-// where pixels are contiguous; none: everywhere.
+// Computes y, which may share memory with the residual but with no other operand. `conv` has the geometry already.
+// `layout`: the memory format of x, y and residual; none: contiguous.
 void compute(LowRankConv& conv, Tensor& y, const Operands& t, Layout layout, const std::string& activation) {
   const Tensor x = dense(t.x, layout), packed = fresh(t.packed, t.V, t.U, conv.G);
   const MaybeTensor bias = dense(t.bias, std::nullopt), residual = dense(t.residual, layout);
@@ -260,7 +264,7 @@ void compute(LowRankConv& conv, Tensor& y, const Operands& t, Layout layout, con
   if (activation == "gelu") call<Tensor>("aten::gelu_", y, std::string("none"));
 }
 
-// As torch decides for a convolution: NCHW where strides could be either.
+// Whether torch would choose channels_last for a convolution: not if the strides fit NCHW as well.
 bool is_channels_last(const Tensor& A) {
   int64_t least = 0;
   if (A.stride(1) == 0) return false;
@@ -271,12 +275,12 @@ bool is_channels_last(const Tensor& A) {
   return true;
 }
 
-// Is there something to multiply, in fp32?
+// Whether the fused kernel can run: fp32, U of 1 x 1, nothing empty.
 bool takes(const Operands& t) { return packs(t.V, t.U) && t.x.numel() && t.V.numel() && t.U.numel(); }
 
 constexpr MemoryFormat kLast = MemoryFormat::ChannelsLast;
 
-// Is it contiguous in channels_last?
+// Whether it is contiguous in channels_last.
 bool is_dense(const Tensor& A) {
   int64_t next = 1;
   for (const int64_t axis : {1, 3, 2, 0}) {
@@ -311,8 +315,8 @@ void conv2d_(Tensor& y, const Operands& t, const Geometry& g, const std::string&
   check_conv2d(t, g, fold, activation);
   for (int64_t axis = 0; axis < y.dim(); ++axis)
     STD_TORCH_CHECK(y.size(axis) < 2 || y.stride(axis) > 0,
-                    "lowrank_conv2d_: wanted a residual with memory of its own for every number; got stride 0 along axis ",
-                    axis);
+                    "lowrank_conv2d_: wanted a residual with memory of its own for every number; "
+                    "got stride 0 along axis ", axis);
   const auto apart = [&](const MaybeTensor& A) { return !A || !overlap(extent(y), extent(*A)); };
   const bool alone = apart(t.x) && apart(t.V) && apart(t.U) && apart(t.bias) && apart(t.packed);
   if (fold == "paper" && takes(t) && is_dense(y) && alone)
@@ -324,7 +328,8 @@ void conv2d_(Tensor& y, const Operands& t, const Geometry& g, const std::string&
 Tensor linear(const Operands& t, const std::string& activation) {
   const char* op = "lowrank_linear";
   STD_TORCH_CHECK(t.x.dim() >= 1 && t.V.dim() == 2 && t.U.dim() == 2, op,
-                  ": wanted x [..., C], V [r, C] and U [O, r]; got axes ", t.x.dim(), ", ", t.V.dim(), " and ", t.U.dim());
+                  ": wanted x [..., C], V [r, C] and U [O, r]; got axes ", t.x.dim(), ", ", t.V.dim(), " and ",
+                  t.U.dim());
   Sizes shape = sizes_of(t.x);
   shape.back() = t.U.size(0);
   check(op, t, t.x.size(-1), 1, shape, activation);
@@ -338,7 +343,7 @@ Tensor linear(const Operands& t, const std::string& activation) {
   return y;
 }
 
-// --- the ops, with the signatures of their schemas --------------------------------------------------------------------
+// --- the ops, with the signatures of their schemas ------------------------------------------------------------------
 
 Tensor lowrank_conv2d(const Tensor& x, const Tensor& V, const Tensor& U, const MaybeTensor& bias,
                       const MaybeTensor& residual, const MaybeTensor& packed, const Sizes& stride, const Sizes& padding,

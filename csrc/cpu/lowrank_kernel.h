@@ -1,8 +1,8 @@
-// Both factors of a low-rank convolution, a tile of pixels at a time: the intermediate of rank r stays in the cache. Free of
-// torch. Included once for every instruction set, which names its namespace CK_ISA (each_isa.h).
+// Both products of a low-rank convolution, a tile of pixels at a time: the intermediate of rank r stays in the cache.
+// Free of torch. Included once per instruction set, whose namespace is CK_ISA (each_isa.h).
 //
-// Each factor is a product of rows found through pointers (one per pixel and tap of the kernel, so that nothing is copied,
-// and padding is a pointer to zeros) and a weight packed in panels of as many columns as the registers hold.
+// Each product multiplies rows, found through one pointer per pixel and tap of the kernel (no im2col; padding points to
+// zeros), by a weight packed in panels of as many columns as the registers hold.
 #include <algorithm>
 #include <cstdint>
 
@@ -11,30 +11,30 @@
 
 namespace compaware::CK_ISA {
 
-// The rows of a product: row i of tap t is at[t * stride + i] + offset, `depth` floats long.
+// Left operand of a product: row i of tap t is at[t * stride + i] + offset, `depth` floats long.
 struct Rows {
   const float* const* at;
   int64_t stride, taps, depth, offset;
-  int64_t count = 0, fresh = 0;  // of rows, if from tap `fresh` on they were not read before: the next are fetched meanwhile
+  int64_t count = 0, fresh = 0;  // taps from `fresh` on prefetch the next of `count` rows; count 0: no prefetch
 };
 
-// How a tile's sums begin, from the bias and what `from` has (laid out as C: the residual, or C itself; null: zeros), and
-// how they end.
+// Prologue and epilogue of a tile: sums start from the bias and from `from` (in the layout of C: the residual, or C
+// itself; null: zeros), and are clamped at the end.
 struct Ends {
   const float *from = nullptr, *bias = nullptr;
   bool clamp = false;
   float low = 0, high = 0;
-  int64_t ahead = 0;  // where the next tile is, in floats from this one: it is fetched meanwhile; 0: nothing is
+  int64_t ahead = 0;  // distance of the next tile in floats, which is prefetched; 0: none
 };
 
-constexpr int64_t kPiece = 8192;  // floats of a panel that stay in L1
-constexpr int64_t kLine = 16;     // floats of a cache line
+constexpr int64_t kPiece = 8192;  // floats of a panel that fit in L1
+constexpr int64_t kLine = 16;     // floats per cache line
 
 constexpr int L = kLanes<float>;
 static_assert(kPackColumns % L == 0);
 
-// A panel is kVectors vectors wide, its last one may have fewer. Sums of so many rows, one row of the panel and one number
-// of the input fill the registers (32 with AVX-512, else 16).
+// A panel is kVectors vectors wide, the last one may be narrower. The sums of rows_at_once rows, one row of the panel
+// and one input fill the registers (32 with AVX-512, else 16).
 constexpr int kVectors = L == 16 ? 4 : 2;
 constexpr int64_t kPanel = kVectors * L;
 constexpr int rows_at_once(int V) { return L == 16 ? (V == 4 ? 6 : V == 3 ? 8 : 10) : (V == 2 ? 6 : 8); }
@@ -45,7 +45,7 @@ CK_INLINE Vector<float> load(const float* p) {
   return v;
 }
 
-// C[R, V vectors] = rows i .. i + R of A, times B [taps depth, V vectors], and what the ends say.
+// C [R, V vectors] = rows i .. i + R of A times B [taps depth, V vectors], with prologue and epilogue.
 template <int V, int R>
 __attribute__((noinline)) void tile(const Rows& A, int64_t i, const float* B, int64_t B_tap, float* C, int64_t ldc,
                                     const Ends& ends) {
@@ -62,7 +62,7 @@ __attribute__((noinline)) void tile(const Rows& A, int64_t i, const float* B, in
   each([&](P& s, int64_t at, int) { s = ends.from ? load(ends.from + at) : P{}; });
   if (ends.bias) each([&](P& s, int64_t, int column) { s += load(ends.bias + column); });
   int64_t t = 0;
-  do {  // never empty: a loop that might be costs a copy of the sums
+  do {  // never empty: a loop that could be costs a copy of the sums
     const float* a[R];
     for (int m = 0; m < R; ++m) a[m] = A.at[t * A.stride + i + m] + A.offset;
     const float* b = B + t * B_tap;
@@ -84,7 +84,7 @@ __attribute__((noinline)) void tile(const Rows& A, int64_t i, const float* B, in
     } while (k < A.depth);
   } while (++t < A.taps);
   if (ends.clamp)
-    each([&](P& s, int64_t, int) {  // in this form NaN stays NaN
+    each([&](P& s, int64_t, int) {  // this form propagates NaN
       s = s < ends.low ? P{} + ends.low : s;
       s = s > ends.high ? P{} + ends.high : s;
     });
@@ -98,7 +98,7 @@ CK_INLINE void tile_of(int64_t rows, const Args&... args) {
   tile<V, R>(args...);
 }
 
-// The last columns of a row of C that is not padded: there and back through a tile that is.
+// A tile at the right edge of C, whose rows are not padded: computed in a padded buffer.
 template <int V, int R>
 void edge(int64_t rows, int64_t columns, const Rows& A, int64_t i, const float* B, int64_t B_tap, float* C, int64_t ldc,
           Ends ends) {
@@ -113,9 +113,10 @@ void edge(int64_t rows, int64_t columns, const Rows& A, int64_t i, const float* 
   move(C, ldc, sums, V * L, rows);
 }
 
-// One panel of V vectors, the first `columns` of them wanted, for rows 0 .. count; rows are shared out evenly.
+// One panel of V vectors, of which `columns` columns are stored, for rows 0 .. count, in tiles of nearly equal height.
 template <int V>
-void panel(int64_t count, int64_t columns, const Rows& A, const float* B, int64_t B_tap, float* C, int64_t ldc, Ends ends) {
+void panel(int64_t count, int64_t columns, const Rows& A, const float* B, int64_t B_tap, float* C, int64_t ldc,
+           Ends ends) {
   constexpr int R = rows_at_once(V);
   const int64_t groups = (count + R - 1) / R;
   const float* from = ends.from;
@@ -136,8 +137,9 @@ CK_INLINE void panel_of(int64_t vectors, const Args&... args) {
   panel<V>(args...);
 }
 
-// C[count, columns] = clamp(from + bias + A B); the sum is cut so that the piece of a panel it reads stays in L1.
-inline void product(int64_t count, const Rows& A, const float* B, int64_t columns, float* C, int64_t ldc, const Ends& ends) {
+// C [count, columns] = clamp(from + bias + A B); split along the sum so that each piece of a panel stays in L1.
+inline void product(int64_t count, const Rows& A, const float* B, int64_t columns, float* C, int64_t ldc,
+                    const Ends& ends) {
   const int64_t most = kPiece / std::min(kPanel, padded(columns));
   const int64_t cuts = (A.depth + most - 1) / most, depth = (A.depth + cuts - 1) / cuts;
   const int64_t taps = std::max<int64_t>(1, most / std::max<int64_t>(1, A.depth));
@@ -157,8 +159,9 @@ inline void product(int64_t count, const Rows& A, const float* B, int64_t column
     }
 }
 
-// Where each pixel of a tile finds its input: rows[tap * count + i], padding as `zeros`.
-inline void find_rows(const LowRankConv& conv, int64_t first, int64_t count, const float* zeros, const float** rows) {
+// Input pointers of a tile: rows[tap * count + i] for its i-th pixel, `zeros` in the padding.
+inline void find_rows(const LowRankConv& conv, int64_t first, int64_t count, const float* zeros,
+                      const float** rows) {
   const Axis &h = conv.h, &w = conv.w;
   for (int64_t i = 0, run; i < count; i += run) {  // pixels of one row of one image
     const int64_t line = (first + i) / w.out, ow = (first + i) % w.out, oh = line % h.out, n = line / h.out;
@@ -177,7 +180,7 @@ inline void find_rows(const LowRankConv& conv, int64_t first, int64_t count, con
   }
 }
 
-// Pixels first .. first + count. scratch: T [count, padded r], aligned; rows: taps * count pointers, then count.
+// Pixels first .. first + count. Scratch: T [count, padded r], aligned; rows: (taps + 1) * count pointers.
 inline void lowrank_tile(const LowRankConv& conv, int64_t first, int64_t count, const float* zeros, const float** rows,
                          float* T) {
   const int64_t C = conv.C / conv.G, O = conv.O / conv.G, r = conv.r, ldt = padded(r), taps = conv.taps();
@@ -190,7 +193,7 @@ inline void lowrank_tile(const LowRankConv& conv, int64_t first, int64_t count, 
     product(count, input, V, ldt, T, ldt, Ends{});
     const int64_t at = first * conv.O + g * O;
     constexpr int64_t step = rows_at_once(kVectors);
-    for (int64_t i = 0; i < count; i += step) {  // a few rows of y from end to end: memory is slow at anything else
+    for (int64_t i = 0; i < count; i += step) {  // whole rows of y, a few at a time: sequential writes are fastest
       const int64_t here = at + i * conv.O;
       const Ends ends{conv.residual ? conv.residual + here : nullptr, conv.bias ? conv.bias + g * O : nullptr,
                       conv.low > -INFINITY, conv.low, conv.high, 1};
@@ -200,7 +203,7 @@ inline void lowrank_tile(const LowRankConv& conv, int64_t first, int64_t count, 
   }
 }
 
-// A factor in panels of columns, padded columns zero.
+// Packs a factor in panels; padded columns are zero.
 inline void pack(const Factor& W, float* out) {
   for (int64_t j = 0; j < padded(W.columns); j += kPanel) {
     const int64_t wide = std::min(kPanel, padded(W.columns) - j);
@@ -209,7 +212,7 @@ inline void pack(const Factor& W, float* out) {
   }
 }
 
-// Do `samples` entries, spread over the factor, agree with what was packed?
+// Whether `samples` entries, spread over the factor, agree with the packed ones.
 inline bool is_packed(const Factor& W, const float* packed, int64_t samples) {
   const int64_t size = W.columns * W.depth(), step = std::max<int64_t>(1, size / samples);
   for (int64_t i = 0; i < size; i += step) {

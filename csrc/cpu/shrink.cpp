@@ -1,10 +1,10 @@
-// soft_threshold, group_shrink, sparse_group_shrink and their in-place forms on the CPU.
+// soft_threshold, group_shrink, sparse_group_shrink, neuron_shrink_ and the in-place forms on the CPU.
 #include "../core/shrink_ops.h"
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-// Less than x86-64-v3 and v4: which products and sums are fused, and so the last bits of fp64 norms, stay what they were.
+// Narrower than x86-64-v3 and v4, which would fuse more multiply-adds and change the last bit of some fp64 norms.
 #define CK_AVX2 "avx2"
 #define CK_AVX512 "avx512f"
 #define CK_KERNEL "shrink_kernel.h"
@@ -14,8 +14,8 @@
 namespace compaware {
 namespace {
 
-// One parallel region for the whole list, cut by elements: small layers share a thread, large ones are divided. A
-// thread takes the spans that start in its range, so each is computed whole, in the same way for any thread count.
+// One parallel region over the elements of the whole list: small layers share a thread, large ones are split. A thread
+// takes the spans that start in its range, so a span is never split and results do not depend on the thread count.
 void run(const std::vector<Shrink>& work, int32_t) {
   const auto kernel = CK_OF_ISA(shrink);
   std::vector<int64_t> first{0};

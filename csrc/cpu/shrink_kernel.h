@@ -1,4 +1,4 @@
-// L1 and group shrinkage of the spans of one weight (core/shrink.h), one span after the other.
+// L1 and group shrinkage of the spans of one weight (core/shrink.h).
 //
 // Included once per instruction set, whose namespace is CK_ISA (each_isa.h).
 #include <algorithm>
@@ -10,8 +10,7 @@
 
 namespace compaware::CK_ISA {
 
-// ||soft([x, bias], l1)||_2, summed in fp64 in a fixed number of partial sums: the order of the additions is fixed, and
-// vector units can keep it.
+// ||soft([x, bias], l1)||_2, accumulated in fp64 in 16 partial sums: a fixed order of additions that vectorizes.
 template <class T, class C>
 CK_INLINE double norm(const T* x, int64_t n, C l1, const T* bias) {
   constexpr int kSums = 16;
@@ -29,7 +28,7 @@ CK_INLINE double norm(const T* x, int64_t n, C l1, const T* bias) {
   return std::sqrt(total);
 }
 
-// y = group(soft(x, l1), tau), computed in C; tau null: without the group stage.
+// y = group_shrink(soft(x, l1), tau), computed in C. tau null: the group stage is skipped.
 template <class T, class C>
 void shrink_span(const T* x, T* y, int64_t n, C l1, const C* tau, T* bias) {
   const C scale = tau ? static_cast<C>(group_scale(norm(x, n, l1, bias), static_cast<double>(*tau))) : C(1);
@@ -37,7 +36,7 @@ void shrink_span(const T* x, T* y, int64_t n, C l1, const C* tau, T* bias) {
   if (bias) *bias = static_cast<T>(soft(static_cast<C>(*bias), l1) * scale);
 }
 
-// Spans begin .. end of elements of type T.
+// Spans [begin, end).
 template <class T, class C>
 void shrink_spans(const Shrink& w, int64_t begin, int64_t end) {
   const int64_t per_matrix = w.spans_per_matrix();

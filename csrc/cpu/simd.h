@@ -1,7 +1,7 @@
-// Vectors of the instruction set that is compiled for, and what C++ does not offer for them.
+// SIMD vectors of one instruction set, and operations on them that C++ lacks.
 //
-// Included once per instruction set, whose namespace is CK_ISA (each_isa.h): GCC cuts vectors to the size that the function
-// around them is compiled for, before it inlines that function into one compiled for more.
+// Included once per instruction set, whose namespace is CK_ISA (each_isa.h). One shared copy would not do: GCC splits
+// vectors to fit the target of the function they are in before it inlines that function into a wider target.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -14,7 +14,7 @@ namespace compaware::CK_ISA {
 template <class T>
 constexpr int kLanes = CK_VECTOR_BYTES / sizeof(T);
 
-// Arithmetic, comparisons and ?: act lane by lane; a vector may alias its elements.
+// Arithmetic, comparisons and ?: are elementwise. A vector may alias its elements.
 template <class T>
 struct VectorOf {
   typedef T type __attribute__((vector_size(CK_VECTOR_BYTES)));
@@ -30,7 +30,7 @@ CK_INLINE V square_root(V x) {
   return y;
 }
 
-// Is any lane of a comparison true?
+// Whether any lane of a comparison is true.
 template <class Mask>
 CK_INLINE bool any(Mask mask) {
   int64_t words[sizeof(Mask) / sizeof(int64_t)], all = 0;
@@ -39,7 +39,7 @@ CK_INLINE bool any(Mask mask) {
   return all != 0;
 }
 
-// Dot products [lanes] of x [m, lanes] and y. Four partial sums: a single one would wait for each addition to end.
+// Dot products [lanes] of x [m, lanes] and y [m, lanes]. Four partial sums hide the latency of the additions.
 template <class V>
 CK_INLINE V dot(const V* x, const V* y, int64_t m) {
   V sums[4] = {};

@@ -1,4 +1,4 @@
-// small_svd on the CPU: matrices of a batch go through small_svd_kernel.h in groups, one per lane.
+// small_svd on the CPU: the matrices of a batch are decomposed in groups, one matrix per SIMD lane.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -31,7 +31,7 @@ Kernel<T> kernel() {
   return {CK_OF_ISA(kLanes<T>), CK_OF_ISA(jacobi<T>)};
 }
 
-// W: [B, m, n], in any strides: transposed where that makes it tall. U: [B, m, n], s: [B, n], V: [B, n, n], contiguous.
+// W [B, m, n] of any strides, transposed if that makes it tall. U [B, m, n], s [B, n], V [B, n, n], contiguous.
 template <class T>
 struct Job {
   int64_t B, m, n;  // m >= n
@@ -40,7 +40,7 @@ struct Job {
   T *U, *s, *V;
 };
 
-// In independent sums, which vector units can keep.
+// Dot product of x [n] and y [n], in independent partial sums that vectorize.
 template <class T>
 T inner(const T* x, const T* y, int64_t n) {
   constexpr int lanes = 8;
@@ -53,8 +53,8 @@ T inner(const T* x, const T* y, int64_t n) {
   return total;
 }
 
-// Makes columns rank, ... of U, [m, n], orthonormal to all before: each from the unit vector that is farthest from
-// their span, by Gram-Schmidt, twice, as once loses what was cancelled.
+// Completes U [m, n], whose first `rank` columns are orthonormal. Each new column starts from the unit vector that is
+// farthest from their span; Gram-Schmidt runs twice, as one pass loses digits to cancellation.
 template <class T>
 void complete(T* U, int64_t m, int64_t n, int64_t rank) {
   if (rank == n) return;
@@ -77,8 +77,8 @@ void complete(T* U, int64_t m, int64_t n, int64_t rank) {
   }
 }
 
-// The buffers of a thread, and matrices first, first + 1, ... of a job, one per lane, in them. All lanes of a row are
-// copied before the next row: what is 16 elements here is 16 cache lines there.
+// One thread's buffers, which hold matrices first, first + 1, ... of a job, one per lane. Rows are copied for all lanes
+// at once: 16 neighboring elements of the buffer come from 16 cache lines of W.
 template <class T>
 struct Group {
   struct alignas(64) Line {
@@ -86,14 +86,14 @@ struct Group {
   };
   const Job<T>& job;
   const Kernel<T> kernel;
-  const int64_t m, n, even, stride, lanes;  // an odd n gets one more column, of zeros
+  const int64_t m, n, even, stride, lanes;  // even: n, or n + 1, with a column of zeros
   std::vector<Line> memory;
   T *X, *norms;
   std::vector<int> exponents;
-  std::vector<int64_t> place;  // [n, lanes]: where each column goes
+  std::vector<int64_t> place;  // [n, lanes] position of each column in descending order
   std::vector<T> rows;         // [lanes, n]
 
-  // The stride is odd, as columns at multiples of a large power of two would compete for the same cache lines.
+  // The stride is odd: columns a large power of two apart would compete for the same cache lines.
   Group(const Job<T>& job, const Kernel<T>& kernel)
       : job(job), kernel(kernel), m(job.m), n(job.n), even(n + n % 2), stride((m + even) | 1), lanes(kernel.lanes),
         memory((stride + 1) * even * lanes * sizeof(T) / sizeof(Line) + 1), X(reinterpret_cast<T*>(memory.data())),
@@ -110,7 +110,7 @@ struct Group {
     for (int64_t j = 0; j < n; ++j) std::fill_n(&x(m + j, j, 0), lanes, T(1));
   }
 
-  // Longest first, by insertion: NaN cannot lead it out of bounds.
+  // Descending insertion sort, which stays in bounds even with NaN.
   void sort(int64_t lane) {
     std::vector<int64_t> order(n);
     for (int64_t j = 0; j < n; ++j) {
@@ -121,7 +121,7 @@ struct Group {
     for (int64_t k = 0; k < n; ++k) place[order[k] * lanes + lane] = k;
   }
 
-  // To `out`, [count, size, n]: rows start.. of X, with their elements in order.
+  // Copies rows start .. start + size of X to out [count, size, n], columns in descending order.
   void store_rows(T* out, int64_t count, int64_t start, int64_t size) {
     for (int64_t i = 0; i < size; ++i) {
       for (int64_t j = 0; j < n; ++j)
@@ -146,7 +146,7 @@ struct Group {
   }
 };
 
-// Groups are cut from the batch the same way for any thread count, and the last is filled up with zeros.
+// The grouping does not depend on the number of threads; the last group is padded with zeros.
 template <class T>
 void run(const Job<T>& job) {
   const Kernel<T> k = kernel<T>();

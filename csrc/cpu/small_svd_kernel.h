@@ -1,39 +1,39 @@
-// Singular values by one-sided Jacobi rotations (Hestenes 1958) of L equally large matrices at once, one per lane.
+// SVD by one-sided Jacobi rotations (Hestenes 1958) of equally large matrices, one per SIMD lane.
 //
-// Columns are rotated in pairs until all are orthogonal: X V = U diag(s). Every lane goes through the same pairs, and
-// one whose pair is orthogonal already is turned by nothing, so no matrix depends on its neighbours. Included once for
-// every instruction set: see lanes.h.
+// Pairs of columns are rotated until all are orthogonal: X V = U diag(s). All lanes go through the same pairs; a lane
+// whose pair is orthogonal already rotates by zero, so no matrix depends on its neighbors. Included once per
+// instruction set, whose namespace is CK_ISA (each_isa.h).
 #include <limits>
 
 #include "simd.h"
 
 namespace compaware::CK_ISA {
 
-constexpr int kMaxSweeps = 30;      // 5 to 10 are usual; NaN and Inf must end too
+constexpr int kMaxSweeps = 30;      // 5 to 10 are usual; the limit is for NaN and Inf
 constexpr int kScaleExponent = 20;  // matrices are scaled to max |x| in [2^19, 2^20): no square over- or underflows
 
-// Columns shorter than this, far below the rounding of the longest, are null: they are left alone.
+// Columns with a smaller norm, far below the roundoff of the largest, count as zero and are not rotated.
 template <class T>
 constexpr T kNullNorm = sizeof(T) == 4 ? T(0x1p-14) : T(0x1p-58);
 
-// A rotation by an angle in [-90, 90] degrees as three shears: tan(angle / 2), sin(angle), tan(angle / 2). One
-// operation less than c x - s y, s x + c y, and a turn by 0 changes no bit.
+// A rotation by an angle in [-90, 90] degrees as three shears: tan(angle / 2), sin(angle), tan(angle / 2). It takes one
+// operation less than c x - s y, s x + c y, and a rotation by zero changes no bit.
 template <class P>
-struct Turn {
+struct Rotation {
   P half, sine;
 };
 
 template <class P>
-CK_INLINE void turn(P& x, P& y, const Turn<P>& r) {
+CK_INLINE void rotate(P& x, P& y, const Rotation<P>& r) {
   x -= r.half * y;
   y += r.sine * x;
   x -= r.half * y;
 }
 
-// The turn that makes two columns with squared norms a, b and dot product d orthogonal, where `mask` says so, and its
-// effect on a and b. The longer column comes first (de Rijk 1989): this saves two sweeps of nine.
+// The rotation that makes two columns with squared norms a, b and dot product d orthogonal, in the lanes of `mask`;
+// a and b become the new squared norms, the larger one first (de Rijk 1989: saves two sweeps of nine).
 template <class P, class Mask>
-CK_INLINE Turn<P> orthogonalize(P& a, P& b, P d, Mask mask) {
+CK_INLINE Rotation<P> orthogonalize(P& a, P& b, P d, Mask mask) {
   const P zero{}, one = zero + 1, zeta = (b - a) / (d + d), sign = zeta < 0 ? -one : one;
   const P size = mask ? one / (sign * zeta + square_root(one + zeta * zeta)) : zero, t = sign * size;
   const P r = square_root(one + t * t), u = a - t * d, v = b + t * d;
@@ -48,8 +48,8 @@ template <class T>
 struct Jacobi {
   using P = Vector<T>;
 
-  P* X;              // [n, stride]: a column, [m], and below it that of V, [n], which takes the same turns
-  P* norms;          // [n]: squared norms of the columns
+  P* X;              // [n, stride]: a column [m], and below it that of V [n], which takes the same rotations
+  P* norms;          // [n] squared norms of the columns
   int64_t m, n;      // n is even
   int64_t stride;
   T tol;             // squared cosine up to which two columns are orthogonal
@@ -64,13 +64,13 @@ struct Jacobi {
     P *x = X + p * stride, *y = x + stride, d = dot(x, y, m);
     const auto mask = coupled(norms[p], norms[p + 1], d);
     if (!any(mask)) return false;
-    const Turn<P> r = orthogonalize(norms[p], norms[p + 1], d, mask);
-    for (int64_t i = 0; i < length; ++i) turn(x[i], y[i], r);
+    const Rotation<P> r = orthogonalize(norms[p], norms[p + 1], d, mask);
+    for (int64_t i = 0; i < length; ++i) rotate(x[i], y[i], r);
     return true;
   }
 
-  // Columns p, p + 1 against q, q + 1: four turns in one pass over the memory. The last two follow from the dot
-  // products before the first two, which costs accuracy of the angles only: fresh dot products judge convergence.
+  // Columns p, p + 1 against q, q + 1: four rotations in one pass over the memory. Dot products for the last two are
+  // updated, not computed anew; this affects only the accuracy of the angles, as each sweep measures convergence anew.
   CK_INLINE bool block(int64_t p, int64_t q) {
     const int64_t rows = m, length = m + n;
     P *x0 = X + p * stride, *x1 = x0 + stride, *y0 = X + q * stride, *y1 = y0 + stride;
@@ -87,19 +87,19 @@ struct Jacobi {
     const auto mask00 = coupled(a0, b0, d00), mask11 = coupled(a1, b1, d11);
     if (!any(mask00 | mask11 | coupled(a0, b1, d01) | coupled(a1, b0, d10))) return false;
 
-    const Turn<P> r00 = orthogonalize(a0, b0, d00, mask00), r11 = orthogonalize(a1, b1, d11, mask11);
-    turn(xx, d10, r00);
-    turn(d01, yy, r00);
-    turn(xx, d01, r11);
-    turn(d10, yy, r11);
-    const Turn<P> r01 = orthogonalize(a0, b1, d01, coupled(a0, b1, d01));
-    const Turn<P> r10 = orthogonalize(a1, b0, d10, coupled(a1, b0, d10));
+    const Rotation<P> r00 = orthogonalize(a0, b0, d00, mask00), r11 = orthogonalize(a1, b1, d11, mask11);
+    rotate(xx, d10, r00);
+    rotate(d01, yy, r00);
+    rotate(xx, d01, r11);
+    rotate(d10, yy, r11);
+    const Rotation<P> r01 = orthogonalize(a0, b1, d01, coupled(a0, b1, d01));
+    const Rotation<P> r10 = orthogonalize(a1, b0, d10, coupled(a1, b0, d10));
     for (int64_t i = 0; i < length; ++i) {
       P u0 = x0[i], u1 = x1[i], v0 = y0[i], v1 = y1[i];
-      turn(u0, v0, r00);
-      turn(u1, v1, r11);
-      turn(u0, v1, r01);
-      turn(u1, v0, r10);
+      rotate(u0, v0, r00);
+      rotate(u1, v1, r11);
+      rotate(u0, v1, r01);
+      rotate(u1, v0, r10);
       x0[i] = u0, x1[i] = u1, y0[i] = v0, y1[i] = v1;
     }
     return true;
@@ -107,15 +107,15 @@ struct Jacobi {
 
   CK_INLINE bool sweep() {
     for (int64_t j = 0; j < n; ++j) norms[j] = dot(X + j * stride, X + j * stride, m);
-    bool turned = false;
+    bool rotated = false;
     for (int64_t p = 0; p < n; p += 2) {
-      turned |= pair(p);
-      for (int64_t q = p + 2; q < n; q += 2) turned |= block(p, q);
+      rotated |= pair(p);
+      for (int64_t q = p + 2; q < n; q += 2) rotated |= block(p, q);
     }
-    return turned;
+    return rotated;
   }
 
-  // A power of two changes no digit. In two factors: one alone can be out of range.
+  // Scales by a power of two, which is exact; by two factors, as a single one can be out of range.
   CK_INLINE void scale(int* exponents) {
     P largest{}, first{}, second{};
     for (int64_t j = 0; j < n; ++j)
@@ -143,8 +143,8 @@ struct Jacobi {
   }
 };
 
-// X: [n, stride], the columns of W, [m], and below each that of the identity, [n]; n is even. Leaves U in X, with zeros
-// for null columns, V below it, and in norms, [n], s scaled by 2^(kScaleExponent - exponents), [L], in no order.
+// X [n, stride]: the columns of W [m], and below each that of the identity [n]; n is even. Leaves U in X, with zeros
+// for zero singular values, and V below it. norms [n]: unsorted, s times 2^(kScaleExponent - exponents [lanes]).
 template <class T>
 void jacobi(T* X, T* norms, int* exponents, int64_t m, int64_t n, int64_t stride) {
   using P = Vector<T>;

@@ -1,4 +1,4 @@
-// wide_product on the CPU: an fp32 matrix times a few columns, in fp64.
+// wide_product on the CPU: a matrix times a few columns, in fp64.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -19,14 +19,15 @@ using torch::stable::Tensor;
 
 constexpr int64_t kPad = 8;  // doubles in the widest vector
 
-// Y [n, p], in any strides, as [n, width] in fp64, the added columns zero.
+// Copies Y [n, p] of any strides to [n, width] in fp64, padded with zero columns.
 template <class T>
 void widen(const Tensor& Y, double* out, int64_t width) {
   const T* y = Y.const_data_ptr<T>();
   const int64_t n = Y.size(0), p = Y.size(1), row = Y.stride(0), column = Y.stride(1);
   torch::stable::parallel_for(0, n, 1 + (1 << 15) / width, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      for (int64_t j = 0; j < width; ++j) out[i * width + j] = j < p ? static_cast<double>(y[i * row + j * column]) : 0.0;
+      for (int64_t j = 0; j < width; ++j)
+        out[i * width + j] = j < p ? static_cast<double>(y[i * row + j * column]) : 0.0;
   });
 }
 
@@ -49,7 +50,7 @@ bool is_single(const Tensor& A, const char* name) {
   return dtype == ScalarType::Float;
 }
 
-// X [m, n] and Y [n, p], each fp32 or fp64 and in any strides -> [m, p] fp64.
+// X [m, n], Y [n, p], each in fp32 or fp64 and of any strides -> [m, p] in fp64.
 Tensor wide_product(const Tensor& X, const Tensor& Y) {
   STD_TORCH_CHECK(X.dim() == 2 && Y.dim() == 2 && X.size(1) == Y.size(0),
                   "wide_product: wanted X [m, n] and Y [n, p]; got axes ", X.dim(), " and ", Y.dim());

@@ -1,6 +1,6 @@
-// X Y in fp64 for X of any type: every element is converted in a register. Free of torch.
+// X Y in fp64 for X in fp32 or fp64, whose elements are converted in registers. Free of torch.
 //
-// Included once for every instruction set, which names its namespace CK_ISA, as jacobi.h is.
+// Included once per instruction set, whose namespace is CK_ISA (each_isa.h).
 #include <algorithm>
 #include <cstdint>
 
@@ -8,7 +8,7 @@
 
 namespace compaware::CK_ISA {
 
-// out[R, V vectors] += X[R, n] Y[n, V vectors]; the sums stay in registers.
+// out [R, V vectors] += X [R, n] Y [n, V vectors]; the sums stay in registers.
 template <int R, int V, class T>
 CK_INLINE void tile(const T* X, int64_t row, int64_t column, const double* Y, int64_t width, int64_t n, double* out) {
   using P = Vector<double>;
@@ -24,13 +24,13 @@ CK_INLINE void tile(const T* X, int64_t row, int64_t column, const double* Y, in
     for (int v = 0; v < V; ++v) reinterpret_cast<P*>(out + r * width)[v] += sum[r][v];
 }
 
-// Rows [0, m) of out[m, width] += X[m, n] Y[n, width]. Y and out are contiguous and aligned to L doubles, and width is a
-// multiple of L. `row` and `column` are the strides of X.
+// out [m, width] += X [m, n] Y [n, width]. Y and out are contiguous and aligned to vectors, and width is a multiple of
+// the lanes. `row` and `column` are the strides of X.
 template <class T>
 void wide_product(const T* X, int64_t row, int64_t column, const double* Y, int64_t width, int64_t m, int64_t n,
                   double* out) {
-  constexpr int L = kLanes<double>, R = L, V = 3;       // L * 3 sums: 24 of 32 registers, or 12 of 16
-  constexpr int64_t depth = 512;    // rows of Y that stay in the cache
+  constexpr int L = kLanes<double>, R = L, V = 3;  // R * V sums fill 24 of 32 registers, or 12 of 16
+  constexpr int64_t depth = 512;                   // rows of Y that stay in the cache
   const auto tiles = [&]<int rows>(int64_t i, int64_t j, int64_t depth_here) {
     const T* x = X + i * row + j * column;
     int64_t c = 0;

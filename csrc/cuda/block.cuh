@@ -1,7 +1,8 @@
-// What one block does for one matrix: sums, Cholesky factors, inverses, Jacobi rotations, random numbers.
+// Linear algebra by one block per matrix: Cholesky factors, inverses of triangular matrices, random numbers; and, in
+// headers of their own, reductions and Jacobi rotations.
 //
-// All threads of the block call these, with blockDim.x a multiple of 32. What they read must be visible to the block
-// before (__syncthreads), and what they write is when they return. Results do not depend on the number of threads.
+// All threads of a block call these functions, with blockDim.x a multiple of 32. Inputs must be visible to the block at
+// the call (__syncthreads), and outputs are on return. Results do not depend on the number of threads.
 #pragma once
 
 #include "jacobi.cuh"
@@ -28,7 +29,7 @@ CK_DEVICE Philox philox(Philox counter, uint32_t key0, uint32_t key1) {
   return counter;
 }
 
-// A standard normal number for each (seed, call, stream, index), of call and stream the low 32 bits.
+// The standard normal number of (seed, call, stream, index); call and stream count with their low 32 bits.
 __noinline__ CK_DEVICE double normal(uint64_t seed, uint64_t call, uint64_t stream, uint64_t index) {
   const uint64_t pair = index / 2;
   const Philox bits = philox({{uint32_t(pair), uint32_t(pair >> 32), uint32_t(stream), uint32_t(call)}},
@@ -37,13 +38,13 @@ __noinline__ CK_DEVICE double normal(uint64_t seed, uint64_t call, uint64_t stre
   const uint64_t second = uint64_t(bits.word[2]) << 32 | bits.word[3];
   const double unit = 1.1102230246251565e-16;  // 2^-53
   const double radius = sqrt(-2 * log(double((first >> 11) + 1) * unit));
-  const double turn = 2 * (double(second >> 11) * unit);  // in pi: there, sine and cosine need no local memory
-  return radius * (index % 2 ? sinpi(turn) : cospi(turn));
+  const double angle = 2 * (double(second >> 11) * unit);  // in units of pi: sinpi and cospi need no local memory
+  return radius * (index % 2 ? sinpi(angle) : cospi(angle));
 }
 
 // --- triangular factors ---------------------------------------------------------------------------------------------
 
-constexpr int kPanel = 16;               // columns at a time
+constexpr int kPanel = 16;              // columns at a time
 constexpr int kScratch = kPanel * 161;  // numbers: a panel of 16 columns up to n = 160, of 8 up to 321, of 4 up to 643
 
 using Scratch = double[kScratch];
@@ -53,12 +54,13 @@ CK_DEVICE Scratch& scratch() {
   return memory;
 }
 
-// Columns first, ... of G from their diagonal on, in `panel` [width, stride], become those of L. `limits`: below, a
-// pivot is none. Each warp factorises the diagonal block for itself, a row per lane: that needs no barriers.
-CK_DEVICE void factorise_panel(Scratch& panel, int stride, int rows, int width, const double* limits) {
+// Factorizes a panel: `panel` [width, stride] has columns of G from their diagonal on, which become those of L. A pivot
+// below its number in `limits` counts as zero. Each warp factorizes the diagonal block for itself, one row per lane:
+// no barriers are needed.
+CK_DEVICE void factorize_panel(Scratch& panel, int stride, int rows, int width, const double* limits) {
   const int lane = lane_index(), corner = lane % kPanel;
   const double limit = corner < width ? limits[corner] : 0;
-  // Backwards: the diagonal block, which all need, is overwritten last.
+  // Backwards, so that the diagonal block, which all warps read, is overwritten last.
   for (int first = (rows - 1) / blockDim.x * blockDim.x; first >= 0; first -= blockDim.x) {
     const int row = first + threadIdx.x;
     double x[kPanel], diagonal[kPanel];
@@ -88,8 +90,8 @@ CK_DEVICE void factorise_panel(Scratch& panel, int stride, int rows, int width, 
   __syncthreads();
 }
 
-// G -= L L^T below and on the diagonal, G [rows, .] with rows of n numbers. L: the last rows of `panel`. A warp does
-// tiles of 16 x 16, a lane 4 x 2 of each.
+// G -= L L^T on and below the diagonal; G [rows, rows] with row stride n, L the last rows of `panel`. A warp computes
+// tiles of 16 x 16, a lane 4 x 2 numbers of each.
 CK_DEVICE void update(double* G, int n, int rows, const Scratch& panel, int stride, int width) {
   constexpr int kTile = 16, kDown = 4, kAcross = 2;
   const int lane = lane_index(), down = lane / 8, across = lane % 8, last = rows - 1;
@@ -110,15 +112,15 @@ CK_DEVICE void update(double* G, int n, int rows, const Scratch& panel, int stri
     }
 }
 
-// G [n, n], symmetric and positive semidefinite, of which the lower triangle is read, becomes L, G = L L^T, the upper
-// triangle 0. A column of which no more is left than `dependent` times its G_jj (or nothing, or NaN) depends on those
-// before: its column of L becomes 0. Right-looking, in panels.
+// Cholesky factor L of G = L L^T [n, n], symmetric and positive semidefinite, in place; only the lower triangle is
+// read, and the upper one becomes 0. A column whose pivot is at most `dependent` times G_jj (or NaN) is linearly
+// dependent on those before it: its column of L becomes 0. Right-looking, in panels.
 CK_DEVICE void cholesky(double* G, int n, double dependent) {
   Scratch& panel = scratch();
   int width = kPanel;
   while (width * (n | 1) > kScratch) width /= 2;
   const int lane = lane_index(), part = lane / kPanel, column = lane % kPanel;
-  // The limits of the pivots are kept above the diagonal.
+  // The limits of the pivots are stored above the diagonal.
   for (int j = 1 + threadIdx.x; j < n; j += blockDim.x) G[j] = dependent * G[j * n + j];
   __shared__ double limits[kPanel];
   for (int first = 0; first < n; first += width) {
@@ -129,31 +131,31 @@ CK_DEVICE void cholesky(double* G, int n, double dependent) {
     __syncthreads();
     for (int j = threadIdx.x; j < columns; j += blockDim.x) limits[j] = first + j ? G[first + j] : dependent * G[0];
     __syncthreads();
-    factorise_panel(panel, stride, rows, columns, limits);
+    factorize_panel(panel, stride, rows, columns, limits);
     for (int row = 2 * warp_index() + part; row < rows; row += 2 * warp_count())
       if (column < columns && column <= row) corner[row * n + column] = panel[column * stride + row];
     update(corner + columns * n + columns, n, rows - columns, panel, stride, columns);
     __syncthreads();
   }
   for (int row = warp_index(); row < n; row += warp_count())
-    for (int j = row + 1 + lane; j < n; j += kLanes) G[row * n + j] = 0;
+    for (int j = row + 1 + lane; j < n; j += kWarp) G[row * n + j] = 0;
   __syncthreads();
 }
 
-// S = L^(-T) [n, n], upper triangular; where the diagonal of L is 0, row and column of S are. A column of L^(-1) is
-// one thread's, which finds 16 of its numbers at a time; they are kept as a row of S only at the end.
+// S = L^(-T) [n, n], upper triangular; rows and columns of S are 0 where the diagonal of L is. One thread computes one
+// column of L^(-1), 16 numbers at a time; S is transposed at the end.
 CK_DEVICE void inverse_transposed(const double* L, int n, double* S) {
-  constexpr int kDeep = kScratch / kPanel;  // columns of L that are staged at a time
+  constexpr int kDeep = kScratch / kPanel;  // columns of L staged at a time
   Scratch& staged = scratch();              // [kPanel, kDeep]
   const auto stage = [&](int top, int left, int right) {
     __syncthreads();
     for (int i = warp_index(); i < kPanel; i += warp_count())
-      for (int k = left + lane_index(); k < right; k += kLanes)
+      for (int k = left + lane_index(); k < right; k += kWarp)
         staged[i * kDeep + k - left] = top + i < n ? L[(top + i) * n + k] : 0;
     __syncthreads();
   };
   for (int first = 0; first < n; first += blockDim.x) {
-    const int j = first + threadIdx.x, above = first + kLanes * warp_index();  // above: 0 in all columns of the warp
+    const int j = first + threadIdx.x, above = first + kWarp * warp_index();  // before: zeros in this warp
     for (int top = 0; top < n; top += kPanel) {
       const int bottom = min(top + kPanel, n);
       double x[kPanel] = {};
@@ -181,7 +183,7 @@ CK_DEVICE void inverse_transposed(const double* L, int n, double* S) {
   }
   __syncthreads();
   for (int row = warp_index(); row < n; row += warp_count())
-    for (int j = lane_index(); j < row; j += kLanes) {
+    for (int j = lane_index(); j < row; j += kWarp) {
       S[j * n + row] = S[row * n + j];
       S[row * n + j] = 0;
     }

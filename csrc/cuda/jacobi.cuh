@@ -1,28 +1,29 @@
-// Orthogonal rows by one-sided Jacobi rotations (Hestenes 1958), in one block. See block.cuh.
+// Orthogonal rows by one-sided Jacobi rotations (Hestenes 1958), in one block. Calling conventions: block.cuh.
 //
-// Rows go in groups of kGroup, and a warp does all pairs of two groups while it has their rows in registers: each lane
-// every 32nd element of each row. Pairs that have no row in common are turned together, so that the latencies of a
-// step (products, sum over the lanes, angle, turn) are paid once for kGroup pairs, and a lane finds the angle of one.
+// Rows are in groups of kGroup. A warp rotates all pairs of two groups while it holds their rows in registers, a lane
+// every 32nd element of each row. Pairs without a common row are rotated together: the latencies of a step (products,
+// sum over the lanes, angle, rotation) are paid once for kGroup pairs, and each lane computes the angle of one pair.
 #pragma once
 
 #include "sums.cuh"
 
 namespace compaware {
 
+// Rows [count, length] in memory, `stride` numbers apart.
 template <class C>
 struct Rows {
   C* at;
   int count, length, stride;
 };
 
-// From here on, the compiler computes anew what depends on x. It would keep it in registers that are needed.
+// Makes the compiler recompute what depends on x instead of keeping it in registers.
 CK_DEVICE void forget([[maybe_unused]] int& x) {
 #ifndef CK_EMULATED
   asm volatile("" : "+r"(x));
 #endif
 }
 
-// Sums over the warp, of `kCount` numbers in each lane: lane l gets that of number l % kCount.
+// Sums of kCount numbers over the warp: lane l gets the sum of number l % kCount.
 template <int kCount, class C>
 CK_DEVICE C spread_sum(C (&v)[kCount]) {
   const int lane = lane_index();
@@ -36,11 +37,11 @@ CK_DEVICE C spread_sum(C (&v)[kCount]) {
     }
   C sum = v[0];
 #pragma unroll
-  for (int offset = kCount; offset < kLanes; offset *= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
+  for (int offset = kCount; offset < kWarp; offset *= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
   return sum;
 }
 
-// Which rows meet: in every step, row i of x and row i of y, i < kPairs. Here all rows of one group those of another,
+// The pairs of a step: row_x(i) and row_y(i), i < kPairs. Across: all rows of one group with all rows of another.
 template <int kPairs>
 struct Across {
   int x, y;  // the first rows
@@ -50,7 +51,7 @@ struct Across {
   CK_DEVICE int row_y(int i, int step) const { return y + (2 * kPairs - 1 - i + step) % kPairs; }
 };
 
-// and here those of one group each other: rows whose numbers differ in the same bits.
+// Within: all rows of one group with each other; in a step, rows whose indices differ in the same bits.
 template <int kPairs>
 struct Within {
   int first;
@@ -64,14 +65,14 @@ struct Within {
 };
 
 // A rotation by at most 45 degrees as three shears, tan(angle / 2), sin(angle), tan(angle / 2), after which the two
-// rows may change places. Each pair has its lane.
+// rows may be swapped. Each pair has its own lane.
 template <class C>
-struct Turn {
+struct Rotation {
   C half, sine;
   bool swap;
 };
 
-// Elements `start` + lane, + 32, ... of rows that meet.
+// Elements start + lane, start + lane + 32, ... of the pairs of a step, in registers.
 template <int kPairs, int kDeep, class C>
 struct Tile {
   C x[kPairs][kDeep], y[kPairs][kDeep];
@@ -84,7 +85,7 @@ struct Tile {
       const int row = i < kPairs ? meeting.row_x(i, step) : meeting.row_y(i - kPairs, step);
 #pragma unroll
       for (int e = 0; e < kDeep; ++e) {
-        const int at = start + kLanes * e + lane_index();
+        const int at = start + kWarp * e + lane_index();
         C& element = i < kPairs ? x[i % kPairs][e] : y[i % kPairs][e];
         element = row < M.count && at < M.length ? M.at[row * M.stride + at] : C(0);
       }
@@ -98,7 +99,7 @@ struct Tile {
       const int row = i < kPairs ? meeting.row_x(i, step) : meeting.row_y(i - kPairs, step);
 #pragma unroll
       for (int e = 0; e < kDeep; ++e) {
-        const int at = start + kLanes * e + lane_index();
+        const int at = start + kWarp * e + lane_index();
         const C element = i < kPairs ? x[i % kPairs][e] : y[i % kPairs][e];
         if (row < M.count && at < M.length) M.at[row * M.stride + at] = element;
       }
@@ -119,7 +120,7 @@ struct Tile {
       for (int e = 0; e < kDeep; ++e) d[i] += x[i][e] * y[i][e];
   }
 
-  CK_DEVICE void turn(const Turn<C>& own, unsigned swaps) {
+  CK_DEVICE void rotate(const Rotation<C>& own, unsigned swaps) {
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       const C half = __shfl_sync(kAllLanes, own.half, i), sine = __shfl_sync(kAllLanes, own.sine, i);
@@ -142,7 +143,7 @@ struct Tile {
         }
   }
 
-  // To the next step of Across.
+  // Moves on to the next step of Across.
   CK_DEVICE void move_on() {
 #pragma unroll
     for (int e = 0; e < kDeep; ++e) {
@@ -154,16 +155,16 @@ struct Tile {
   }
 };
 
-constexpr int kTopExponent = 48;       // rows are scaled to entries below 2^48:
-constexpr float kNullRow = 0x1p-104f;  // squares of norms from here on, and ratios of norms, are in the range of fp32
+constexpr int kTopExponent = 48;       // rows are scaled to entries below 2^48
+constexpr float kNullRow = 0x1p-104f;  // above: squared norms, and ratios of norms, are in the range of fp32
 
-CK_DEVICE float inverse(float x) { return rsqrt(x) * rsqrt(x); }  // of a positive number; no division is as fast
+CK_DEVICE float inverse(float x) { return rsqrt(x) * rsqrt(x); }  // of a positive number; faster than a division
 
-// What makes rows with squared norms a, b and product d orthogonal, the longer of which comes first then (de Rijk
-// 1989: saves sweeps), and its effect on a and b. fp32 will do for the angle: an error leaves some of d to the next
-// sweep. But to tan(angle / 2) belongs its sine in C, or the rows would change their lengths.
+// The rotation that makes rows with squared norms a, b and dot product d orthogonal; a and b become the new squared
+// norms, the larger one first (de Rijk 1989: saves sweeps). fp32 is enough for the angle: its error leaves part of d to
+// the next sweep. But the sine must match tan(angle / 2) in C, or the rotation would change the norms.
 template <class C>
-CK_DEVICE Turn<C> find_turn(C& a, C& b, C d, C tol) {
+CK_DEVICE Rotation<C> find_rotation(C& a, C& b, C d, C tol) {
   const float scale = rsqrt(static_cast<float>(a)) * rsqrt(static_cast<float>(b));
   const C cosine = d * C(scale);
   if (!(min(a, b) > kNullRow && fabs(cosine) > tol)) return {0, 0, false};
@@ -181,18 +182,19 @@ CK_DEVICE Turn<C> find_turn(C& a, C& b, C d, C tol) {
   return {half, 2 * half * y, swap};
 }
 
-// The turns of a step, on rows that are not in registers.
+// The rotations of a step, of rows that are not in registers.
 template <int kPairs, class C, class Meeting>
-CK_DEVICE void turn_in_place(const Rows<C>& M, const Meeting& meeting, int step, const Turn<C>& own, unsigned swaps) {
-  for (int start = 0; start < M.length; start += kLanes) {
+CK_DEVICE void rotate_in_place(const Rows<C>& M, const Meeting& meeting, int step, const Rotation<C>& own,
+                               unsigned swaps) {
+  for (int start = 0; start < M.length; start += kWarp) {
     Tile<kPairs, 1, C> tile;
     tile.load(M, meeting, step, start);
-    tile.turn(own, swaps);
+    tile.rotate(own, swaps);
     tile.store(M, meeting, step, start);
   }
 }
 
-// All pairs of two groups, by a warp. Returns whether any was turned. V: rows that take the same turns.
+// All pairs of two groups, by a warp. Returns whether any was rotated. V: rows that take the same rotations.
 template <int kPairs, int kDeep, class C>
 CK_DEVICE bool meet(const Rows<C>& A, const Rows<C>& V, const Across<kPairs>& meeting, C tol) {
   Tile<kPairs, kDeep, C> tile;
@@ -200,82 +202,81 @@ CK_DEVICE bool meet(const Rows<C>& A, const Rows<C>& V, const Across<kPairs>& me
   C x[kPairs] = {}, y[kPairs] = {};
   tile.add_squares(x, y);
   C a = spread_sum(x), b = spread_sum(y);
-  bool turned = false;
+  bool rotated = false;
 #pragma unroll 1
   for (int step = 0; step < meeting.kSteps; ++step) {
     C products[kPairs] = {};
     tile.add_products(products);
-    const Turn<C> own = find_turn(a, b, spread_sum(products), tol);
+    const Rotation<C> own = find_rotation(a, b, spread_sum(products), tol);
     if (__any_sync(kAllLanes, own.half != 0)) {
       const unsigned swaps = __ballot_sync(kAllLanes, own.swap);
-      tile.turn(own, swaps);
-      turn_in_place<kPairs>(V, meeting, step, own, swaps);
-      turned = true;
+      tile.rotate(own, swaps);
+      rotate_in_place<kPairs>(V, meeting, step, own, swaps);
+      rotated = true;
     }
     tile.move_on();
     b = __shfl_sync(kAllLanes, b, (lane_index() + kPairs - 1) % kPairs);
   }
-  if (turned) tile.store(A, meeting, 0, 0);
-  return turned;
+  if (rotated) tile.store(A, meeting, 0, 0);
+  return rotated;
 }
-// The same with rows left where they are.
+// The same with rows in memory, not in registers.
 template <int kPairs, class C, class Meeting>
 CK_DEVICE bool meet_in_place(const Rows<C>& A, const Rows<C>& V, const Meeting& meeting, C tol) {
-  bool turned = false;
+  bool rotated = false;
   for (int step = 0; step < meeting.kSteps; ++step) {
     C x[kPairs] = {}, y[kPairs] = {}, products[kPairs] = {};
-    for (int start = 0; start < A.length; start += kLanes) {
+    for (int start = 0; start < A.length; start += kWarp) {
       Tile<kPairs, 1, C> tile;
       tile.load(A, meeting, step, start);
       tile.add_squares(x, y);
       tile.add_products(products);
     }
     C a = spread_sum(x), b = spread_sum(y);
-    const Turn<C> own = find_turn(a, b, spread_sum(products), tol);
+    const Rotation<C> own = find_rotation(a, b, spread_sum(products), tol);
     if (!__any_sync(kAllLanes, own.half != 0)) continue;
     const unsigned swaps = __ballot_sync(kAllLanes, own.swap);
-    turn_in_place<kPairs>(A, meeting, step, own, swaps);
-    turn_in_place<kPairs>(V, meeting, step, own, swaps);
-    turned = true;
+    rotate_in_place<kPairs>(A, meeting, step, own, swaps);
+    rotate_in_place<kPairs>(V, meeting, step, own, swaps);
+    rotated = true;
   }
-  return turned;
+  return rotated;
 }
 
-// All pairs of rows. Groups p and q meet in round p + q, modulo their number, and p itself in round 2 p: sweep after
-// sweep, this does what a loop over p < q would (and rounds in which all meet once, in another order, need more).
-// Returns whether any pair was turned.
+// All pairs of rows. Groups p and q are paired in round p + q modulo their number, and p with itself in round 2 p: this
+// converges like a loop over p < q (the usual round-robin order needs more sweeps). Returns whether any was rotated.
 template <int kGroup, int kDeep, class C>
 __noinline__ CK_DEVICE bool sweep(Rows<C> A, Rows<C> V, C tol) {
   const int groups = (A.count + kGroup - 1) / kGroup;
-  bool turned = false;
+  bool rotated = false;
   for (int round = 0; round < groups; ++round) {
     const int meetings = round % 2 ? (groups + 1) / 2 : groups / 2 + 1;
     for (int i = warp_index(); i < meetings; i += warp_count()) {
       const int p = (round / 2 + groups - i) % groups, q = (round - round / 2 + i) % groups;
       const int x = min(p, q) * kGroup, y = max(p, q) * kGroup;
-      if constexpr (kDeep == 0) turned |= x < y && meet_in_place<1>(A, V, Across<1>{x, y}, tol);
-      else if (x < y) turned |= meet<kGroup, kDeep>(A, V, Across<kGroup>{x, y}, tol);
-      else turned |= meet_in_place<kGroup / 2>(A, V, Within<kGroup / 2>{x}, tol);
+      if constexpr (kDeep == 0) rotated |= x < y && meet_in_place<1>(A, V, Across<1>{x, y}, tol);
+      else if (x < y) rotated |= meet<kGroup, kDeep>(A, V, Across<kGroup>{x, y}, tol);
+      else rotated |= meet_in_place<kGroup / 2>(A, V, Within<kGroup / 2>{x}, tol);
     }
     __syncthreads();
   }
-  return __syncthreads_or(turned);
+  return __syncthreads_or(rotated);
 }
 
-// As many rows at a time as there are registers for.
+// As many rows at a time as fit in registers.
 template <class C>
 CK_DEVICE bool sweep(const Rows<C>& A, const Rows<C>& V, C tol) {
-  if (A.length <= 2 * kLanes) return sweep<8, 2>(A, V, tol);
-  if (A.length <= 4 * kLanes) return sweep<8, 4>(A, V, tol);
-  if (A.length <= 5 * kLanes) return sweep<sizeof(C) == 4 ? 8 : 4, 5>(A, V, tol);
-  if (A.length <= 8 * kLanes) return sweep<4, 8>(A, V, tol);
+  if (A.length <= 2 * kWarp) return sweep<8, 2>(A, V, tol);
+  if (A.length <= 4 * kWarp) return sweep<8, 4>(A, V, tol);
+  if (A.length <= 5 * kWarp) return sweep<sizeof(C) == 4 ? 8 : 4, 5>(A, V, tol);
+  if (A.length <= 8 * kWarp) return sweep<4, 8>(A, V, tol);
   return sweep<1, 0>(A, V, tol);
 }
 
 template <class C>
 CK_DEVICE void scale_rows(const Rows<C>& A, int exponent) {
   for (int row = warp_index(); row < A.count; row += warp_count())
-    for (int i = lane_index(); i < A.length; i += kLanes) {
+    for (int i = lane_index(); i < A.length; i += kWarp) {
       C& x = A.at[row * A.stride + i];
       x = ldexp(x, exponent);
     }
@@ -286,16 +287,16 @@ template <class C>
 CK_DEVICE C largest_entry(const Rows<C>& A) {
   C largest = 0;
   for (int row = warp_index(); row < A.count; row += warp_count())
-    for (int i = lane_index(); i < A.length; i += kLanes) {
+    for (int i = lane_index(); i < A.length; i += kWarp) {
       const C x = fabs(A.at[row * A.stride + i]);
       largest = x > largest ? x : largest;
     }
   return block_max(largest);
 }
 
-// Turns pairs of rows of A [count, length] until all are orthogonal to rounding, |a_i a_j| <= c |a_i| |a_j| with
-// c = eps sqrt(length), down to 2^-100 of the longest; the rows of V [count, v_length] (null: none) turn with them.
-// Strides: from row to row. Returns how many of at most `sweeps` sweeps turned anything.
+// Rotates pairs of rows of A [count, length] until all are orthogonal up to roundoff, |a_i a_j| <= c |a_i| |a_j| with
+// c = eps sqrt(length), down to rows 2^-100 as long as the longest. The rows of V [count, v_length] (null: none) take
+// the same rotations. Returns how many of at most `sweeps` sweeps rotated anything.
 template <class C>
 CK_DEVICE int jacobi(C* A, int count, int length, int stride, C* V, int v_length, int v_stride, int sweeps) {
   const Rows<C> rows{A, count, length, stride}, others{V, count, V ? v_length : 0, v_stride};

@@ -1,5 +1,5 @@
-// All kernels, as one translation unit: of nvcc (launch.cu), of NVRTC (compaware_kernels/ops/cuda_launcher.py) and of a C++
-// compiler with CUDA on the CPU (tests/emulator).
+// All kernels as one translation unit, compiled by nvcc (launch.cu), by NVRTC at run time, and for the tests by a C++
+// compiler with an emulator of CUDA.
 #pragma once
 
 #include "shrink.cuh"

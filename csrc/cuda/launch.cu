@@ -1,4 +1,4 @@
-// ck_launch of the built library. Python calls it by ctypes, the op files directly.
+// ck_launch of the compiled library, which Python calls through ctypes, and C++ directly.
 #include <cuda_runtime.h>
 
 #include <cstring>
@@ -35,11 +35,11 @@ const char* ck_launch(const char* kernel, int64_t grid, int64_t block, int64_t s
                       void* stream, void** args) {
   const void* function = find(kernel);
   if (!function) return keep(std::string("no kernel is called ") + kernel);
-  // torch has set the device in its own copy of the CUDA runtime; this library carries another, linked statically.
+  // torch has set the device in its own copy of the CUDA runtime; this library has another one, linked statically.
   int before = 0;
   cudaError_t error = cudaGetDevice(&before);
   if (!error) error = cudaSetDevice(static_cast<int>(device));
-  if (!error && shared_bytes > 48 * 1024)  // what every kernel may have unasked
+  if (!error && shared_bytes > 48 * 1024)  // more than a kernel may have by default
     error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
   if (!error)
     error = cudaLaunchKernel(function, dim3(static_cast<unsigned>(grid)), dim3(static_cast<unsigned>(block)), args,

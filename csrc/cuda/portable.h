@@ -1,5 +1,5 @@
-// What a kernel file needs to be compiled by nvcc, by NVRTC, which has no standard headers, and by a C++ compiler with
-// CUDA on the CPU (tests/emulation/cxx/cuda_on_cpu.h, which defines CK_EMULATED).
+// What lets nvcc, NVRTC (which has no standard headers) and a C++ compiler with the tests' emulator of CUDA
+// (cuda_on_cpu.h, which defines CK_EMULATED) compile the same kernels.
 #pragma once
 
 #ifdef __CUDACC_RTC__
@@ -21,7 +21,7 @@ using uint64_t = unsigned long long;
 #define CK_DEVICE __device__ inline
 #define CK_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
 
-// T* name: the block's dynamic shared memory.
+// Declares T* name, the block's dynamic shared memory.
 #ifdef CK_EMULATED
 #define CK_SHARED(T, name) T* name = static_cast<T*>(cuda_on_cpu::here.shared)
 #else
@@ -34,7 +34,7 @@ namespace compaware {
 
 CK_DEVICE bool is_finite(double x) { return x - x == 0; }
 
-// fp16 and bf16 as bits: NVRTC would have to be shown where cuda_fp16.h and cuda_bf16.h are.
+// fp16 and bf16 as bits: NVRTC would need the paths of cuda_fp16.h and cuda_bf16.h.
 CK_DEVICE float half_to_float(uint16_t bits) {
 #ifdef CK_EMULATED
   return cuda_on_cpu::half_to_float(bits);
@@ -62,14 +62,15 @@ CK_DEVICE uint16_t float_to_bfloat(float x) {
   return x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
 }
 
-// An inexact result is the neighbour with an odd last bit: rounded on to 16 bits, it becomes what x would have.
+// Round to odd: an inexact result takes the neighbor with an odd last bit. Rounded again, to 16 bits, it becomes what x
+// rounded once would be.
 CK_DEVICE float round_to_odd(double x) {
   const float near = static_cast<float>(x);
   if (near == x || x != x) return near;
   return __uint_as_float((__float_as_uint(near) - (fabs(static_cast<double>(near)) > fabs(x))) | 1);
 }
 
-// Element `i` of a tensor of that type, in fp32.
+// Element i of a tensor, in fp32.
 CK_DEVICE float load(const void* data, DType type, int64_t i) {
   switch (type) {
     case DType::f64: return static_cast<float>(static_cast<const double*>(data)[i]);
@@ -88,7 +89,7 @@ CK_DEVICE void store(void* data, DType type, int64_t i, float x) {
   }
 }
 
-// The same in fp64. What is stored is rounded once.
+// The same in fp64; stored values are rounded once.
 CK_DEVICE double load_wide(const void* data, DType type, int64_t i) {
   return type == DType::f64 ? static_cast<const double*>(data)[i] : load(data, type, i);
 }
@@ -101,7 +102,7 @@ CK_DEVICE void store_wide(void* data, DType type, int64_t i, double x) {
   }
 }
 
-// The same in C, fp32 or fp64.
+// The same in C: fp32 or fp64.
 template <class C>
 CK_DEVICE C load_as(const void* data, DType type, int64_t i) {
   if constexpr (sizeof(C) == 8) return load_wide(data, type, i);
@@ -110,7 +111,7 @@ CK_DEVICE C load_as(const void* data, DType type, int64_t i) {
 CK_DEVICE void store_as(void* data, DType type, int64_t i, float x) { store(data, type, i, x); }
 CK_DEVICE void store_as(void* data, DType type, int64_t i, double x) { store_wide(data, type, i, x); }
 
-// Tables of the host have the type as a number.
+// With the dtype as a number, as device tables have it.
 CK_DEVICE float load(const void* data, int64_t type, int64_t i) { return load(data, static_cast<DType>(type), i); }
 CK_DEVICE void store(void* data, int64_t type, int64_t i, float x) { store(data, static_cast<DType>(type), i, x); }
 CK_DEVICE double load_wide(const void* data, int64_t type, int64_t i) {

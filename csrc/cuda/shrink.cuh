@@ -1,4 +1,4 @@
-// ck_shrink: the shrinkage of a ragged list in one launch. A span is read twice, the second time from cache.
+// ck_shrink: L1 and group-lasso shrinkage of a ragged list in one launch. Spans are read twice, then from cache.
 #pragma once
 
 #include "portable.h"
@@ -7,7 +7,7 @@
 
 namespace compaware {
 
-// The entry whose blocks include this one.
+// Index of the job that this block works on.
 CK_DEVICE int job_of(const ShrinkJobs& list, int64_t block) {
   int low = 0, high = static_cast<int>(list.count);
   while (high - low > 1) {
@@ -17,13 +17,13 @@ CK_DEVICE int job_of(const ShrinkJobs& list, int64_t block) {
   return low;
 }
 
-// One span, by `width` threads. Computed in C; thresholds are rounded to C, once, as in the reference.
+// Shrinks one span with `width` threads, computing in C; thresholds are rounded once, to C, as in the reference.
 template <class C>
 CK_DEVICE void shrink_span(const Shrink& w, int64_t span, int lane, int width) {
   const int64_t per_matrix = w.spans_per_matrix(), k = span / per_matrix, offset = span % per_matrix * w.span;
   const int64_t left = w.size - offset, n = left < w.span ? left : w.span, start = k * w.size + offset;
   const C l1 = w.l1.data ? static_cast<C>(w.l1.data[k * w.l1.step]) : C(0);
-  const auto at = [&](int64_t j) { return j < n ? start + j : span; };  // in the span; behind it comes its bias
+  const auto at = [&](int64_t j) { return j < n ? start + j : span; };  // element of the span; the last one is its bias
   const auto soft_at = [&](int64_t j) { return soft(load_as<C>(j < n ? w.in : w.bias, w.dtype, at(j)), l1); };
   const int64_t count = n + (w.bias != nullptr);
   C scale = 1;
@@ -40,7 +40,7 @@ CK_DEVICE void shrink_span(const Shrink& w, int64_t span, int lane, int width) {
     store_as(j < n ? w.out : w.bias, w.dtype, at(j), soft_at(j) * scale);
 }
 
-// The type of the elements, known when compiling: no branch per element.
+// With the dtype as a compile-time constant: no branch per element.
 template <DType dtype, class C>
 CK_DEVICE void shrink_typed(Shrink w, int64_t block) {
   w.dtype = dtype;

@@ -1,4 +1,4 @@
-// What ck_shrink gets: a list of weights as one kernel argument. Nothing is copied to the device, so nothing has to
+// The list of weights that ck_shrink shrinks, as one kernel argument: nothing is copied to the device, nothing has to
 // outlive the launch, and a CUDA graph keeps its own copy.
 #pragma once
 
@@ -6,8 +6,8 @@
 
 namespace compaware {
 
-constexpr int kWarp = 32, kWarps = kThreads / kWarp;
-constexpr int64_t kNarrow = 1024;  // a span up to this size is one warp's, a longer one a block's
+constexpr int kWarps = kThreads / kWarp;  // per block
+constexpr int64_t kNarrow = 1024;  // elements: a span up to this size is shrunk by a warp, a longer one by a block
 
 struct ShrinkJob {
   Shrink weight;

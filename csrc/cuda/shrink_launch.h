@@ -1,4 +1,4 @@
-// The launches of ck_shrink: one for a whole list of up to 341 weights.
+// Launches ck_shrink: once per kShrinkJobs weights.
 #pragma once
 
 #include <torch/headeronly/util/Exception.h>

@@ -1,10 +1,10 @@
-// soft_threshold, group_shrink, sparse_group_shrink and their in-place forms on CUDA: ck_shrink, registered.
+// soft_threshold, group_shrink, sparse_group_shrink, neuron_shrink_ and the in-place forms on CUDA.
 #include "../core/shrink_ops.h"
 #include "shrink_launch.h"
 
 #include <torch/csrc/stable/accelerator.h>
 
-// Weak: null in a CPU-only torch, where this library must load too.
+// Weak: null in a CPU-only torch, in which this library must load as well.
 extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace compaware {

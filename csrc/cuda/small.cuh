@@ -1,4 +1,4 @@
-// Singular value thresholding, soft or firm, of small matrices, in place: one block does the whole of one.
+// Singular value thresholding, soft or firm, of small matrices, in place, one block per matrix.
 #pragma once
 
 #include "block.cuh"
@@ -8,11 +8,11 @@
 
 namespace compaware {
 
-constexpr int kSmallColumns = 78;  // n is at most this, as (m + n) n fp64 numbers fit in kSmallBytes
+constexpr int kSmallColumns = 78;  // upper bound of n, as (m + n) n fp64 numbers fit in kSmallBytes
 static_assert(16 * kSmallColumns * kSmallColumns <= kSmallBytes);
 static_assert(16 * (kSmallColumns + 1) * (kSmallColumns + 1) > kSmallBytes);
 
-// What rounding to the dtype moves: a relative and an absolute part.
+// Bound of the rounding error of a stored number: relative to it, and absolute (subnormal numbers).
 struct Storage {
   double relative, absolute;
 };
@@ -26,7 +26,7 @@ CK_DEVICE Storage storage_of(int64_t dtype) {
   }
 }
 
-// visit(i, j) for all elements. Neighbouring threads have elements that are neighbours in memory.
+// Calls visit(i, j) for all elements; neighboring threads visit elements that are neighbors in memory.
 template <class F>
 CK_DEVICE void each_element(const Small& job, F visit) {
   const bool by_rows = job.col <= job.row;
@@ -35,7 +35,7 @@ CK_DEVICE void each_element(const Small& job, F visit) {
     by_rows ? visit(at / length, at % length) : visit(at % length, at / length);
 }
 
-// All is computed for W / 2^exponent, whose largest entry is in [1/2, 1): nothing over- or underflows.
+// Everything is computed for W / 2^exponent, whose largest entry is in [1/2, 1): nothing over- or underflows.
 struct Scale {
   int exponent;
   double norm;  // Frobenius
@@ -63,7 +63,7 @@ CK_DEVICE Scale scale_of(const Small& job) {
   return scale;
 }
 
-// Of each triplet, in no order.
+// Singular values, unsorted.
 struct Spectrum {
   double s[kSmallColumns], gain[kSmallColumns];  // gain: f(s) / s
   int place[kSmallColumns];
@@ -73,7 +73,7 @@ struct Spectrum {
 template <class C>
 struct Factors {
   C* U;        // [n, stride], left singular vectors as rows
-  int stride;  // odd, where there is room: no bank conflicts
+  int stride;  // odd, if there is room for that: no bank conflicts
   C* Y;        // [n, n], gain U^T W
 
   CK_DEVICE explicit Factors(const Small& job) {
@@ -94,10 +94,10 @@ CK_DEVICE void decompose(const Small& job, const Scale& scale, const Factors<C>&
   for (int k = warp_index(); k < n; k += warp_count()) {
     C* u = f.U + k * f.stride;
     double sum = 0;
-    for (int i = lane_index(); i < m; i += kLanes) sum += double(u[i]) * u[i];
+    for (int i = lane_index(); i < m; i += kWarp) sum += double(u[i]) * u[i];
     const double s = sqrt(warp_sum(sum));
     const bool kept = !(s <= scale.f.tau);
-    for (int i = lane_index(); i < m && kept; i += kLanes) u[i] = C(u[i] / s);
+    for (int i = lane_index(); i < m && kept; i += kWarp) u[i] = C(u[i] / s);
     if (lane_index()) continue;
     spectrum.s[k] = s;
     spectrum.gain[k] = kept ? scale.f.gain(s) : 0;
@@ -106,17 +106,17 @@ CK_DEVICE void decompose(const Small& job, const Scale& scale, const Factors<C>&
   order(spectrum.s, n, spectrum.place);
 }
 
-// Y, from the W in memory: U f(s) U^T W needs no right singular vectors, which would cost as much as the left ones.
-// A lane has one k and every part-th i, so that few k are shared by all lanes, too; kTerms of these sums are added up
-// before they join the rest, or rounding would grow with m.
+// Y = gain U^T W, with W from memory: U f(s) U^T W needs no right singular vectors, which would cost as much as the
+// left ones. A lane sums one k over every parts-th i, so that a few k occupy all lanes, too. Every kTerms terms are
+// summed separately, or roundoff would grow with m.
 template <DType dtype, class C>
 CK_DEVICE void project(const Small& job, const Scale& scale, const Factors<C>& f, const Spectrum& spectrum) {
   constexpr int kAcross = 4, kTerms = 16;
   const int m = int(job.m), n = int(job.n), half = scale.exponent / 2;
-  int width = kLanes;
+  int width = kWarp;
   while (width >= 2 * n) width /= 2;
-  const int parts = kLanes / width, chunks = (n + width - 1) / width;
-  const C first = ldexp(C(1), -half), second = ldexp(C(1), half - scale.exponent);  // 2^-exponent may be out of range
+  const int parts = kWarp / width, chunks = (n + width - 1) / width;
+  const C first = ldexp(C(1), -half), second = ldexp(C(1), half - scale.exponent);  // 2^-exponent can be out of range
   for (int task = warp_index(); task < chunks * ((n + kAcross - 1) / kAcross); task += warp_count()) {
     const int k = task % chunks * width + lane_index() % width, left = task / chunks * kAcross;
     const C* u = f.U + min(k, n - 1) * f.stride;
@@ -129,7 +129,7 @@ CK_DEVICE void project(const Small& job, const Scale& scale, const Factors<C>& f
       for (int j = 0; j < kAcross; ++j) sum[j] += some[j];
     }
     for (int j = 0; j < kAcross; ++j) {
-      for (int offset = width; offset < kLanes; offset *= 2) sum[j] += __shfl_xor_sync(kAllLanes, sum[j], offset);
+      for (int offset = width; offset < kWarp; offset *= 2) sum[j] += __shfl_xor_sync(kAllLanes, sum[j], offset);
       if (lane_index() < width && k < n && left + j < n)
         f.Y[k * n + left + j] = sum[j] * second * C(spectrum.gain[k]);
     }
@@ -171,7 +171,7 @@ template <class C>
 CK_DEVICE void shrink_small(const Small& job, const Scale& scale, Spectrum& spectrum) {
   const Factors<C> f(job);
   decompose(job, scale, f, spectrum);
-  if (scale.f.tau > 0) {  // with 0, W stays, to the bit
+  if (scale.f.tau > 0) {  // 0 leaves W unchanged, bit for bit
     switch (static_cast<DType>(job.dtype)) {
       case DType::f64: project<DType::f64>(job, scale, f, spectrum); break;
       case DType::f32: project<DType::f32>(job, scale, f, spectrum); break;
@@ -194,7 +194,7 @@ CK_DEVICE void clear_small(const Small& job, const Scale& scale) {
 
 CK_DEVICE void small_svt(const Small& job, const int32_t* refused, double tol) {
   __shared__ Spectrum spectrum;
-  __shared__ Scale scale;  // registers are short
+  __shared__ Scale scale;  // in shared memory to save registers
   if (*refused) {
     if (threadIdx.x == 0) *job.rank = -1, *job.method = kRefused;
     return;
@@ -210,7 +210,8 @@ CK_DEVICE void small_svt(const Small& job, const int32_t* refused, double tol) {
 
 }  // namespace compaware
 
-// One block per matrix. Where *refused is not 0, nothing is written.
-CK_KERNEL(compaware::kThreads) ck_small(const compaware::Small* jobs, int64_t count, const int32_t* refused, double tol) {
+// One block per matrix. Nothing is written if *refused is not 0.
+CK_KERNEL(compaware::kThreads)
+ck_small(const compaware::Small* jobs, int64_t count, const int32_t* refused, double tol) {
   if (blockIdx.x < count) compaware::small_svt(jobs[blockIdx.x], refused, tol);
 }

@@ -1,8 +1,9 @@
-// The proximal step of a whole network: what is neither a matrix product nor needs the host. One block per matrix.
+// The proximal step of a whole network, singular value thresholding of every matrix: all but the matrix products. One
+// block per matrix.
 //
-// Singular values above tau come from a subspace (orth, ritz), whose result is written only if `judge` shows that it is
-// good enough; otherwise matrix products give all of W - prox(W). Whatever is decided stays on the device, as a gate
-// that later launches read.
+// The singular triplets above tau come from a subspace (orth, ritz). Its result is written only if its error bound
+// meets the tolerance (judge); else W - prox(W) is computed by matrix products (dense route). Decisions stay on the
+// device, as gates that later launches read: there is no device-to-host synchronization.
 #pragma once
 
 #include "block.cuh"
@@ -14,9 +15,9 @@
 namespace compaware {
 
 constexpr double kUnit32 = 5.9604644775390625e-8, kUnit64 = 1.1102230246251565e-16;
-constexpr int kSweeps = 5;               // leave some 1e-9 of angles; what they leave, `judge` sees
-constexpr double kLost = 1e-7;           // of the largest: singular values below are rounding
-constexpr double kDependent = 1e-12;     // of a squared length: what is left of a column that depends on others
+constexpr int kSweeps = 5;            // of Jacobi rotations: angles end near 1e-9, which the error bound covers
+constexpr double kLost = 1e-7;        // of the largest singular value: smaller ones are roundoff
+constexpr double kDependent = 1e-12;  // of a squared norm: a column with a smaller pivot depends on those before it
 
 CK_DEVICE double roundoff(int64_t dtype) {
   return dtype == int64_t(DType::f16) ? 4.8828125e-4 : dtype == int64_t(DType::bf16) ? 3.90625e-3 : kUnit32;
@@ -48,14 +49,16 @@ CK_DEVICE void add_up(const Chunk& chunk, double* partial, int32_t* refused) {
 
 template <class T>
 CK_DEVICE void fill_normal(T* out, int64_t size, const double* call, int64_t stream) {
-  for (int64_t i = threadIdx.x; i < size; i += blockDim.x) out[i] = T(normal(int64_t(call[0]), int64_t(call[1]), stream, i));
+  for (int64_t i = threadIdx.x; i < size; i += blockDim.x)
+    out[i] = T(normal(int64_t(call[0]), int64_t(call[1]), stream, i));
 }
 
 }  // namespace compaware
 
-// Blocks: one per chunk, one per layer, one to reset the counters. `call`: the seed, and the number of this call.
-CK_KERNEL(compaware::kThreads) ck_begin(const compaware::Layer* layers, int64_t count, const compaware::Chunk* chunks, int64_t pieces,
-                        double* partials, const double* call, int32_t* refused, int32_t* counters, int64_t all) {
+// Blocks: one per chunk, one per layer, one to reset the counters. `call`: seed and number of this call.
+CK_KERNEL(compaware::kThreads)
+ck_begin(const compaware::Layer* layers, int64_t count, const compaware::Chunk* chunks, int64_t pieces,
+         double* partials, const double* call, int32_t* refused, int32_t* counters, int64_t all) {
   using namespace compaware;
   const int64_t block = blockIdx.x;
   if (block < pieces) return add_up(chunks[block], partials + block, refused);
@@ -71,7 +74,8 @@ namespace compaware {
 
 // --- orth -----------------------------------------------------------------------------------------------------------
 
-// The first iteration whose interval has `low` in it, of which those before it may be left out; an even number.
+// Number of leading iterations that can be skipped, as all numbers are at least `low`; even. lows: lower ends of the
+// iterations' intervals.
 CK_DEVICE int first_needed(const double* lows, int64_t steps, double low) {
   int first = 0;
   for (int t = 0; t < steps; t += 2)
@@ -122,7 +126,7 @@ CK_DEVICE void open_full(const Layer& layer, double norm, const double* lows, do
   }
 }
 
-// What becomes of the layer: thread 0, before anything is computed of it. tol: of W, as below.
+// Chooses the route of a layer. Thread 0, before anything of it is computed. tol: of W, as below.
 CK_DEVICE void decide(const Layer& layer, bool refused, double tol, double norm) {
   const double tau = *layer.tau;
   const bool zero = norm <= tau, nothing = tau == 0 || refused;
@@ -141,13 +145,13 @@ CK_DEVICE void decide(const Layer& layer, bool refused, double tol, double norm)
   if (!nothing && !zero) set_coefficients(layer, norm);
 }
 
-// A random basis, for the next call.
+// Draws a random basis for the next call.
 CK_DEVICE void restart(const Layer& layer, const double* call) {
   fill_normal(layer.restart, layer.n * layer.k, call, 2 * layer.number + 1);
   if (threadIdx.x == 0) layer.report[kKnown] = 1;
 }
 
-CK_DEVICE void orthonormalise(const Layer& layer) {
+CK_DEVICE void orthonormalize(const Layer& layer) {
   cholesky(layer.G, int(layer.k), kDependent);
   inverse_transposed(layer.G, int(layer.k), layer.scratch);
   for (int64_t i = threadIdx.x; i < layer.k * layer.k; i += blockDim.x) layer.S[i] = float(layer.scratch[i]);
@@ -155,9 +159,10 @@ CK_DEVICE void orthonormalise(const Layer& layer) {
 
 }  // namespace compaware
 
-// S, with which the columns of (W V) S are orthonormal; the first time, what is to be done at all.
-CK_KERNEL(compaware::kThreads) ck_orth(const compaware::Layer* layers, const int32_t* refused, const double* call, const double* lows,
-                       double tol, int64_t first) {
+// S, which makes the columns of (W V) S orthonormal; if `first`, also the route of every layer.
+CK_KERNEL(compaware::kThreads)
+ck_orth(const compaware::Layer* layers, const int32_t* refused, const double* call, const double* lows, double tol,
+        int64_t first) {
   using namespace compaware;
   const Layer& layer = layers[blockIdx.x];
   if (first) {
@@ -173,14 +178,14 @@ CK_KERNEL(compaware::kThreads) ck_orth(const compaware::Layer* layers, const int
     __syncthreads();
     if (layer.gates[kRestart]) restart(layer, call);
   }
-  if (layer.gates[kTry]) orthonormalise(layer);
+  if (layer.gates[kTry]) orthonormalize(layer);
 }
 
 namespace compaware {
 
 // --- ritz -----------------------------------------------------------------------------------------------------------
 
-// mu and Q, of H = Q mu^2 Q^T: the columns of the Cholesky factor, made orthogonal, are Q mu.
+// mu and Q of H = Q mu^2 Q^T: rotated until they are orthogonal, the columns of H's Cholesky factor are Q mu.
 CK_DEVICE void eigen(const Layer& layer, double* rows, double* norms, int* place) {
   const int k = int(layer.k);
   for (int64_t i = threadIdx.x; i < int64_t(k) * k; i += blockDim.x) layer.L[i] = layer.H[i];
@@ -199,7 +204,7 @@ CK_DEVICE void eigen(const Layer& layer, double* rows, double* norms, int* place
   __syncthreads();
 }
 
-// Rotations [k, k] from what eigen has left, one column after the other.
+// Qs, Qv, Qf [k, k] and mu [k] from rows [k, k] and norms [k] of eigen.
 CK_DEVICE void write_triplets(const Layer& layer, const double* rows, const double* norms, const int* place) {
   const int k = int(layer.k);
   const Ramp f = ramp(layer);
@@ -221,7 +226,7 @@ CK_DEVICE int count_above(const double* mu, int k, double bound) {
   return count;
 }
 
-// How many triplets are checked.
+// Number of triplets that the error bound covers.
 CK_DEVICE int checked(const Layer& layer) {
   const double low = kNear * *layer.tau, coarse = kResolved * layer.mu[0];
   return count_above(layer.mu, int(layer.k), low > coarse ? low : coarse);
@@ -229,7 +234,9 @@ CK_DEVICE int checked(const Layer& layer) {
 
 }  // namespace compaware
 
-CK_KERNEL(compaware::kThreads) ck_ritz(const compaware::Layer* layers, const double* call, int64_t shared_columns) {
+// Singular triplets within the subspace (Rayleigh-Ritz). Up to `shared_columns` columns are rotated in shared memory.
+CK_KERNEL(compaware::kThreads)
+ck_ritz(const compaware::Layer* layers, const double* call, int64_t shared_columns) {
   using namespace compaware;
   const Layer& layer = layers[blockIdx.x];
   if (!layer.gates[kTry]) return;
@@ -254,10 +261,10 @@ namespace compaware {
 // --- judge ----------------------------------------------------------------------------------------------------------
 
 struct Size {
-  double bound, spectral;  // of the Frobenius norm; about the spectral norm, rather too much
+  double bound, spectral;  // bound of the Frobenius norm; estimate of the spectral norm, rather too large
 };
 
-// How large R is, from R Omega [rows, kProbes]; as norm_from_probes and spectral_estimates of certificate.py.
+// Norms of a matrix from its products R [rows, kProbes] with Gaussian vectors, as the CPU's error bounds have them.
 CK_DEVICE Size size_of(const double* R, int64_t rows) {
   double trace = 0, pairs = 0;
   for (int e = threadIdx.x; e < kProbes * kProbes; e += blockDim.x) {
@@ -275,20 +282,20 @@ CK_DEVICE Size size_of(const double* R, int64_t rows) {
   return {kFactor * sqrt(trace), sqrt(trace) * sqrt(sqrt(fourth)) * (1 + spread)};
 }
 
-// A bound of the norm of the rest R over tau, from its powers.
+// Bound of ||R|| / tau for the residual R of the subspace, from its powers.
 CK_DEVICE double rest(const Layer& layer) {
   double best = kFactor * sqrt(sum_squares(layer.first, layer.m * kProbes));
   const float* power = layer.powers;
   for (int j = 2; j <= kPowers; ++j) {
     const int64_t size = (j % 2 ? layer.m : layer.n) * kProbes;
     const double norm = kFactor * sqrt(sum_squares(power, size)), root = pow(norm, 1.0 / j);
-    if (norm > 1e-20 && root < best) best = root;  // of what is smaller, fp32 has lost the half
+    if (norm > 1e-20 && root < best) best = root;  // smaller ones have partly underflowed in fp32
     power += size;
   }
   return best;
 }
 
-// The Frobenius norm of what the rest may have above tau.
+// Bound of the Frobenius norm of what the uncovered singular values may exceed tau by.
 CK_DEVICE double tail(const Layer& layer, int c, double rho, double slack) {
   const double tau = *layer.tau;
   if (!(rho <= tau)) return INFINITY;
@@ -300,7 +307,8 @@ CK_DEVICE double tail(const Layer& layer, int c, double rho, double slack) {
   return sqrt(sum);
 }
 
-// By thread 0: whether the subspace will do. tol and estimate: of W; its function moves by up to slope times as much.
+// Accepts the subspace's result or opens the dense route. Thread 0. tol and estimate: of W; its function moves by up to
+// slope times as much.
 CK_DEVICE void conclude(const Layer& layer, double tol, double error, double estimate, double rho) {
   const double tau = *layer.tau;
   const bool met = estimate <= tol * tau;
@@ -314,7 +322,9 @@ CK_DEVICE void conclude(const Layer& layer, double tol, double error, double est
 
 }  // namespace compaware
 
-CK_KERNEL(compaware::kThreads) ck_judge(const compaware::Layer* layers, const double* lows, double tol) {
+// Error bound of the subspace's result.
+CK_KERNEL(compaware::kThreads)
+ck_judge(const compaware::Layer* layers, const double* lows, double tol) {
   using namespace compaware;
   const Layer& layer = layers[blockIdx.x];
   if (!layer.gates[kTry]) return;
@@ -346,8 +356,8 @@ namespace compaware {
 
 // --- finish ---------------------------------------------------------------------------------------------------------
 
-// How far W - W M^(-1/2) is from the prox, M = max(X, I): (X - I)(1 - S^2) / 4 is what the sign S lacks, I - Y M Y what
-// the inverse root Y lacks, and both move the result by at most tau times their norm. See proximal/cuda/matrix_sign.py.
+// Error bound of the dense route, W - W M^(-1/2) with M = max(X, I): the result is off by at most tau times the norms
+// of the residuals (X - I)(1 - S^2) / 4 of the sign S, and I - Y M Y of the inverse root Y.
 // weight times tau is the same in both passes.
 CK_DEVICE void account(const Layer& layer, double tol) {
   const int64_t n = layer.n;
@@ -369,23 +379,21 @@ CK_DEVICE void account(const Layer& layer, double tol) {
   for (int64_t j = 0; j < n; ++j) layer.s[j] = NAN;
 }
 
-}  // namespace compaware
-
-namespace compaware {
-
-// Directions in which W has nothing now, but may have later: the same at all calls, whose number changes meanwhile.
+// Replaces basis vectors along which W is zero now but may not stay so by random ones, the same ones at every call.
 CK_DEVICE void refill(const Layer& layer, const double* call) {
+  constexpr uint64_t every_call = ~uint64_t(0);
   for (int64_t j = 0; j < layer.k; ++j) {
     if (layer.mu[j] > kLost * layer.mu[0]) continue;
     for (int64_t i = threadIdx.x; i < layer.n; i += blockDim.x)
-      layer.V[i * layer.k + j] = float(normal(int64_t(call[0]), -1, ~(layer.number + (j << 20)), i));
+      layer.V[i * layer.k + j] = float(normal(int64_t(call[0]), every_call, ~(layer.number + (j << 20)), i));
   }
 }
 
 }  // namespace compaware
 
 // One block per layer, and one that ends the call.
-CK_KERNEL(compaware::kThreads) ck_finish(const compaware::Layer* layers, int64_t count, int32_t* refused, double* call, double tol) {
+CK_KERNEL(compaware::kThreads)
+ck_finish(const compaware::Layer* layers, int64_t count, int32_t* refused, double* call, double tol) {
   using namespace compaware;
   if (blockIdx.x < count) {
     const Layer& layer = layers[blockIdx.x];

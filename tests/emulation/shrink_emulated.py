@@ -15,8 +15,8 @@ from torch.utils import cpp_extension
 
 from tests.emulation import emulator
 
-SOURCE = "tests/emulation/cxx/shrink_ops.cpp"
-READ = (SOURCE, "csrc/core/shrink_ops.h", "csrc/cuda/shrink_launch.h", "csrc/cuda/shrink.h", "csrc/core/shrink.h")
+SOURCE, CORE = "tests/emulation/cxx/shrink_ops.cpp", ("constants", "shrink", "shrink_ops", "tensor")
+READ = (SOURCE, "csrc/cuda/shrink_launch.h", "csrc/cuda/shrink.h", *(f"csrc/core/{name}.h" for name in CORE))
 
 
 def library() -> Path:

@@ -57,11 +57,6 @@ def vit_b() -> list[tuple[int, int]]:
     return [(768, 768), *block * 12, (1000, 768)]
 
 
-def llm_block() -> list[tuple[int, int]]:
-    """One block of a 7B language model (Touvron et al. 2023): 202 million."""
-    return [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
-
-
 def lenet() -> list[tuple[int, int]]:
     """LeNet-5 (LeCun et al. 1998)."""
     return [(6, 25), (16, 150), (120, 400), (84, 120), (10, 84)]

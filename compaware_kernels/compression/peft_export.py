@@ -23,6 +23,7 @@ from .._utils.tables import text_table
 from ..folds import CONVS, to_matrix
 from ..nn.discovery import require_matches
 from ..nn.factorization import SVD
+from ..nn.registry import read_by_parent
 from ..nn.unwrap import without_wrappers
 from ..ranks import break_even
 from .arguments import RankRule, rank_of, rule_of, rules_by_pattern
@@ -195,8 +196,8 @@ def _why_whole(modules: Mapping[str, nn.Module], name: str) -> str:
     module, parent = modules[name], modules[name.rpartition(".")[0]]
     if type(module) not in (nn.Linear, *CONVS):
         return f"a {type(module).__name__} has no low-rank update"
-    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-        return f"nn.{type(parent).__name__} reads its weight directly"
+    if reason := read_by_parent(parent):
+        return reason
     if isinstance(module, CONVS) and module.groups > 1:
         return "PEFT cannot merge grouped convolutions"
     if isinstance(module, CONVS) and (set(module.dilation) != {1} or module.padding_mode != "zeros"):

@@ -15,6 +15,7 @@ from .._utils.tables import text_table
 from ..compression import checkpoint
 from ..compression.compress import compress
 from ..study import report
+from ..study.command import print_paths
 from ..study.config import Config
 from ..study.curves import Arms, Choice, by_arm, need, needs, spread
 from ..study.data import Source, load
@@ -57,9 +58,7 @@ def run(config: Config, out: Path, progress: Callable[[], Progress]) -> None:
     print(f"\nAt the plain network's accuracy on validation images, less {config.lost:g}:")
     for choice in report.choices(config):
         print(f"  {report.describe(choice)}: {_comparison(arms, choice)}")
-    print("\nWritten:")
-    for name, path in paths.items():
-        print(f"  {name}: {path}")
+    print_paths(paths)
 
 
 def _train(config: Config, images: Source, advance: Callable[[str], None]) -> tuple[list[Record], nn.Module]:

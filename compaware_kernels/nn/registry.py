@@ -13,7 +13,7 @@ from .conv_transpose import LowRankConvTranspose1d, LowRankConvTranspose2d, LowR
 from .linear import LowRankLinear
 from .lowrank import LowRank
 
-__all__ = ["LOW_RANK", "low_rank_type", "why_dense"]
+__all__ = ["LOW_RANK", "low_rank_type", "read_by_parent", "why_dense"]
 
 _CLASSES = (LowRankLinear, LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankConvTranspose1d, LowRankConvTranspose2d,
             LowRankConvTranspose3d)  # fmt: skip
@@ -25,11 +25,15 @@ def why_dense(model: nn.Module, name: str) -> str:
     layer, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
     if type(layer) not in LOW_RANK:
         return f"a {type(layer).__name__} may use its weight in ways of its own"
-    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-        return f"nn.{type(parent).__name__} reads its weight directly"
     if isinstance(parent, LowRank):
         return "a factor of a low-rank layer; ck.to_dense(model) first, to cut its rank further"
-    return ""
+    return read_by_parent(parent)
+
+
+def read_by_parent(parent: nn.Module) -> str:
+    """Why the layers inside ``parent`` must keep a ``weight``: it reads that, instead of calling them; "" otherwise."""
+    reads = isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
+    return f"nn.{type(parent).__name__} reads its weight directly" if reads else ""
 
 
 def low_rank_type(layer: nn.Module) -> type[LowRank]:

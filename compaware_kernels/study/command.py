@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,6 +50,11 @@ def _run(work: Study, images: Source, processes: int, progress: Callable[[], Pro
         print(
             text_table([c.format(settings.lost) for c in COLUMNS], report.rows(arms, choice, chance), right=range(1, 7))
         )
+    print_paths(paths)
+
+
+def print_paths(paths: Mapping[str, Path]) -> None:
+    """What was written, and where."""
     print("\nWritten:")
     for name, path in paths.items():
         print(f"  {name}: {path}")

@@ -5,8 +5,8 @@ Every function raises, before anything is changed:
 * ``TypeError``: not a list of tensors, or not fp64, fp32, bf16 or fp16; a state that is not a :class:`WarmState`;
 * ``ValueError``: fewer axes than a matrix has, a threshold that is negative, not finite or of the wrong shape, a
   ``gamma`` that is not finite or not above 1, NaN or Inf in a weight (named by its layer), a tolerance that is not
-  a positive number, a center that does not match its weight, a state or a center under ``torch.compile``.  Values are not
-  checked while ``torch.compile`` traces.
+  a positive number, a center that does not match its weight, a state or a center under ``torch.compile``.  Values are
+  not checked while ``torch.compile`` traces.
 """
 
 from __future__ import annotations
@@ -317,7 +317,7 @@ def sparse_group_shrink_(
     *,
     names: Sequence[str] | None = None,
 ) -> None:
-    """Sparse group lasso shrinkage of a list of weights, in place: L1 by ``l1``, then rows by ``tau``; all or nothing."""
+    """Sparse group lasso shrinkage of a list of weights, in place: L1 by ``l1``, rows by ``tau``; all or nothing."""
     l1, tau = _checked(weights, l1, names, "l1"), _checked(weights, tau, names)
     shrink_elements_and_rows_(weights, l1, tau)
 

@@ -1,1 +1,1 @@
-"""The proximal operators and the solver behind them."""
+"""Proximal operators of matrix penalties: functional and in-place forms, and the SVT solver behind them."""

@@ -1,14 +1,13 @@
-"""What the error bounds are made of: Gaussian probes in fp64.
+"""Probabilistic error bounds: norms of implicit matrices, bounded from above by fp64 products with Gaussian probes.
 
-Norms of matrices that are never formed are bounded from above by a few products with Gaussian vectors. For a fixed
-matrix R and p independent standard normal probes Omega, ``||R Omega||_F^2`` is a sum of chi-squared variables with p
-degrees of freedom, weighted by the sigma_i(R)^2; by Chernoff's inequality
+For a fixed matrix R, which is never formed, and p independent standard normal probes Omega, ``||R Omega||_F^2`` is a
+sum of chi-squared variables with p degrees of freedom, weighted by the sigma_i(R)^2; by Chernoff's inequality
 
     ``P(||R Omega||_F^2 <= c p ||R||_F^2) <= exp(p / 2 (1 - c + ln c))``,   0 < c < 1,
 
-so ``||R||_2 <= ||R||_F <= ||R Omega||_F / sqrt(c p)`` fails with a probability of at most FAILURE, which fixes c. With
-a power of R instead of R the root sharpens the bound of ||R||_2. What a bound claims about rounding is probed, too:
-the products behind a result are checked against products in fp64.
+so ``||R||_2 <= ||R||_F <= ||R Omega||_F / sqrt(c p)`` fails with probability at most FAILURE, which fixes c. Applied to
+a power of R, followed by the corresponding root, the bound of ||R||_2 is sharper. Rounding errors are covered as well:
+the probes compare the computed low-precision products with fp64 products.
 
 Sources: Laurent & Massart, Ann. Stat. 28(5), 2000, section 4 (the inequality); Halko, Martinsson & Tropp, SIAM Review
 53(2), 2011, 4.3 (the use).
@@ -26,14 +25,31 @@ from torch import Tensor
 from ..distributed.row_sharded import RowSharded
 from ..ops.linalg import inner, times
 
+__all__ = [
+    "FAILURE",
+    "NOT_ZERO",
+    "PROBES",
+    "Sketch",
+    "in_range",
+    "norm_from_log",
+    "norm_from_norm",
+    "norm_from_probes",
+    "norms",
+    "sketch_triplets",
+    "spectral_estimates",
+    "storage",
+    "svd_loss",
+    "unit_roundoff",
+]
+
 PROBES = 12
 NOT_ZERO = torch.finfo(torch.float64).tiny
-FAILURE = 5e-12  # of one statement; a bound rests on fewer than two hundred
+FAILURE = 5e-12  # failure probability of one inequality; an error bound combines fewer than two hundred
 
 
 @lru_cache
 def _factor(probes: int) -> float:
-    """1 / sqrt(c p)."""
+    """The factor ``1 / sqrt(c p)`` from ``||R Omega||_F`` to the bound of ``||R||_F``, by bisection for c."""
     low, high = 1e-20, 1.0
     for _ in range(100):
         c = math.sqrt(low * high)
@@ -42,7 +58,7 @@ def _factor(probes: int) -> float:
 
 
 def norm_from_log(log_norm: float, probes: int, power: int = 1) -> float:
-    """An upper bound of ||R||_2 (of ||R||_F, where power is 1) from the logarithm of the norm of a sketch.
+    """Upper bound of ||R||_2 (of ||R||_F for ``power`` 1) from the logarithm of the Frobenius norm of a sketch.
 
     The sketch is ``R Omega``, ``R^T R Omega``, ``R R^T R Omega``, ... with ``power`` factors.
     """
@@ -50,31 +66,32 @@ def norm_from_log(log_norm: float, probes: int, power: int = 1) -> float:
 
 
 def norm_from_probes(sketch: Tensor) -> float:
-    """An upper bound of ||R||_F from the sketch ``R Omega`` ``[., p]``."""
+    """Upper bound of ||R||_F from the sketch ``R Omega`` ``[., p]``."""
     return norm_from_norm(float(torch.linalg.vector_norm(sketch.double())), sketch.shape[1])
 
 
 def norm_from_norm(norm: float, probes: int = PROBES) -> float:
-    """An upper bound of ||R||_F from the norm of its sketch."""
+    """Upper bound of ||R||_F from the Frobenius norm of the sketch ``R Omega`` with p = ``probes`` columns."""
     return _factor(probes) * norm
 
 
 @dataclass
 class Sketch:
-    """How far a matrix is from having given singular triplets."""
+    """Backward error of r computed singular triplets: distance of X to a matrix that has exactly these triplets."""
 
-    bound: float  # of the Frobenius norm, failing with a probability of at most 4 FAILURE
-    spectral: float  # an estimate of the spectral norm, with what each triplet lacks as far as its gain says
-    columns: Tensor  # [r] estimates of the squares of what each triplet lacks
+    bound: float  # upper bound of the Frobenius norm; fails with probability at most 4 FAILURE
+    spectral: float  # estimate of the spectral norm, the residual of each triplet weighted by its gain
+    columns: Tensor  # [r] estimates of the squared residual norm of each triplet
 
 
 def sketch_triplets(X: RowSharded, U: Tensor, s: Tensor, V: Tensor, gain: Tensor, generator: torch.Generator) -> Sketch:
-    """The distance of X from a matrix that has exactly the singular triplets (U, s, V), all in fp64.
+    """Backward error of the triplets U ``[m, r]``, s ``[r]``, V ``[n, r]`` of X ``[m, n]``, from probes in fp64.
 
-    With orthonormal U ``[m, r]`` and V ``[n, r]`` that matrix is ``U diag(s) V^T + (I - U U^T) X (I - V V^T)``, at the
-    distance ``(||X^T U - V s||^2 + ||X V - U s||^2)^(1/2)`` or less. U and V are replaced by the nearest orthonormal
-    matrices, at a distance (from U s) of about ``||(U^T U - I) s|| / 2``: counted once fully. ``gain`` ``[r]`` says how
-    far what a triplet lacks matters; it enters the estimate only, never the bound.
+    For orthonormal U and V the nearby matrix that has exactly these triplets is
+    ``U diag(s) V^T + (I - U U^T) X (I - V V^T)``, at a distance of at most
+    ``(||X^T U - V s||^2 + ||X V - U s||^2)^(1/2)``. Computed U and V stand for the nearest orthonormal matrices, which
+    moves U s by about ``||(U^T U - I) s|| / 2``; the bound adds the whole norm. ``gain`` ``[r]`` weights the residual
+    of each triplet by its effect on the result; it enters the estimate only, never the bound.
     """
     draw = {"generator": generator, "dtype": torch.float64, "device": V.device}
     right, inside = torch.randn(X.n, PROBES, **draw), torch.randn(len(s), PROBES, **draw)
@@ -99,15 +116,15 @@ def sketch_triplets(X: RowSharded, U: Tensor, s: Tensor, V: Tensor, gain: Tensor
 
 
 def spectral_estimates(K: Tensor) -> list[float]:
-    """About ``||R||_2`` of q matrices R, and rather too much, from ``K = (R Omega)^T R Omega`` ``[q, p, p]``.
+    """Estimates of ``||R||_2`` of q matrices R, erring upward, from the sketches' Gram matrices ``[q, p, p]``.
 
-    ``(tr (R^T R)^2)^(1/4)``, without bias up to the root, as inner products of two different probes have
-    ``E (x^T R^T R y)^2 = tr (R^T R)^2``. A few probes vary the more, the fewer directions share in R
-    (``1 / concentration``): to one of them up to twice as much is allowed.
+    ``K = (R Omega)^T R Omega`` gives the Schatten-4 norm ``(tr (R^T R)^2)^(1/4) >= ||R||_2``, unbiased up to the root:
+    two independent probes x, y have ``E (x^T R^T R y)^2 = tr (R^T R)^2``. The variance grows as the effective rank of R
+    (``1 / concentration``) falls, so the estimate is inflated by up to a factor of 2, for rank 1.
     Source: Kong & Valiant, Ann. Stat. 45(5), 2017, section 2.
     """
     p, trace = K.shape[-1], K.diagonal(dim1=1, dim2=2).sum(1).clamp_min(NOT_ZERO)
-    K = K / trace[:, None, None]  # whose squares cannot overflow
+    K = K / trace[:, None, None]  # so that the squares below cannot overflow
     pairs = K.square().sum((1, 2)) - K.diagonal(dim1=1, dim2=2).square().sum(1)
     fourth = pairs.clamp_min(0) / (p * (p - 1))
     concentration = (fourth * p**2).clamp_max(1)
@@ -115,26 +132,30 @@ def spectral_estimates(K: Tensor) -> list[float]:
 
 
 def svd_loss(dtype: torch.dtype, m: int, n: int) -> float:
-    """A dense SVD is the exact one of a matrix at most this far away, in units of the Frobenius norm.
+    """Backward error of a dense SVD of a matrix ``[m, n]``, relative to its Frobenius norm.
 
-    ``p(m, n) eps ||W||_2``, with ``p = 2 sqrt(min(m, n)) max(m, n)``. Source: LAPACK Users' Guide, 4.9.
+    ``p(m, n) eps`` with ``p = 2 sqrt(min(m, n)) max(m, n)``. Source: LAPACK Users' Guide, 4.9.
     """
     return 2 * min(m, n) ** 0.5 * max(m, n) * torch.finfo(dtype).eps
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
+    """Unit roundoff ``u = eps / 2`` of round-to-nearest in ``dtype``."""
     return torch.finfo(dtype).eps / 2
 
 
 def in_range(dtype: torch.dtype, *values: float) -> bool:
-    """Whether squares of these, and of what is a millionth of them, are ordinary numbers of the dtype."""
+    """Whether squares of the values neither overflow nor underflow in ``dtype``, with a margin of 1e6 both ways."""
     info = torch.finfo(dtype)
     low, high = 1e6 * math.sqrt(info.smallest_normal), 1e-6 * math.sqrt(info.max)
     return all(low < value < high for value in values)
 
 
 def norms(W: Tensor) -> Tensor:
-    """||W||_F of matrices ``[..., m, n]``, or at most 1 % more, fp64 ``[...]`` on the CPU; finite for finite W."""
+    """Upper bounds of ||W||_F of matrices ``[..., m, n]``, at most 1 % too large: fp64 ``[...]`` on the CPU.
+
+    Finite for finite W: matrices whose squares would overflow or underflow are scaled first.
+    """
     if not W.numel():
         return torch.zeros(W.shape[:-2], dtype=torch.float64)
     dtype = torch.promote_types(W.dtype, torch.float32)
@@ -146,6 +167,6 @@ def norms(W: Tensor) -> Tensor:
 
 
 def storage(dtype: torch.dtype, norm: float, numel: int) -> float:
-    """What rounding a matrix of this Frobenius norm to ``dtype`` may change, subnormals included."""
+    """Bound of the storage error: Frobenius norm of the rounding of a matrix to ``dtype``, subnormals included."""
     info = torch.finfo(dtype)
     return info.eps / 2 * norm + math.sqrt(numel) * info.smallest_normal * info.eps

@@ -1,4 +1,4 @@
-"""The proximal operators as functions of (batches of) matrices: differentiable, batched, traceable by torch.compile.
+"""Proximal operators, functional form: differentiable, batched over ``[..., m, n]``, traceable by torch.compile.
 
 Every function raises:
 
@@ -25,6 +25,8 @@ from ..ops.validation import (
 from . import error_bounds
 from .spectral_functions import FirmThreshold
 from .svt_info import SvtInfo
+
+__all__ = ["firm_svt", "group_shrink", "soft_threshold", "sparse_group_shrink", "svt"]
 
 
 @overload
@@ -73,22 +75,22 @@ def firm_svt(
 def firm_svt(
     W: Tensor, tau: float | Tensor, gamma: float | Tensor, *, return_info: bool = False
 ) -> Tensor | tuple[Tensor, SvtInfo]:
-    """Firm singular value thresholding: the large singular values stay, as no :func:`svt` leaves them.
+    """Firm singular value thresholding: as :func:`svt`, but singular values above ``gamma tau`` are kept unchanged.
 
     ``F(W) = U f(S) V^T``, ``f(s) = max(min(gamma / (gamma - 1) (s - tau), s), 0)``,  ``W = U S V^T``:  0 up to tau, s
-    above gamma tau.  It is the proximal operator of the minimax concave penalty (MCP) of the singular values, and, by
-    which it is computed, ``(gamma svt(W, tau) - svt(W, gamma tau)) / (gamma - 1)``: two decompositions.
+    above gamma tau.  It is the proximal operator of the minimax concave penalty (MCP) of the singular values, computed
+    by two SVTs: ``F(W) = (gamma svt(W, tau) - svt(W, gamma tau)) / (gamma - 1)``.
 
     Args:
         W: ``[..., m, n]``, fp64, fp32, bf16 or fp16 (half types are computed in fp32).
         tau: threshold >= 0, in the units of W: a number, or a tensor of shape ``W.shape[:-2]``.
-        gamma: > 1, as tau; the larger, the nearer to :func:`svt`, and the nearer to 1, the nearer to a hard threshold.
+        gamma: > 1, shaped as tau; gamma -> infinity gives :func:`svt`, gamma -> 1 hard thresholding.
         return_info: also return a :class:`SvtInfo`.
 
     Returns:
         ``P`` ``[..., m, n]`` in the dtype of W, and the info if asked for.
 
-    Twice differentiable in W, tau and gamma, as :func:`svt`, except where a singular value is tau or gamma tau.
+    Twice differentiable in W, tau and gamma, as :func:`svt`, except where a singular value equals tau or gamma tau.
 
     Source: Gao & Bruce, WaveShrink with firm shrinkage, Statistica Sinica 7, 1997; Zhang, Nearly unbiased variable
     selection under minimax concave penalty, Ann. Stat. 38(2), 2010.
@@ -100,7 +102,7 @@ def firm_svt(
 
 
 def _sum_of_svt(W: Tensor, pieces: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """``sum_i weight_i svt(W, tau_i)``, and its singular values, in the compute dtype up to the sum."""
+    """Linear combination ``sum_i weight_i svt(W, tau_i)`` and its singular values, in the compute dtype of W."""
     X, batch = W.to(compute_dtype(W.dtype)), W.shape[:-2]
     weights, taus = (torch.stack([x.expand(batch) for x in each]) for each in zip(*pieces, strict=True))
     taus = taus.clamp_max(torch.finfo(taus.dtype).max)
@@ -137,7 +139,7 @@ def soft_threshold(W: Tensor, tau: float | Tensor) -> Tensor:
 
 
 def sparse_group_shrink(W: Tensor, l1: float | Tensor, tau: float | Tensor) -> Tensor:
-    """The proximal operator of the sparse group lasso ``l1 ||W||_1 + tau sum_i ||w_i||_2``: L1 first, then rows.
+    """Elementwise, then row-wise shrinkage: prox of the sparse group lasso ``l1 ||W||_1 + tau sum_i ||w_i||_2``.
 
     ``prox(W) = group_shrink(soft_threshold(W, l1), tau)``
 
@@ -152,13 +154,13 @@ def sparse_group_shrink(W: Tensor, l1: float | Tensor, tau: float | Tensor) -> T
 
 
 def _svt_info(s: Tensor, W: Tensor, tau: Tensor, slope: float | Tensor = 1.0) -> SvtInfo:
-    """slope: of two SVTs, slope of one and 1 - slope of the other have been added up."""
+    """SvtInfo with the a-priori error bound of ``slope svt(W, .) + (1 - slope) svt(W, .)`` by dense SVDs."""
     m, n = W.shape[-2:]
     k, s64 = min(m, n), s.double()
     norm_P = s64.square().sum(-1).sqrt()
-    norm_W = norm_P + tau.double() * k**0.5  # no singular value is lowered by more than tau
+    norm_W = norm_P + tau.double() * k**0.5  # SVT lowers a singular value by at most tau
     loss = (2 * slope - 1) * error_bounds.svd_loss(compute_dtype(W.dtype), m, n)
     bound = loss * norm_W + torch.finfo(W.dtype).eps * norm_P
-    if W.dtype != torch.float64:  # subnormals round absolutely
+    if W.dtype != torch.float64:  # subnormals have an absolute rounding error
         bound = bound + (m * n) ** 0.5 * torch.finfo(W.dtype).smallest_normal * torch.finfo(W.dtype).eps
     return SvtInfo(rank=(s > 0).sum(-1), s=s, error_bound=bound)

@@ -1,12 +1,12 @@
-"""The proximal operators in place: the layers of a network as a ragged list, changed in one call, all of them or none.
+"""Proximal operators, in-place form: all layers of a network, a ragged list of weights, updated all or nothing.
 
 Every function raises, before anything is changed:
 
-* ``TypeError``: not a list of tensors, or not fp64, fp32, bf16 or fp16; a state that is no :class:`WarmState`;
+* ``TypeError``: not a list of tensors, or not fp64, fp32, bf16 or fp16; a state that is not a :class:`WarmState`;
 * ``ValueError``: fewer axes than a matrix has, a threshold that is negative, not finite or of the wrong shape, a
-  ``gamma`` that is not finite or not above 1, NaN or Inf in a weight (named by its layer), a tolerance that is no
-  positive number, a center that is not like its weight, a state or a center under ``torch.compile``.  Values are not
-  checked while ``torch.compile`` traces.
+  ``gamma`` that is not finite or not above 1, NaN or Inf in a weight (named by its layer), a tolerance that is not
+  a positive number, a center that does not match its weight, a state or a center under ``torch.compile``.  Values are
+  not checked while ``torch.compile`` traces.
 """
 
 from __future__ import annotations
@@ -34,6 +34,17 @@ from .spectral_functions import FirmThreshold, SoftThreshold, Truncate, Weighted
 from .svt_info import SvtInfo
 from .warm_state import WarmState
 
+__all__ = [
+    "firm_svt_",
+    "group_shrink_",
+    "soft_threshold_",
+    "sparse_group_shrink_",
+    "spectral_ball_",
+    "svt_",
+    "truncate_",
+    "weighted_svt_",
+]
+
 
 @torch.no_grad()
 def svt_(
@@ -47,31 +58,31 @@ def svt_(
     groups: Sequence[int] | None = None,
     names: Sequence[str] | None = None,
 ) -> list[SvtInfo]:
-    """Singular value soft-thresholding of every layer, in place, in one call.
+    """Singular value soft-thresholding of a list of layer weights, in place: prox of the nuclear norm.
 
     ``W <- C + prox(W - C)``, ``prox(X) = U max(S - tau, 0) V^T``, ``X = U S V^T``
 
-    Each matrix takes the route that is fastest for its shape, its rank and the accuracy asked for; the report says
-    which, and bounds the error.
+    Each matrix takes the route that is fastest for its shape, rank and tolerance; the report names the route and
+    bounds the error.
 
     Args:
         weights: layer weights, ragged.  Linear ``[O, I]`` and convolution ``[O, C/G, *K]`` weights are folded to
             matrices by ``fold``; with ``fold=None`` each weight is taken as it is, ``[..., m, n]``.
         tau: threshold >= 0: a number, or one per layer.
-        state: what is remembered from one call to the next; with it, later calls cost less.  Layers are
-            told apart by their names, or else by their place in the list.
-        tol: how far the computed result may be from the exact one, relative to tau, in the spectral norm, before it
-            is rounded to the dtype of the weight.  Judged from probes; ``error_bound`` is the bound.
+        state: warm start, kept from one call to the next; it makes later calls cheaper.  Layers are identified by
+            name, or by their position in the list if no names are given.
+        tol: tolerance of the result, relative to tau, in the spectral norm, before rounding to the dtype of the
+            weight.  Estimated from random probes; ``error_bound`` of the report is the bound.
         center: ``C``, one tensor per weight (default: 0): the prox of ``tau ||W - C||_*``.
         groups: the convolutions' groups, one per layer (default: all 1).
-        names: layer names for errors, the report and the state.
+        names: layer names, for error messages, the report and the state.
 
     Returns:
         one :class:`SvtInfo` per layer, its tensors of shape ``[G, ...]`` (or the batch shape with ``fold=None``).
 
-    All or nothing: if any layer is refused, every weight, and the state, is as it was.
+    All or nothing: if any layer is refused, all weights and the state stay unchanged.
 
-    Sources: as :func:`svt`; around a centre: Alvarez & Salzmann, NIPS 2017, and Moreau's translation rule.
+    Sources: as :func:`svt`; with a center: Alvarez & Salzmann, NIPS 2017, and Moreau's translation rule.
     """
     tau = _checked(weights, tau, names, finite=not gpu.on_gpu(weights))
     if torch.compiler.is_compiling():
@@ -93,20 +104,20 @@ def firm_svt_(
     groups: Sequence[int] | None = None,
     names: Sequence[str] | None = None,
 ) -> list[SvtInfo]:
-    """Firm singular value thresholding of every layer, in place, in one call: :func:`firm_svt`.
+    """Firm singular value thresholding of a list of layer weights, in place: :func:`firm_svt`.
 
     ``W <- C + F(W - C)``, ``F(X) = U max(min(gamma / (gamma - 1) (S - tau), S), 0) V^T``, ``X = U S V^T``
 
     Args:
         gamma: > 1: a number, or one per layer.
 
-    The rest, the report and errors as :func:`svt_`; all or nothing.  F may move ``gamma / (gamma - 1)`` times as far as
-    W: by as much the tolerance of what is computed of W is smaller, and the error bound larger.
+    Other arguments, report and errors as :func:`svt_`; all or nothing.  F has the Lipschitz constant
+    ``gamma / (gamma - 1)``, so the decomposition is computed to a tolerance smaller by this factor.
 
     Sources: as :func:`firm_svt`.
     """
     tau = _checked(weights, tau, names, finite=not gpu.on_gpu(weights))
-    gamma = _agreed(lambda: one_per_weight(gamma, len(weights), "gamma", check_above_one), weights)
+    gamma = _check_on_all_ranks(lambda: one_per_weight(gamma, len(weights), "gamma", check_above_one), weights)
     if torch.compiler.is_compiling():
         return _traced("firm_svt_", weights, [tau, gamma], state, tol, center, fold, groups, names)
     functions = [FirmThreshold(*each) for each in zip(tau.tolist(), gamma.tolist(), strict=True)]
@@ -123,16 +134,16 @@ def weighted_svt_(
     groups: Sequence[int] | None = None,
     names: Sequence[str] | None = None,
 ) -> list[SvtInfo]:
-    """Weighted singular value thresholding of every layer, in place: ``max(sigma_i - w_i, 0)``.
+    """Weighted singular value thresholding of a list of layer weights, in place: ``max(sigma_i - w_i, 0)``.
 
-    The proximal operator of ``sum_i w_i sigma_i(W)`` with ``0 <= w_1 <= w_2 <= ...`` (large singular values, which
-    come first, are shrunk less; other orders are refused: the formula would not be the minimiser).
+    The proximal operator of ``sum_i w_i sigma_i(W)`` with ``0 <= w_1 <= w_2 <= ...`` (larger singular values are
+    shrunk less; other orders are refused, as the formula would not give the minimizer).
 
     Args:
         sigma_weights: per layer ``[min(m, n)]`` weights, ascending, in the units of the singular values.
 
-    The rest as :func:`svt_`; ``tol`` is relative to w_1 (all in fp64 where that is 0).  The operator is not continuous
-    where singular values of different weights meet: there ``error_bound`` is inf.
+    Other arguments as :func:`svt_`; ``tol`` is relative to w_1 (fp64 throughout if w_1 = 0).  The operator is
+    discontinuous where singular values with different weights coincide: there ``error_bound`` is inf.
 
     Source: Gu, Zhang, Zuo & Feng, CVPR 2014.
     """
@@ -161,15 +172,15 @@ def truncate_(
     groups: Sequence[int] | None = None,
     names: Sequence[str] | None = None,
 ) -> list[SvtInfo]:
-    """Hard rank projection of every layer, in place: the nearest matrix of rank at most ``rank``.
+    """Truncated SVD of a list of layer weights, in place: projection on the matrices of rank at most ``rank``.
 
     ``W <- sum_{i <= rank} sigma_i u_i v_i^T``
 
     Args:
         rank: a number >= 0, or one per layer.
 
-    The rest as :func:`svt_`; ``tol`` is relative to sigma_rank.  The projection is unique only where
-    ``sigma_rank > sigma_{rank+1}``: where the two cannot be told apart, ``error_bound`` is inf.
+    Other arguments as :func:`svt_`; ``tol`` is relative to sigma_rank.  The projection is unique only if
+    ``sigma_rank > sigma_{rank+1}``: if rounding cannot separate the two, ``error_bound`` is inf.
 
     Source: Eckart & Young, Psychometrika 1(3), 1936.
     """
@@ -190,14 +201,14 @@ def spectral_ball_(
     groups: Sequence[int] | None = None,
     names: Sequence[str] | None = None,
 ) -> list[SvtInfo]:
-    """Projection of every layer, in place, on the matrices of spectral norm at most ``radius``.
+    """Projection of a list of layer weights, in place, on the spectral norm ball of radius ``radius``.
 
-    ``W <- U min(S, radius) V^T = W - svt(W, radius)``  (Moreau)
+    ``W <- U min(S, radius) V^T = W - svt(W, radius)``  (Moreau decomposition)
 
     Args:
         radius: a number >= 0, or one per layer.
 
-    The rest as :func:`svt_`; ``tol`` is relative to the radius.
+    Other arguments as :func:`svt_`; ``tol`` is relative to the radius.
 
     Source: Moreau, Bull. Soc. Math. France 93, 1965; Parikh & Boyd, Proximal Algorithms, 2014, 6.7.2.
     """
@@ -207,15 +218,17 @@ def spectral_ball_(
 
 
 def _checked(weights, tau, names, what: str = "tau", axes: int = 2, finite: bool = True) -> Tensor:
-    """Check what lies here; where a process refuses its part of a weight, all do."""
-    return _agreed(lambda: checked_list(_here(weights), tau, names, what, axes, finite), weights)
+    """Thresholds fp64 ``[L]``, checked with the local shards of the weights; an error on one rank is raised on all."""
+    return _check_on_all_ranks(lambda: checked_list(_local_shards(weights), tau, names, what, axes, finite), weights)
 
 
-def _agreed(check, weights: Sequence[Tensor]):
+def _check_on_all_ranks(check, weights: Sequence[Tensor]):
+    """The result of ``check()``; an error on one rank is raised on every rank that shares a weight."""
     return synchronize_errors(check, process_groups(weights, replicas=False), communication_device(weights))
 
 
-def _here(weights: Sequence[Tensor]) -> Sequence[Tensor]:
+def _local_shards(weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Local shards of the weights; a single tensor, which the checks refuse, is passed through."""
     return weights if isinstance(weights, Tensor) else [local(W) for W in weights]
 
 
@@ -226,7 +239,7 @@ def _shrink(weights, functions, state, tol, fold, groups, names, center=None, ba
     if state is not None and not isinstance(state, WarmState):
         raise TypeError(f"state: wanted a WarmState; got {type(state).__name__}")
     if center is not None:
-        _agreed(lambda: check_center(_here(center), _here(weights), names), weights)
+        _check_on_all_ranks(lambda: check_center(_local_shards(center), _local_shards(weights), names), weights)
     records = _records(weights, names, fold=fold, groups=groups, center=center)
     infos = solver.shrink_(records, functions, tol=tol, state=state, ball=ball)
     if state:
@@ -237,17 +250,17 @@ def _shrink(weights, functions, state, tol, fold, groups, names, center=None, ba
 def _records(
     weights: Sequence[Tensor], names: Sequence[str] | None, fold: str | None = "paper", **lists
 ) -> list[Record]:
-    """One record per weight; ``lists``: of what else belongs to each weight, or None."""
+    """One record per weight; ``lists``: further fields of :class:`Record`, each a list with one entry per weight."""
     given = {what: values for what, values in lists.items() if values is not None} | ({"name": names} if names else {})
     for what, values in given.items():
         if len(values) != len(weights):
-            raise ValueError(f"{what} must have one entry per weight: wanted {len(weights)}, got {len(values)}")
+            raise ValueError(f"{what}: wanted {len(weights)}, one per weight; got {len(values)}")
     return [Record(W, index=i, fold=fold, **{what: values[i] for what, values in given.items()})
             for i, W in enumerate(weights)]  # fmt: skip
 
 
 def _traced(op: str, weights, parameters, state, tol, center, fold, groups, names) -> list[SvtInfo]:
-    """As one op, which a compiler can put in its graph; without what only a program can do."""
+    """The step as one custom op ``compaware::<op>``, traceable by torch.compile; no state and no center."""
     if state is not None or center is not None:
         raise ValueError(f"{op}: state and center are not available inside torch.compile")
     mats = [record.matrices() for record in _records(weights, names, fold=fold, groups=groups)]
@@ -274,14 +287,14 @@ def group_shrink_(
     biases: Sequence[Tensor | None] | None = None,
     names: Sequence[str] | None = None,
 ) -> None:
-    """Group lasso shrinkage of every layer's rows (neurons: ``W[o]``, whatever the trailing axes), in place.
+    """Group lasso shrinkage of the rows (neurons) ``W[o]`` of a list of weights ``[O, ...]``, in place.
 
     ``w <- max(1 - tau / ||w||_2, 0) w``, ``w = W[o]`` or, with its bias, ``w = (W[o], b[o])``.
 
     Args:
-        biases: per layer ``[O]``, of the weight's dtype and divided as its rows are, or None.
+        biases: per layer ``[O]``, of the dtype of the weight and sharded as its rows, or None.
 
-    The rest, and errors, as :func:`svt_`; all or nothing.
+    Other arguments and errors as :func:`svt_`; all or nothing.
     """
     _check_biases(biases, weights, names)
     tau = _checked(weights, tau, names)
@@ -304,12 +317,13 @@ def sparse_group_shrink_(
     *,
     names: Sequence[str] | None = None,
 ) -> None:
-    """Sparse group lasso shrinkage of every layer, in place: L1 with ``l1``, then rows with ``tau``; all or nothing."""
+    """Sparse group lasso shrinkage of a list of weights, in place: L1 by ``l1``, rows by ``tau``; all or nothing."""
     l1, tau = _checked(weights, l1, names, "l1"), _checked(weights, tau, names)
     shrink_elements_and_rows_(weights, l1, tau)
 
 
 def _check_biases(biases, weights: Sequence[Tensor], names: Sequence[str] | None) -> None:
+    """Raise unless every bias given is finite and ``[O]``, with the dtype and device of its weight ``[O, ...]``."""
     if biases is None:
         return
     if len(biases) != len(weights):

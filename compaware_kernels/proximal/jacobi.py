@@ -1,4 +1,4 @@
-"""Spectral shrinkage of many small matrices at a time, by Jacobi rotations."""
+"""Jacobi route of the solver: spectral functions of batches of small matrices, by a one-sided Jacobi SVD."""
 
 from __future__ import annotations
 
@@ -13,37 +13,52 @@ from .._utils.constants import constant
 from .error_bounds import norms, storage, unit_roundoff
 from .spectral_functions import Spectral, batched
 
-SHORT, LONG = 64, 256  # up to here Jacobi is faster than a Gram matrix and its eigenvectors,
-ALONE, MANY = 16, 16  # of a single matrix up to ALONE, of larger ones where there are MANY of one shape
+__all__ = [
+    "ALONE",
+    "COARSE",
+    "LONG",
+    "LOSS",
+    "MANY",
+    "SHORT",
+    "Group",
+    "compute",
+    "difference",
+    "small_shapes",
+    "write",
+]
+
+SHORT, LONG = 64, 256  # limits of min(m, n) and max(m, n): beyond, the Gram route is faster
+ALONE, MANY = 16, 16  # min(m, n) up to ALONE pays for any number of matrices; up to SHORT, for MANY of one shape
 LOSS = constant("kLoss")  # error of U f(s) V^T before the last product, in units of u ||W||_F
-COARSE = constant("kCoarse")  # the same, in the choice of fp32
+COARSE = constant("kCoarse")  # the same error, as assumed when choosing between fp32 and fp64
 
 
 @dataclass
 class Group:
-    """All matrices of one weight ``[..., m, n]``."""
+    """All matrices of one weight ``[..., m, n]``, and their results."""
 
     W: Tensor
     function: Spectral
     center: Tensor | None
-    # what comes out
-    s: Tensor | None = None  # fp64 [..., k] of the result
+    # results
+    s: Tensor | None = None  # fp64 [..., k], singular values of the result
     rank: Tensor | None = None  # int64 [...]
-    error: Tensor | None = None  # fp64 [...], storage included
+    error: Tensor | None = None  # fp64 [...], bound of the Frobenius error, storage rounding included
     P: Tensor | None = None  # [..., m, n]
     method: str = ""
 
     def matrices(self) -> Tensor:
+        """``W - center`` as one batch ``[B, m, n]``."""
         return difference(self.W, self.center).reshape(-1, *self.W.shape[-2:])
 
 
 def difference(W: Tensor, center: Tensor | None) -> Tensor:
-    """W less its center, in fp64 where there is one."""
+    """``W - center`` in fp64, or W as it is if there is no center."""
     return W if center is None else W.double() - center.double()
 
 
 def small_shapes(weights: Sequence[Tensor]) -> set[tuple[int, int]]:
-    """The shapes of matrices that are worth doing many at a time."""
+    """Matrix shapes (m, n) for which a batched Jacobi SVD is the fastest route."""
     counts = defaultdict(int)
     for W in weights:
         counts[tuple(W.shape[-2:])] += W.shape[:-2].numel()
@@ -55,7 +70,7 @@ def small_shapes(weights: Sequence[Tensor]) -> set[tuple[int, int]]:
 
 
 def compute(groups: Sequence[Group], tol: float, ball: bool) -> None:
-    """Find the results, in one call for all matrices of the same shape and dtype; write nothing."""
+    """Compute the results of all groups, one batched SVD per shape, dtype and device; weights stay unchanged."""
     alike = defaultdict(list)
     for entry in groups:
         alike[entry.W.shape[-2:], entry.W.dtype, entry.W.device, entry.center is None].append(entry)
@@ -68,8 +83,8 @@ def _compute_alike(groups: Sequence[Group], tol: float, ball: bool) -> None:
     X = torch.cat([entry.matrices() for entry in groups])
     floor = torch.tensor([entry.function.floor for entry in groups], dtype=torch.float64)
     tols = torch.tensor([entry.function.tolerance(tol) for entry in groups], dtype=torch.float64)
-    exact = torch.tensor([entry.function.count is not None for entry in groups])  # no threshold to be coarse for
-    of = torch.arange(len(groups)).repeat_interleave(torch.tensor(counts))  # the group of each matrix
+    exact = torch.tensor([entry.function.count is not None for entry in groups])  # a rank: no threshold to resolve
+    of = torch.arange(len(groups)).repeat_interleave(torch.tensor(counts))  # group index of each matrix
     size = norms(X)
     coarse = (COARSE * unit_roundoff(torch.float32) * size > (tols * floor)[of]) & ~exact[of]
     double = bool(coarse.any()) or groups[0].W.dtype == torch.float64
@@ -80,10 +95,10 @@ def _compute_alike(groups: Sequence[Group], tol: float, ball: bool) -> None:
     new = batched([entry.function for entry in groups], counts)(s)
     P = X.baddbmm_(U.mul_(new.to(dtype)[:, None, :]), V.mT, beta=float(ball), alpha=-1 if ball else 1)
     moved = (LOSS + s.shape[1]) * unit_roundoff(dtype) * size
-    error = moved * _gains(groups, s, moved, counts)
+    error = moved * _lipschitz_constants(groups, s, moved, counts)
     if groups[0].center is not None:
         P = P + torch.cat([entry.center.reshape(-1, *P.shape[1:]).to(dtype) for entry in groups])
-    half = 2 * storage(groups[0].W.dtype, 1.0, 0)  # of the result, and of adding the center
+    half = 2 * storage(groups[0].W.dtype, 1.0, 0)  # two roundings: adding the center, storing the result
     error += half * norms(P) + storage(groups[0].W.dtype, 0.0, P[0].numel())
     new, method = new.cpu(), f"jacobi, fp{torch.finfo(dtype).bits}"
     parts = (_per_weight(each, groups, counts) for each in (P, new, (new > 0).sum(-1), error))
@@ -92,14 +107,15 @@ def _compute_alike(groups: Sequence[Group], tol: float, ball: bool) -> None:
 
 
 def _per_weight(results: Tensor, groups: Sequence[Group], counts: Sequence[int]) -> Sequence[Tensor]:
-    """``[B, ...]`` of all matrices, in the shapes of the weights' batches."""
+    """Split ``[B, ...]`` of all matrices into one tensor per weight, with the batch shape of the weight."""
     if all(entry.W.ndim == 2 for entry in groups):
         return results.unbind()
     parts = zip(results.split(counts), groups, strict=True)
     return [part.view(entry.W.shape[:-2] + part.shape[1:]) for part, entry in parts]
 
 
-def _gains(groups: Sequence[Group], s: Tensor, moved: Tensor, counts: Sequence[int]) -> Tensor:
+def _lipschitz_constants(groups: Sequence[Group], s: Tensor, moved: Tensor, counts: Sequence[int]) -> Tensor:
+    """Lipschitz constants ``[B]`` of the spectral functions; ``moved`` ``[B]``: backward errors of the SVDs."""
     slopes = [entry.function.slope for entry in groups]
     if None not in slopes:
         return torch.tensor(slopes, dtype=torch.float64).repeat_interleave(torch.tensor(counts))
@@ -109,5 +125,5 @@ def _gains(groups: Sequence[Group], s: Tensor, moved: Tensor, counts: Sequence[i
 
 
 def write(groups: Sequence[Group]) -> None:
-    """Put the results in their places."""
+    """Write the results to the weights."""
     torch._foreach_copy_([entry.W for entry in groups], [entry.P for entry in groups])

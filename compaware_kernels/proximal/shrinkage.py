@@ -1,4 +1,4 @@
-"""Group lasso and L1 of many weights, in place, without checks: rows and elements of what lies on this rank."""
+"""Group lasso and L1 shrinkage of the local shards of a list of weights, in place; arguments are not validated."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from torch import Tensor
 from ..distributed.dtensor import column_groups, local
 from .record import Record
 
-Send = Callable[[Tensor], Tensor]  # what becomes of thresholds, fp64 [L] on the CPU, before an op takes them
+__all__ = ["Send", "shrink_elements_", "shrink_elements_and_rows_", "shrink_neurons_"]
+
+Send = Callable[[Tensor], Tensor]  # moves thresholds, fp64 [L] on the CPU, to where the op reads them
 
 
-def _as_they_are(tau: Tensor) -> Tensor:
+def _identity(tau: Tensor) -> Tensor:
     return tau
 
 
-def shrink_neurons_(records: Sequence[Record], tau: Tensor, send: Send = _as_they_are) -> None:
-    """``w <- max(1 - tau / ||w||_2, 0) w``, w a row of the weight with its bias, if the record has one.
+def shrink_neurons_(records: Sequence[Record], tau: Tensor, send: Send = _identity) -> None:
+    """Group lasso shrinkage of the rows of L weights ``[O, ...]``: ``w <- max(1 - tau / ||w||_2, 0) w``.
 
     Args:
+        records: w is a row of the weight, with its bias if the record has one.
         tau: fp64 ``[L]`` on the CPU, one per record.
+        send: moves thresholds to the device; defaults to leaving them on the CPU.
     """
     alone, with_bias = [], []
     for i, record in enumerate(records):
@@ -37,12 +41,15 @@ def shrink_neurons_(records: Sequence[Record], tau: Tensor, send: Send = _as_the
 
 
 def shrink_elements_(weights: Sequence[Tensor], tau: Tensor) -> None:
-    """``w <- sign(w) max(|w| - tau, 0)``, tau fp64 ``[L]``, one per weight."""
+    """Soft thresholding of L weights, elementwise: ``w <- sign(w) max(|w| - tau, 0)``; tau fp64 ``[L]``."""
     _apply_rows(torch.ops.compaware.soft_threshold_, [local(W) for W in weights], tau)
 
 
 def shrink_elements_and_rows_(weights: Sequence[Tensor], l1: Tensor, tau: Tensor) -> None:
-    """:func:`shrink_elements_` with l1, then :func:`shrink_neurons_` without biases, in one pass where that can be."""
+    """Sparse group lasso shrinkage of L weights: :func:`shrink_elements_` by l1, then :func:`shrink_neurons_` by tau.
+
+    One fused pass, unless columns are sharded. l1, tau: fp64 ``[L]``.
+    """
     if any(map(column_groups, weights)):
         shrink_elements_(weights, l1)
         shrink_neurons_([Record(W) for W in weights], tau)
@@ -55,7 +62,7 @@ def _local_bias(record: Record) -> Tensor | None:
 
 
 def _shrink_with_biases_(records: Sequence[Record], tau: Tensor) -> None:
-    """A weight and a bias of two dtypes are shrunk in the wider one."""
+    """Group lasso shrinkage of rows ``[W | b]``, in the wider dtype if weight and bias differ."""
     pairs = [(local(record.weight), local(record.bias)) for record in records]
     wide = [torch.promote_types(W.dtype, b.dtype) for W, b in pairs]
     weights = [W.to(dtype) for (W, _), dtype in zip(pairs, wide, strict=True)]
@@ -68,7 +75,7 @@ def _shrink_with_biases_(records: Sequence[Record], tau: Tensor) -> None:
 
 
 def _shrink_column_shards_(W: Tensor, bias: Tensor | None, tau: float, groups: Sequence[dist.ProcessGroup]) -> None:
-    """Group lasso over rows ``[W | bias]``, W ``[m, n_j, ...]``, of which the columns are sharded."""
+    """Group lasso shrinkage of rows ``[W | bias]``; W ``[m, n_j, ...]`` is a column shard of the weight."""
     squares = torch.linalg.vector_norm(W.flatten(1), dim=1, dtype=torch.float64).square()
     for group in groups:
         dist.all_reduce(squares, group=group)
@@ -80,7 +87,7 @@ def _shrink_column_shards_(W: Tensor, bias: Tensor | None, tau: float, groups: S
 
 
 def _apply_rows(op, weights: Sequence[Tensor], *taus: Tensor) -> None:
-    """Run an in-place row op on the weights seen as ``[O, rest]`` matrices, writing back where that is not a view."""
+    """Run an in-place op on the weights as matrices ``[O, rest]``; copy back those that are not views."""
     matrices = [W.reshape(W.shape[0] if W.ndim else 1, W.shape[1:].numel()) for W in weights]
     op(matrices, *taus)
     for W, M in zip(weights, matrices, strict=True):

@@ -1,14 +1,14 @@
-"""Every layer in one call: which route each matrix takes, all of them computed, then all of them written.
+"""Spectral solver: chooses a route for every matrix of every layer, computes all results, then writes all of them.
 
-Routes, for the short side n of a matrix:
+Routes, for a matrix with m >= n:
 
-* ``zero``: the Frobenius norm is at most tau, so the result is zero; nothing is factorised;
-* ``jacobi``: small matrices, many at a time (:func:`torch.ops.compaware.small_svd`);
-* ``subspace``: the triplets above tau are few, or were at the last call (:mod:`.subspace_iteration`);
-* ``gram``, ``svd``: the rest (:mod:`.gram`).
+* ``zero``: the Frobenius norm is at most tau, so the result is zero; nothing is factorized;
+* ``jacobi``: batches of small matrices (:func:`torch.ops.compaware.small_svd`);
+* ``subspace``: few singular values exceed tau, or did at the last call (:mod:`.subspace_iteration`);
+* ``gram``, ``svd``: all others (:mod:`.gram`).
 
-A route that cannot show that it met the tolerance hands over to the next one. The tolerance is about what is computed;
-storing the result in the dtype of the weight rounds it, whatever the route.
+A route that cannot verify the tolerance falls back to the next one. The tolerance concerns the computed result; its
+rounding to the dtype of the weight comes on top, on every route.
 """
 
 from __future__ import annotations
@@ -39,33 +39,35 @@ from .subspace_iteration import FIRST, Subspace, columns_for
 from .svt_info import SvtInfo
 from .warm_state import WarmState
 
-FEW = 3  # a subspace may begin with n / FEW columns, and grow to n / 2
-LITTLE = 1e8  # multiplications of a matrix product, below which threads are not worth starting
+__all__ = ["FEW", "LITTLE", "Task", "compute", "in_parallel", "seed_of", "shrink_", "worth_it", "write"]
+
+FEW = 3  # a subspace may start with up to n / FEW columns, and grow to n / 2
+LITTLE = 1e8  # total m n^2 of the matrices below which threads do not pay
 
 
 @dataclass
 class Task:
-    """One matrix on its way through the engine, or what lies here of one that is divided by rows, m >= n or not."""
+    """One matrix (or the local row shard of a sharded one), its spectral function, and the result."""
 
-    W: Tensor  # [m, n], written at the end
+    W: Tensor  # [m, n] in any orientation; overwritten by :func:`write`
     function: Spectral
     center: Tensor | None
-    key: str  # in the state
-    tol: float  # of the matrix: its function moves by up to ``slope`` times as much
-    basis: Tensor | None = None  # from the state
+    key: str  # key in the warm state
+    tol: float  # tolerance of the matrix; that of f(W) is up to ``slope`` times as large
+    basis: Tensor | None = None  # [n, k] from the warm state; after :func:`compute`, the new one
     seed: int = 0
-    shards: MatrixSharding | None = None  # then W is this rank's row shard of the tall matrix,
-    local_shapes: Sequence[torch.Size] = ()  # with the local shapes before each all-to-all, to undo it
+    shards: MatrixSharding | None = None  # if given, W is this rank's row shard of the tall matrix
+    local_shapes: Sequence[torch.Size] = ()  # local shapes before each all-to-all, to undo it
     norm: float = 0.0  # >= ||W - center||_F
-    too_wide: bool = False  # the subspace that would be needed
-    # what comes out
+    too_wide: bool = False  # the subspace would need too many columns, in any precision
+    # results
     method: str = ""
     reason: str = ""
-    s: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))  # of the result, without its zeros
-    error: float = 0.0
-    stored: float = 0.0  # >= the Frobenius norm of what is rounded to the dtype of W
-    left: Tensor | None = None  # the result is left right^T
-    right: Tensor | None = None
+    s: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))  # [rank], of the result
+    error: float = 0.0  # >= the Frobenius norm of the error, storage rounding excluded
+    stored: float = 0.0  # >= the Frobenius norm of the values rounded to the dtype of W
+    left: Tensor | None = None  # [m, r]: the result is left right^T
+    right: Tensor | None = None  # [n, r]
     dense: dense.Dense | None = None
 
     @property
@@ -74,29 +76,30 @@ class Task:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """m, n of the whole matrix, m >= n."""
+        """(m, n) of the global matrix, m >= n."""
         m, n = sorted(self.W.shape if self.shards is None else self.shards.shape, reverse=True)
         return m, n
 
     def matrix(self) -> RowSharded:
-        """X [m, n], m >= n, in the compute dtype: fp32, or fp64 where the weight is, or a difference needs it."""
+        """X = W - center ``[m, n]``, m >= n, in fp32, or in fp64 if the weight is or the difference needs it."""
         dtype = compute_dtype(self.W.dtype)
         X = jacobi.difference(self.W, self.center)
         X = X.to(dtype if self.center is None else _product_dtype(self, dtype))
         return RowSharded(X if self.tall else X.mT, self.shape[0], () if self.shards is None else self.shards.groups)
 
     def norm_of(self, W: Tensor) -> float:
-        """>= the Frobenius norm of the whole, whose part here is W."""
+        """Upper bound of the Frobenius norm of the global matrix; W is the local shard."""
         norm = float(norms(W))
         return norm if self.shards is None else RowSharded(W, 0, self.shards.groups).global_norm(norm)
 
     @property
     def generator(self) -> torch.Generator:
+        """A new generator for the probes, seeded by the task: the same probes on every rank."""
         return torch.Generator(self.W.device).manual_seed(self.seed)
 
 
 def compute(task: Task) -> None:
-    """Find the result of one task; write nothing."""
+    """Compute the result of one task by the first route that meets the tolerance; W stays unchanged."""
     task.norm = task.norm_of(jacobi.difference(task.W, task.center))
     if task.norm == 0 or task.function.count == 0 or (task.function.count is None and task.norm <= task.function.floor):
         task.method, task.reason = "zero", f"||W||_F is at most {task.norm:.3g}"
@@ -117,6 +120,7 @@ def compute(task: Task) -> None:
 
 
 def _by_subspace(task: Task, X: RowSharded) -> bool:
+    """Subspace iteration on X ``[m, n]`` in fp32, then fp64; False if neither pays or meets the tolerance."""
     function = task.function
     wanted = task.basis.shape[1] if task.basis is not None else max(FIRST, function.count or 0)
     if function.floor <= 0 and function.count is None:
@@ -133,6 +137,7 @@ def _by_subspace(task: Task, X: RowSharded) -> bool:
 
 
 def _try_subspace(task: Task, X: RowSharded, dtype: torch.dtype) -> bool:
+    """Subspace iteration on X ``[m, n]`` in ``dtype``; sets the result of the task, or its reason for refusal."""
     function, n, generator = task.function, X.n, task.generator
     u = unit_roundoff(dtype)
     floor = function.floor if function.count is None else task.norm
@@ -163,16 +168,16 @@ def _try_subspace(task: Task, X: RowSharded, dtype: torch.dtype) -> bool:
 
 
 def worth_it(m: int, n: int, columns: int) -> bool:
-    """Whether a subspace of so many columns is cheaper than a Gram matrix and its eigenvectors.
+    """Cost model: whether a subspace of ``columns`` columns is cheaper than the Gram route for X ``[m, n]``, m >= n.
 
-    In flops of an fp32 matrix product; what is no such product is counted by about the time it takes.
+    In flops of fp32 matrix products; other operations enter as flops of about the same run time.
     """
     subspace = 2 * m * n * (3 * columns + 60) + 6 * (m + n) * columns**2 + 6e7
     return columns * FEW < n and subspace < 4 * m * n * n + 20 * n**3 + 5e6
 
 
 def write(task: Task, ball: bool) -> None:
-    """Put the result in its place."""
+    """Write f(W), plus its center, to W; if ``ball``, write W - f(W)."""
     W, center = task.W, task.center
     if task.left is not None:
         left, right = (task.left, task.right) if task.tall else (task.right, task.left)
@@ -188,31 +193,32 @@ def write(task: Task, ball: bool) -> None:
         L, R = task.dense.L.to(dtype), task.dense.R
         XK = product(X, L) if R is None else product(product(X, L), R.to(dtype).mT)
         XK = XK if task.tall else XK.mT
-        if ball != task.dense.residual:  # X K is not what is wanted, but what is taken away
+        if ball != task.dense.residual:  # the result is X - X K
             XK = (X if task.tall else X.mT) - XK
         W.copy_(XK if center is None else XK + center.to(dtype))
     elif not ball:
         W.zero_() if center is None else W.copy_(center)
-    # P and a center, or a difference, are rounded once when added, and once when stored
+    # with a center or a difference there are two roundings: adding, then storing
     task.stored = 2.02 * task.norm_of(W) if ball or center is not None else float(task.s.norm())
 
 
 def _row_ranges(W: Tensor) -> list[slice]:
+    """Row blocks of W ``[m, n]`` that bound the size of temporaries."""
     rows = max(1, ROWS // W.shape[1])
     return [slice(start, start + rows) for start in range(0, W.shape[0], rows)]
 
 
 def _product_dtype(task: Task, dtype: torch.dtype) -> torch.dtype:
-    """The dtype the dense routes multiply in: fp64 where fp32 could not give the tolerance."""
+    """Dtype of the products of the dense routes: fp64 if fp32 cannot meet the tolerance."""
     coarse = 32 * unit_roundoff(dtype) * task.norm > task.tol * task.function.floor
     extreme = not 1e-25 < task.norm < 1e25  # where fp32 products underflow or overflow
     return torch.float64 if extreme or (coarse and task.function.count is None) else dtype
 
 
 def in_parallel(work: Callable[[Task], None], tasks: Sequence[Task]) -> None:
-    """Do the work on every task: large ones in turn on all threads, the others side by side on one thread each.
+    """Run ``work`` on every task: large tasks one by one on all threads, the others concurrently, one thread each.
 
-    Divided ones come first, in order: all who share in them must do the same at the same time.
+    Sharded tasks come first, in order, so that all ranks issue the same collectives in the same order.
     """
     for task in (task for task in tasks if task.shards):
         try:
@@ -237,12 +243,12 @@ def in_parallel(work: Callable[[Task], None], tasks: Sequence[Task]) -> None:
     for task in large:
         work(task)
     list(_pool(threads).map(torch.no_grad()(work), tasks[len(large) :]))
-    torch.set_num_threads(threads)  # the workers' setting is what new threads of the program would get
+    torch.set_num_threads(threads)  # the workers' set_num_threads(1) would become the default of new threads
 
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Workers of one thread each, kept: new ones would first set up the buffers of every library."""
+    """Pool of single-threaded workers, cached: a new worker would allocate the buffers of every library again."""
     return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
 
@@ -250,6 +256,7 @@ os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive 
 
 
 def seed_of(state_seed: int, call: int, key: str) -> int:
+    """Seed of the probes of one matrix in one call: the same on every rank and for every number of threads."""
     return (zlib.crc32(f"{state_seed}/{call}/{key}".encode()) << 20) + 1
 
 
@@ -258,13 +265,13 @@ def seed_of(state_seed: int, call: int, key: str) -> int:
 
 def shrink_(
     records: Sequence[Record],
-    functions: Sequence[Spectral],  # of the singular values, one per record
+    functions: Sequence[Spectral],  # one per record
     *,
     tol: float,
-    state: WarmState | None = None,  # read, and given the bases; its caller counts the calls
+    state: WarmState | None = None,  # supplies and receives the bases; the caller advances it
     ball: bool = False,  # write W - f(W) instead
 ) -> list[SvtInfo]:
-    """Apply to every weight, in place, the function of its singular values.  Nothing is written before all is known."""
+    """Spectral function of every weight, in place; all results are computed before any weight is written."""
     unfold_all(records)
     plain = not ball and all(record.center is None and record.shards is None for record in records)
     if gpu.takes([record.target for record in records], functions, plain):
@@ -277,7 +284,8 @@ def shrink_(
 
 
 def _shrink_by_routes(records, functions, tol: float, state: WarmState | None, ball: bool) -> list[SvtInfo]:
-    if gpu.on_gpu([record.target for record in records]):  # not checked yet, as that would wait for it
+    """Spectral function of every unfolded record by the routes of this module, on any device."""
+    if gpu.on_gpu([record.target for record in records]):  # not validated yet, to avoid a synchronization
         for record in records:
             check_finite(record.target, record.label)
     small = jacobi.small_shapes([record.target for record in records if record.shards is None])
@@ -299,13 +307,13 @@ def _shrink_by_routes(records, functions, tol: float, state: WarmState | None, b
         if record.shards is not None:
             record.shards.from_row_shards(entry[0].W, record.target[0], entry[0].local_shapes)
     if state:
-        dense = {"memory_format": torch.contiguous_format}  # as it comes back from a checkpoint
+        dense = {"memory_format": torch.contiguous_format}  # the layout after loading a checkpoint
         state.remember({task.key: task.basis.clone(**dense) for task in tasks if task.basis is not None})
     return [_report(*each) for each in zip(records, work, strict=True)]
 
 
 def _tasks(record: Record, function: Spectral, tol: float, state: WarmState | None) -> list[Task]:
-    """A task for every matrix of a weight."""
+    """One task per matrix of a weight ``[..., m, n]``."""
     W, center, key, tol = record.target, record.target_center, record.key, function.tolerance(tol)
     m, n = W.shape[-2:]
     if record.shards is not None:
@@ -325,7 +333,7 @@ def _tasks(record: Record, function: Spectral, tol: float, state: WarmState | No
 
 
 def _recall(task: Task, state: WarmState | None) -> None:
-    """The basis that the last call left, and the seed of the probes: the same however the matrix is sharded."""
+    """Set the warm basis and the probe seed of a task; both are independent of how the matrix is sharded."""
     if state:
         V = state.bases.get(task.key)
         task.basis = V.to(task.W.device) if V is not None and V.shape[0] == task.shape[1] else None
@@ -333,6 +341,7 @@ def _recall(task: Task, state: WarmState | None) -> None:
 
 
 def _report(record: Record, entry: jacobi.Group | list[Task]) -> SvtInfo:
+    """SvtInfo of one weight, from its Jacobi group or its tasks."""
     W, name = record.target, record.name
     if isinstance(entry, jacobi.Group):
         return SvtInfo(entry.rank, entry.s, entry.error, entry.method, "small", name)

@@ -1,8 +1,8 @@
-"""Penalties on the singular values of a matrix, one class each: what their proximal operators do to a spectrum.
+"""Spectral functions: one class per penalty, the proximal operator as a map of singular values ``[..., k]``.
 
-Each maps descending singular values ``s`` to new ones, ``f(s)``, and everything at or below ``floor`` to zero, so that
-the singular triplets above it are all that is needed. The solver, its routes and the GPU step ask the object what they
-may do with it, and never which class it is of: a new penalty is a new class here, and nothing there.
+Each maps descending singular values ``s`` to ``f(s)``, and all values at or below ``floor`` to zero, so that only the
+singular triplets above ``floor`` are needed. The solver, its routes and the GPU step query the attributes below and
+never the class: a new penalty is a new class in this module and needs no change elsewhere.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ __all__ = ["FirmThreshold", "SoftThreshold", "Spectral", "Truncate", "WeightedTh
 
 
 class Spectral(ABC):
-    """A function of singular values: value, Lipschitz constant, and what the routes of the solver must know of it.
+    """Spectral function ``f: [..., k] -> [..., k]``: value, Lipschitz constant, and which solver routes may serve it.
 
-    What is given here serves any function: by an SVD, by Jacobi rotations and by a subspace. Subclasses are frozen
-    dataclasses; where all fields are floats, each may be a tensor ``[B, 1]`` instead, with a number per matrix.
+    The defaults are valid for any function and permit the SVD, Jacobi and subspace routes. Subclasses are frozen
+    dataclasses; if all fields are floats, each may be a tensor ``[B, 1]`` instead, with one number per matrix.
 
     Attributes:
-        count: how many singular values are wanted; None: all above ``floor``.
-        slope: Lipschitz constant (Frobenius norm), the same for all matrices; None where it depends on the matrix.
-        gram: whether the Gram matrix may serve: ``f(s) / s`` changes by at most ``slope`` times as much as
-            ``max(1 - floor / s, 0)`` does, between any two s.
-        ramp: ``(tau, slope)`` where f is ``max(min(slope (s - tau), s), 0)``, which is what the GPU step computes.
+        count: number of leading singular values needed; None: all above ``floor``.
+        slope: global Lipschitz constant (Frobenius norm); None if it depends on the matrix.
+        gram: whether the Gram route may serve: ``f(s) / s`` changes by at most ``slope`` times as much as
+            ``max(1 - floor / s, 0)`` between any two s.
+        ramp: ``(tau, slope)`` if f is ``max(min(slope (s - tau), s), 0)``, the form the GPU step computes; else None.
     """
 
     count: int | None = None
@@ -39,30 +39,31 @@ class Spectral(ABC):
 
     @property
     @abstractmethod
-    def floor(self) -> float: ...
+    def floor(self) -> float:
+        """Threshold: ``f(s) = 0`` for every ``s <= floor``."""
 
     @abstractmethod
     def __call__(self, s: Tensor) -> Tensor:
-        """``[..., k]`` descending -> ``[..., k]``."""
+        """f(s): ``[..., k]``, descending -> ``[..., k]``."""
 
     def lipschitz(self, s: Tensor, below: float, error: float) -> float:
-        """How much the function of a matrix may move, per change of the matrix of up to ``error`` (Frobenius).
+        """Local Lipschitz constant (Frobenius norm) of the matrix function, for perturbations of up to ``error``.
 
-        s: the singular values known, ``[k]``; ``below`` bounds all others.
+        s: the computed singular values ``[k]``, descending; ``below`` bounds all others from above.
         """
         return self.slope
 
     def gain(self, s: Tensor, below: float) -> Tensor:
-        """About how much moves per unit of what the triplets of s lack, where that is little; in units of slope."""
+        """First-order effect of a unit residual of each triplet on the result, in units of slope: ``[k] -> [k]``."""
         return torch.ones_like(s)
 
     def tolerance(self, tol: float) -> float:
-        """How far the matrix may be moved, for its function to move by ``tol``."""
+        """Perturbation of the matrix that moves its function by at most ``tol``."""
         return tol if self.slope is None else tol / self.slope
 
 
 def batched(functions: Sequence[Spectral], counts: Sequence[int]) -> Callable[[Tensor], Tensor]:
-    """All as one, ``[B, k] -> [B, k]``: of the singular values of B matrices, counts[i] of which have functions[i]."""
+    """One function ``[B, k] -> [B, k]`` of the spectra of B matrices: counts[i] consecutive rows take functions[i]."""
     kind, names = type(functions[0]), [field.name for field in fields(functions[0])]
     rows = [[getattr(f, name) for name in names] for f in functions if type(f) is kind]
     if len(rows) < len(functions) or not all(isinstance(x, float) for row in rows for x in row):
@@ -94,7 +95,7 @@ class SoftThreshold(Spectral):
         return (s - self.tau).clamp_min(0)
 
     def gain(self, s: Tensor, below: float) -> Tensor:
-        """``f(s_i) / (s_i - s_j)``, the divided difference to what is mapped to 0; 1/2 at least, for second order."""
+        """Divided difference ``f(s_i) / (s_i - below)`` to a value mapped to 0; >= 1/2, for second-order terms."""
         return ((s - self.tau) / (s - below).clamp_min(1e-300)).clamp(0.5, 1.0)
 
 
@@ -126,15 +127,17 @@ class FirmThreshold(Spectral):
 
     @property
     def pieces(self) -> tuple[tuple[float, float], ...]:
-        """(weight, threshold) of the soft thresholds whose sum it is, from which the gradient follows:
-        ``(gamma soft(tau) - soft(gamma tau)) / (gamma - 1)``."""
+        """Two pairs (weight, threshold): f as a sum of soft thresholds, whose gradients are known.
+
+        ``f = (gamma soft(tau) - soft(gamma tau)) / (gamma - 1)``
+        """
         return (self.slope, self.tau), (1 - self.slope, self.gamma * self.tau)
 
     def __call__(self, s: Tensor) -> Tensor:
         return torch.minimum(self.slope * (s - self.tau), s).clamp_min(0)
 
     def gain(self, s: Tensor, below: float) -> Tensor:
-        """As that of the soft threshold, where it is linear; less above."""
+        """Divided difference as for the soft threshold where f is linear; smaller above gamma tau."""
         return (torch.minimum(s - self.tau, s / self.slope) / (s - below).clamp_min(1e-300)).clamp(0.5, 1.0)
 
 
@@ -142,7 +145,7 @@ class FirmThreshold(Spectral):
 class WeightedThreshold(Spectral):
     """``max(s_i - w_i, 0)`` with ``w_1 <= w_2 <= ...``: the proximal operator of ``sum_i w_i sigma_i(W)``.
 
-    Not convex, and not continuous where singular values with different weights meet.
+    Not convex, and discontinuous where singular values with different weights coincide.
 
     Source: Gu, Zhang, Zuo & Feng, CVPR 2014 (weighted nuclear norm); Gaiffas & Lecue, arXiv 1107.1638, 2011.
     """
@@ -157,7 +160,7 @@ class WeightedThreshold(Spectral):
         return (s - self.weights[: s.shape[-1]].to(s.device)).clamp_min(0)
 
     def lipschitz(self, s: Tensor, below: float, error: float) -> float:
-        """1 + the steepest rise of what is taken away between neighbours, after either has moved by ``error``."""
+        """1 + the largest divided difference of ``s - f(s)`` between neighbors, each perturbed by ``error``."""
         s = torch.cat([s.cpu(), torch.tensor([below]).double()])
         lost = torch.minimum(torch.cat([self.weights, self.weights[-1:]])[: len(s)], s)
         rise, gap = lost.diff().clamp_min(0), -s.diff() - 2 * error
@@ -169,9 +172,9 @@ class WeightedThreshold(Spectral):
 
 @dataclass(frozen=True)
 class Truncate(Spectral):
-    """The ``count`` largest stay: the projection on matrices of at most this rank (Eckart & Young, 1936).
+    """Keeps the ``count`` largest: the projection on matrices of rank at most ``count`` (Eckart & Young, 1936).
 
-    Not convex; unique, and continuous, only where there is a gap after s_count.
+    Not convex; unique and continuous only if ``s_count > s_{count+1}``.
     """
 
     count: int
@@ -181,11 +184,11 @@ class Truncate(Spectral):
         return torch.where(torch.arange(s.shape[-1], device=s.device) < self.count, s, 0)
 
     def lipschitz(self, s: Tensor, below: float, error: float) -> float:
-        """sigma_r / (sigma_r - sigma_{r+1}), the largest divided difference, after either has moved by ``error``."""
+        """The largest divided difference, sigma_r / (sigma_r - sigma_{r+1}), each perturbed by ``error``."""
         if self.count == 0 or (len(s) <= self.count and below == 0):
             return 1.0
         last = float(s[self.count - 1])
-        if last == 0:  # of lower rank than asked for, but for the error: it stays as it is
+        if last == 0:  # the rank is already lower, up to ``error``: f is the identity
             return 2.0
         below = float(s[self.count]) if len(s) > self.count else below
         gap = last - below - 2 * error

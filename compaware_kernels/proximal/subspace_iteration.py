@@ -1,18 +1,19 @@
-"""The leading singular triplets of one matrix from a subspace of right vectors.
+"""Subspace iteration: the leading singular triplets of one matrix X ``[m, n]``, m >= n, warm-started or from scratch.
 
-Nothing but products with a few columns: no n x n matrix, no O(n^3). V ``[n, k]`` holds a guess of the right singular
-vectors, from the last call and at random, or it is grown from nothing by blocks ``(X^T X) Omega``. One step of subspace
-iteration, ``V <- orth(X^T X V)``, and Rayleigh-Ritz,
+Only products of X with blocks of few columns: no n x n matrix, no O(n^3). V ``[n, k]`` approximates the right singular
+vectors: those of the last call plus random columns, or grown from nothing by blocks ``(X^T X) Omega``. One step of
+subspace iteration, ``V <- orth(X^T X V)``, and Rayleigh-Ritz,
 
     ``Y = X V = U diag(mu) Q^T``,   ``V' = V Q``,
 
-after which ``X V' = U diag(mu)`` holds exactly; mu and Q come from ``Y^T Y`` in fp64. What is missing in a triplet
-(u, mu, v) is ``E = X^T u - mu v``. It is measured by a few Gaussian probes in fp64, which see the rounding, too
-(:func:`.error_bounds.sketch_triplets`). Where it is too much, its directions join V (a block Krylov step).
+after which ``X V' = U diag(mu)`` holds exactly; mu and Q come from ``Y^T Y`` in fp64. The residual of a triplet
+(u, mu, v) is ``E = X^T u - mu v``. It is measured by Gaussian probes in fp64, which include rounding errors
+(:func:`.error_bounds.sketch_triplets`). If it is too large, the residual directions are appended to V (a block Krylov
+step).
 
-All that is not wanted must be nowhere above the threshold. What is near it is checked like what is wanted. The columns
-of the rest are ``U_e diag(mu_e)``, of the pairs that were found, too, and ``R = X (I - V V^T)``: its norm is at most
-``sqrt(mu_e^2 + rho^2)``, with rho a bound of ``||R||_2`` from probes.
+The discarded part must have no singular value above the threshold. Ritz triplets near the threshold are verified like
+the kept ones. The discarded part consists of the other Ritz pairs, ``U_e diag(mu_e)``, and of ``R = X (I - V V^T)``:
+its norm is at most ``sqrt(mu_e^2 + rho^2)``, with rho a bound of ``||R||_2`` from probes.
 
 Sources: Rutishauser, Numer. Math. 13, 1969; Halko, Martinsson & Tropp, SIAM Review 53(2), 2011; Musco & Musco, NIPS
 2015 (block Krylov).
@@ -32,45 +33,62 @@ from ..distributed.row_sharded import RowSharded
 from ..ops.linalg import COLUMNS, inner, product, times, without
 from .error_bounds import Sketch, norm_from_log, sketch_triplets
 
-SPARE = 8  # right singular vectors kept beyond the rank: they follow the top of what is left out
-FRESH, PART = 12, 5  # so many columns, and one per so many known, at random beside those of the last call
-FIRST = 32  # columns to begin with where nothing is known
-PROBES = 24  # of the rest
+__all__ = [
+    "FIRST",
+    "FRESH",
+    "MARGIN",
+    "NEAR",
+    "PART",
+    "PROBES",
+    "SPARE",
+    "Subspace",
+    "Triplets",
+    "columns_for",
+    "even",
+    "orthonormalize",
+    "outside",
+]
+
+SPARE = 8  # oversampling: right singular vectors kept beyond the rank, which track the next singular values
+FRESH, PART = 12, 5  # random columns added to k warm ones: FRESH + k // PART
+FIRST = 32  # columns of a cold start
+PROBES = 24  # probes for the bound of ||X (I - V V^T)||_2
 MAX_PASSES, MAX_POWER = 5, 6
-MARGIN = constant("kMargin")  # for an estimate of the spectral norm
-RESOLVED = constant("kResolved")  # of the largest singular value: triplets below are not checked
-NEAR = constant("kNear")  # of the threshold: triplets from here on are checked as if they were wanted,
-QUIET = 0.6  # and with a rest of up to here those before cannot be above it together: sqrt(0.8^2 + 0.6^2) = 1
-WELL = 0.1  # least diagonal of the Cholesky factor of unit columns that fp32 can do with
+MARGIN = constant("kMargin")  # safety factor of the estimate of the spectral norm
+RESOLVED = constant("kResolved")  # triplets below RESOLVED mu_1 are not verified
+NEAR = constant("kNear")  # triplets above NEAR threshold are verified like the kept ones
+QUIET = 0.6  # rho below QUIET threshold is small enough: sqrt(0.8^2 + 0.6^2) = 1, with NEAR = 0.8
+WELL = 0.1  # smallest diagonal entry of the Cholesky factor of unit columns for which fp32 suffices
 
 
 @dataclass
 class Triplets:
-    """The singular triplets of X above a threshold, roughly."""
+    """Approximate singular triplets of X ``[m, n]`` above a threshold, with what error bounds need."""
 
     U: Tensor  # [m, r]
     s: Tensor  # [r] fp64, descending
     V: Tensor  # [n, r]
-    sketch: Sketch  # of how far X is from having exactly these
-    tail: float  # >= how far the rest stands out above the threshold, Frobenius norm of the excess
-    below: float  # >= the largest singular value of the rest
-    basis: Tensor  # [n, k] V and the next right singular vectors, roughly
+    sketch: Sketch  # backward error of the triplets
+    tail: float  # >= (sum (sigma_i - threshold)_+^2)^(1/2) over the discarded singular values
+    below: float  # >= the largest discarded singular value
+    basis: Tensor  # [n, k] V and approximations of the next right singular vectors, for a warm start
 
 
 class Subspace:
-    """The search for the singular triplets of X ``[m, n]`` above a threshold, or for a number of them.
+    """Subspace iteration for the singular triplets of X ``[m, n]`` above a threshold, or the ``count`` leading ones.
 
     Args:
-        threshold: how large the singular values are that are looked for; of no use where there is a ``count``: then it
-            is the count-th singular value.
-        V: ``[n, k]`` a guess of the right singular vectors, roughly orthonormal, or no column; computed in its dtype.
-        tol: how far the result may be from the exact one, relative to the threshold, in the spectral norm.
-        generator: draws the probes; the guess must not depend on it.
-        max_columns: give up when more are needed.
-        slack: what rounding may do to a product of X with a unit vector.
-        gain: how far the result moves per unit of what its triplets lack: of (their s ``[r]``, a bound of all other
-            singular values) -> ``[r]``.
-        count: look for this many.
+        X: the matrix, m >= n, possibly row-sharded.
+        threshold: singular values above it are computed; ignored if ``count`` is given: then it is the count-th
+            singular value.
+        V: ``[n, k]`` initial right singular vectors, nearly orthonormal; k = 0 for a cold start. Sets the dtype.
+        tol: tolerance of the result relative to the threshold, in the spectral norm.
+        generator: draws the probes; V must be independent of it.
+        max_columns: give up if V needs more columns.
+        slack: bound of the rounding error of a product of X with a unit vector.
+        gain: effect of a unit residual of each triplet on the result: (s ``[r]``, upper bound of all other singular
+            values) -> ``[r]``.
+        count: number of leading triplets.
     """
 
     def __init__(
@@ -90,10 +108,10 @@ class Subspace:
         self.max_columns, self.slack, self.gain, self.count = max_columns, slack, gain, count
         self.rho = math.inf  # >= ||X (I - V V^T)||_2
         self.passes = self.products = 0
-        self.too_wide = False  # needs more columns than allowed, whatever the precision
+        self.too_wide = False  # needs more than max_columns, in any precision
 
     def run(self) -> Triplets | None:
-        """The triplets, or None where a dense factorisation is the better way."""
+        """The triplets, or None if a dense factorization should be used instead."""
         if not self.V.shape[1]:
             return self._polish() if self._cover(max(FIRST, columns_for(self.count or 0))) else None
         known = self.V.shape[1]
@@ -105,30 +123,30 @@ class Subspace:
         return found
 
     def _cover(self, columns: int) -> bool:
-        """Widen V until the rest is shown to be below the threshold."""
+        """Append random blocks to V until rho <= threshold; False if that takes more than max_columns."""
         while not self.rho <= self.threshold:
             W = without(self._draw(even(columns)), self.V)
-            B = self._ahead(W)
-            Z = self._back(B)
+            B = self._matmul(W)
+            Z = self._rmatmul(B)
             W = outside(Z, self.V, self.X)
-            if not self._fits(max(W.shape[1], _spread(B, Z, self.X))):
+            if not self._fits(max(W.shape[1], _effective_rank(B, Z, self.X))):
                 return False
             self.V = torch.cat([self.V, W], 1)
             if self.count is not None:
-                B = self._ahead(self.V)
+                B = self._matmul(self.V)
                 self._choose(torch.linalg.eigvalsh(self.X.inner(B, B)))
             self._bound_rest()
             columns = self.V.shape[1] // 2
         return True
 
     def _polish(self) -> Triplets | None:
-        """The triplets from the directions that V has."""
-        source = self.X.normalize_columns(self._ahead(self.V))
+        """Subspace iteration from V, extended by residual directions until the tolerance is met; None if it fails."""
+        source = self.X.normalize_columns(self._matmul(self.V))
         self.V, self.Y = self.V[:, :0], source[:, :0]
         self.YtY = source.new_empty(0, 0, dtype=torch.float64)
         for step in range(MAX_PASSES):
-            Z = self._back(source)
-            if not source.shape[1] or not self._take(outside(Z, self.V, self.X) if step else torch.linalg.qr(Z).Q):
+            Z = self._rmatmul(source)
+            if not source.shape[1] or not self._append(outside(Z, self.V, self.X) if step else torch.linalg.qr(Z).Q):
                 return None
             self.passes += 1
             s, U, V = self._rayleigh_ritz()
@@ -145,15 +163,15 @@ class Subspace:
         return None
 
     def _fits(self, columns: int) -> bool:
-        """Whether as many may join V."""
+        """Whether V may grow by so many columns."""
         self.too_wide = self.V.shape[1] + columns > self.max_columns
         return columns > 0 and not self.too_wide
 
-    def _take(self, V: Tensor) -> bool:
-        """Take the block V, orthonormal and orthogonal to self.V, into the subspace."""
+    def _append(self, V: Tensor) -> bool:
+        """Append the block V ``[n, b]``, orthonormal and orthogonal to self.V; False if too wide or not finite."""
         if not self._fits(V.shape[1]):
             return False
-        Y = self._ahead(V)
+        Y = self._matmul(V)
         own = self.X.inner(Y, Y)
         if len(self.YtY):
             cross = self.X.inner(self.Y, Y)
@@ -162,7 +180,7 @@ class Subspace:
         return math.isfinite(float(own.trace()))
 
     def _rayleigh_ritz(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The triplets to check."""
+        """Rayleigh-Ritz triplets s ``[c]``, U ``[m, c]``, V ``[n, c]`` to verify."""
         squares, Q = torch.linalg.eigh(self.YtY)
         self._choose(squares)
         c, dtype, Q = self.checked, self.V.dtype, Q.flip(1)
@@ -171,7 +189,7 @@ class Subspace:
         return s, product(self.Y, (Q[:, :c] / s).to(dtype)), self.right[:, :c]
 
     def _choose(self, squares: Tensor) -> None:
-        """mu, descending, from ascending squares; how many triplets are wanted, and how many are to be checked."""
+        """Set mu, descending, from ascending squares ``[k]``, and how many triplets to keep and to verify."""
         mu = self.mu = [math.sqrt(max(square, 0.0)) for square in reversed(self.X.broadcast(squares).tolist())]
         if self.count is not None:
             self.threshold = mu[self.count - 1] if len(mu) >= self.count else 0.0
@@ -180,15 +198,15 @@ class Subspace:
         self.checked = min(max(1, self.rank, near), columns_for(self.rank), sum(x > RESOLVED * mu[0] for x in mu))
 
     def _bound_rest(self) -> None:
-        """rho >= ||R||_2 from the powers (R^T R)^j Omega, R = X (I - V V^T).
+        """Lower rho >= ||R||_2, R = X (I - V V^T), from probes of the powers R Omega, R^T R Omega, ...
 
-        A larger V only makes R smaller, and so does a step of the subspace iteration: what was shown of it stays true.
+        The bound stays valid later: extending V, or a step of subspace iteration, can only make ||R||_2 smaller.
         """
         y = without(self._draw(PROBES), self.V)
         power, growth, log_norm = 0, 0.0, 0.0
         while power < MAX_POWER and growth < self.threshold and self.rho > QUIET * self.threshold:
             ahead = power % 2 == 0
-            y = self._ahead(y) if ahead else without(self._back(y), self.V)
+            y = self._matmul(y) if ahead else without(self._rmatmul(y), self.V)
             norm = self.X.norm(y) if ahead else self.X.broadcast_float(float(torch.linalg.vector_norm(y)))
             power += 1
             if norm == 0:
@@ -198,7 +216,7 @@ class Subspace:
             self.rho = min(self.rho, norm_from_log(log_norm, PROBES, power) + self.slack)
 
     def _tail(self, sketch: Sketch) -> float:
-        """A bound of (sum (sigma_i - threshold)_+^2)^(1/2) over the singular values of all that is not wanted."""
+        """Upper bound of (sum (sigma_i - threshold)_+^2)^(1/2) over the discarded singular values."""
         if not self.rho <= self.threshold:
             return math.inf
         sigma = (math.hypot(x, self.rho) for x in self.mu[self.checked :])  # Weyl; all others are at most rho
@@ -212,35 +230,37 @@ class Subspace:
     def _draw(self, columns: int) -> Tensor:
         return torch.randn(self.X.n, columns, generator=self.generator, dtype=self.V.dtype, device=self.V.device)
 
-    def _ahead(self, V: Tensor) -> Tensor:
+    def _matmul(self, V: Tensor) -> Tensor:
         self.products += V.shape[1]
         return self.X.matmul(V)
 
-    def _back(self, Y: Tensor) -> Tensor:
+    def _rmatmul(self, Y: Tensor) -> Tensor:
         self.products += Y.shape[1]
         return self.X.rmatmul(Y)
 
 
-def _spread(B: Tensor, Z: Tensor, X: RowSharded) -> int:
-    """About how many directions R has, from R Omega and R^T R Omega: ``(sum sigma^2)^2 / sum sigma^4``."""
+def _effective_rank(B: Tensor, Z: Tensor, X: RowSharded) -> int:
+    """Effective rank ``(sum sigma^2)^2 / sum sigma^4`` of R, estimated from B = R Omega and Z = R^T R Omega."""
     first, second = X.norm(B.double()), X.broadcast_float(float(torch.linalg.vector_norm(Z, dtype=torch.float64)))
-    return int((first * (first / second)) ** 2 / B.shape[1]) if second else 0  # in this order it cannot overflow
+    return int((first * (first / second)) ** 2 / B.shape[1]) if second else 0  # in this order, no overflow
 
 
 def outside(Y: Tensor, V: Tensor, X: RowSharded) -> Tensor:
-    """An orthonormal basis of (I - V V^T) Y, or of the directions of it that are more than rounding; the same for all
-    among whom X is divided."""
+    """Orthonormal basis ``[n, <= b]`` of ``(I - V V^T) Y``, Y ``[n, b]``, without directions that are only rounding.
+
+    Identical on all ranks that share X.
+    """
     if not V.shape[1]:
-        return orthonormalise(Y)
-    W = without(orthonormalise(without(Y, V)), V)
+        return orthonormalize(Y)
+    W = without(orthonormalize(without(Y, V)), V)
     norms = X.broadcast(torch.linalg.vector_norm(W, dim=0))
-    return W if bool((norms > 1 - 1e-5).all()) else without(orthonormalise(W[:, norms > 0.1]), V)
+    return W if bool((norms > 1 - 1e-5).all()) else without(orthonormalize(W[:, norms > 0.1]), V)
 
 
-def orthonormalise(B: Tensor) -> Tensor:
-    """An orthonormal basis of the columns of B.
+def orthonormalize(B: Tensor) -> Tensor:
+    """Orthonormal basis ``[n, b]`` of the columns of B ``[n, b]``.
 
-    Cholesky-QR in fp64 on columns scaled to length 1, or Householder's QR where they are too dependent for that.
+    Cholesky QR in fp64 on columns scaled to unit length; Householder QR if they are nearly dependent.
     """
     G = inner(B, B)
     scale = G.diagonal().sqrt()
@@ -253,9 +273,10 @@ def orthonormalise(B: Tensor) -> Tensor:
 
 
 def even(columns: int) -> int:
+    """``columns`` rounded up to a multiple of COLUMNS, so that few matrix shapes occur."""
     return -columns // COLUMNS * -COLUMNS
 
 
 def columns_for(rank: int) -> int:
-    """How many columns to keep: some to spare."""
+    """Columns of a basis kept for this rank: oversampled by SPARE and rounded up."""
     return even(rank + SPARE)

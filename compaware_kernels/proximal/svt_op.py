@@ -1,5 +1,8 @@
-"""``compaware::svt_``, ``firm_svt_``: the proximal step of a list of matrices as one op, which a compiler can put in a
-graph. They return the new singular values and the error bounds of all matrices, concatenated, fp64, on their device."""
+"""Custom ops ``compaware::svt_`` and ``firm_svt_``: the proximal step of a list of matrices, for torch.compile.
+
+Both return the singular values of the results and the error bounds of all matrices, each concatenated to one axis,
+fp64, on the device of the weights.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from ..ops import backends
 from . import inplace
 from .svt_info import SvtInfo
 
+__all__ = ["SOLVER", "firm_svt_", "svt_"]
+
 SOLVER = backends.Backend("solver", ops=("small_svd", "wide_product"))
 for _op in backends.SPECTRAL_OPS:
     for _rows in backends.TABLE[_op].values():
@@ -20,11 +25,13 @@ for _op in backends.SPECTRAL_OPS:
 
 @torch.library.custom_op("compaware::svt_", mutates_args={"weights"})
 def svt_(weights: Sequence[Tensor], tau: Tensor, tol: float) -> tuple[Tensor, Tensor]:
+    """SVT of matrices ``[..., m, n]``, in place, tau fp64 ``[L]``; returns singular values and error bounds."""
     return _concatenated(inplace.svt_(weights, tau, tol=tol, fold=None), weights[0] if weights else tau)
 
 
 @torch.library.custom_op("compaware::firm_svt_", mutates_args={"weights"})
 def firm_svt_(weights: Sequence[Tensor], tau: Tensor, gamma: Tensor, tol: float) -> tuple[Tensor, Tensor]:
+    """Firm SVT of matrices ``[..., m, n]``, in place, tau and gamma fp64 ``[L]``; returns as :func:`svt_`."""
     return _concatenated(inplace.firm_svt_(weights, tau, gamma, tol=tol, fold=None), weights[0] if weights else tau)
 
 

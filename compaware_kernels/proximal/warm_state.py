@@ -1,4 +1,4 @@
-"""WarmState: what the proximal engine remembers of each layer from one call to the next."""
+"""WarmState: warm start of the spectral solver, the singular subspaces of every layer kept between calls."""
 
 from __future__ import annotations
 
@@ -11,39 +11,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
+__all__ = ["WarmState", "from_text", "to_text"]
+
 
 class WarmState:
-    """The leading singular vectors of every layer's shorter side, kept between calls of :func:`svt_`.
+    """Leading singular vectors ``[min(m, n), k]`` of every matrix, its shorter side, kept between :func:`svt_` calls.
 
-    Training moves singular subspaces slowly, so the last ones are nearly right for the next call. They only make it
-    faster: the error bound of a result never rests on them. A layer that changed shape, or that comes for the first
-    time, starts from nothing; one whose weights were edited costs a few more passes.
+    Singular subspaces change slowly during training, so those of the last call are a good initial guess. They only save
+    time: no error bound relies on them. A layer that is new or has changed shape starts cold; one whose weights were
+    edited takes a few more iterations.
 
     Holds at most ``(rank + 15) min(m, n)`` numbers per matrix, in its compute dtype, on its device. The same calls with
     the same seed and number of threads give the same results, also after :meth:`load_state_dict`.
 
     Args:
-        seed: of the random probes.
+        seed: seed of the random probes.
     """
 
     def __init__(self, seed: int = 0):
         self.seed, self.calls = seed, 0
-        self.bases: dict[str, Tensor] = {}  # matrix -> [min(m, n), k]; no column: full rank at the last call
+        self.bases: dict[str, Tensor] = {}  # key of the matrix -> [min(m, n), k]; k = 0: full rank at the last call
 
     def remember(self, bases: Mapping[str, Tensor]) -> None:
-        """Take the bases of these matrices in the place of those of the last call."""
+        """Replace the bases of these matrices: key -> ``[min(m, n), k]``."""
         self.bases |= bases
 
     def advance(self) -> None:
-        """Count a call: the next one draws other probes."""
+        """Count one call; the next one draws different probes."""
         self.calls += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers only: loads with ``torch.load(weights_only=True)``."""
+        """Seed, number of calls and bases: tensors and numbers only, for ``torch.load(weights_only=True)``."""
         return {"seed": self.seed, "calls": self.calls, "bases": dict(sorted(self.bases.items()))}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`.  Raises ValueError for anything else, and then changes nothing."""
+        """Restore a :meth:`state_dict`.  Raises ValueError for anything else, leaving the state unchanged."""
         wanted = {"seed", "calls", "bases"}
         if not isinstance(state, Mapping) or state.keys() != wanted:
             got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
@@ -56,12 +58,12 @@ class WarmState:
         self.seed, self.calls, self.bases = state["seed"], state["calls"], dict(state["bases"])
 
     def to(self, *args: Any, **kwargs: Any) -> WarmState:
-        """Move the bases, as ``torch.Tensor.to`` does; returns itself."""
+        """Move or cast the bases in place, with the arguments of ``torch.Tensor.to``; returns self."""
         self.bases = {name: V.to(*args, **kwargs) for name, V in self.bases.items()}
         return self
 
     def numbers(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements of all bases."""
         return sum(V.numel() for V in self.bases.values())
 
     def __repr__(self) -> str:
@@ -69,11 +71,14 @@ class WarmState:
 
 
 def to_text(state: Mapping[str, Any]) -> str:
-    """Tensors and numbers as one text: torch.distributed.checkpoint takes that as a whole, while it loads tensors only
-    into others of the same shapes, which a state that grows does not have."""
+    """Serialize tensors and numbers to one string.
+
+    torch.distributed.checkpoint restores a string of any length, but tensors only into tensors of the same shape, and
+    the bases change shape from call to call.
+    """
     file = io.BytesIO()
     torch.save(state, file)
-    return base64.b64encode(zlib.compress(file.getvalue(), 0)).decode()  # not smaller, but with a checksum
+    return base64.b64encode(zlib.compress(file.getvalue(), 0)).decode()  # level 0: no compression, but a checksum
 
 
 def from_text(text: str) -> Any:
@@ -81,5 +86,5 @@ def from_text(text: str) -> Any:
     try:
         file = io.BytesIO(zlib.decompress(base64.b64decode(text, validate=True)))
         return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds
+    except Exception as error:  # torch.load raises many exception types
         raise ValueError(f"wanted a WarmState as it was saved; got a damaged one: {error!r:.200}") from error

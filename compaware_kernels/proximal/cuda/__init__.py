@@ -1,1 +1,1 @@
-"""The proximal step of a whole network on a GPU: all layers in a fixed number of launches."""
+"""Proximal step of a whole network on a GPU: all layers in a fixed number of kernel launches."""

@@ -1,7 +1,8 @@
-"""Ragged dense products that depend on each other, in one launch: the Triton kernel of :mod:`.matmul_program`.
+"""Triton kernel of :mod:`.matmul_program`: ragged matrix products ``[M, K] x [K, N]`` with dependencies, one launch.
 
-A Triton program takes a ticket, the number of its tile, waits until what comes before it in its layer is done,
-multiplies, and says that it is done. Tickets are drawn in order: whoever waits, waits for one that already runs.
+A persistent program draws a ticket (the index of its next tile), spins until all tiles of the earlier stages of its
+layer are done, computes the tile, and increments the layer's counter of finished tiles. Tickets are drawn in order, so
+a program only ever waits for tiles that are already running: no deadlock.
 """
 
 from __future__ import annotations
@@ -13,23 +14,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 4  # on a multiprocessor: what it has room for, or a few more
-FIELDS = tl.constexpr(26)  # of a problem: see ..gpu.program.Program.build
+__all__ = ["options", "program_kernel", "run"]
+
+PROGRAMS = 4  # programs per multiprocessor: at least as many as fit
+FIELDS = tl.constexpr(26)  # per problem: see Program.build in matmul_program.py
 TYPES = tl.constexpr((tl.float32, tl.bfloat16, tl.float16, tl.float64))
 VECTORS = tl.constexpr((4, 8, 8, 2))  # elements of each type in the widest load
-# Layouts: any; columns contiguous; rows, columns contiguous and made of whole vectors.
+# Layouts: any strides; contiguous columns; contiguous rows, or columns, aligned to whole vectors.
 ANY, COLUMNS, ROW_VECTORS, COLUMN_VECTORS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
 @triton.jit
 def _multiple(x, size: tl.constexpr):
-    """What is a multiple already, in a form in which Triton sees it: it forgets tl.multiple_of where x was loaded."""
+    """x, known to be a multiple of size, in a form Triton can analyze: tl.multiple_of is lost on loaded values."""
     return x // size * size
 
 
 @triton.jit
 def _matrix(problem, i: tl.constexpr, step: tl.constexpr, TYPE: tl.constexpr, LAYOUT: tl.constexpr):
-    """The pointer and the two strides. What Triton knows of them lets it load whole vectors."""
+    """Pointer and two strides of an operand, with the alignment Triton needs for vectorized loads."""
     at = tl.load(problem + i).to(tl.pointer_type(TYPES[TYPE]))
     down, across = tl.load(problem + step), tl.load(problem + step + 1)
     VECTOR: tl.constexpr = VECTORS[TYPE]
@@ -44,7 +47,7 @@ def _matrix(problem, i: tl.constexpr, step: tl.constexpr, TYPE: tl.constexpr, LA
 
 @triton.jit
 def _offsets(i, down, j, across, LAYOUT: tl.constexpr):
-    """Within a tile, in int32."""
+    """Offsets ``[len(i), len(j)]`` within a tile, in int32."""
     if LAYOUT == ROW_VECTORS:
         return i[:, None] * down.to(tl.int32) + j[None, :]
     elif LAYOUT == ANY:
@@ -60,7 +63,7 @@ def _tf32(x):
 
 @triton.jit
 def _fp64(x):
-    """The compiler stops at fp64 products of what it sees loaded in 16 bits; it does not see through a sum, of one."""
+    """x in fp64. The sum over one element hides 16-bit loads, for which the compiler fails on fp64 products."""
     NARROW: tl.constexpr = x.dtype.primitive_bitwidth == 16
     x = x.to(tl.float64)
     return tl.sum(x[:, :, None], 2) if NARROW else x
@@ -68,7 +71,7 @@ def _fp64(x):
 
 @triton.jit
 def _multiply(a, b, total, PRECISION: tl.constexpr):
-    """total + a b. bf16 and fp16 are tf32 as they are: of fp32 beside them, two parts in tf32 are all but the whole."""
+    """total + a b. bf16 and fp16 are exact in tf32; an fp32 operand beside them is split into two tf32 parts."""
     ACC: tl.constexpr = total.dtype
     A_PARTS: tl.constexpr = a.dtype.primitive_bitwidth // 16
     B_PARTS: tl.constexpr = b.dtype.primitive_bitwidth // 16
@@ -99,7 +102,7 @@ def _size(problem, i: tl.constexpr, TYPE: tl.constexpr, WHOLE: tl.constexpr):
 
 @triton.jit
 def _product(problem, tile, total, PRECISION: tl.constexpr, LOOPS: tl.constexpr, INDEX: tl.constexpr):
-    """total + A B in one tile, or what a part of K adds to it."""
+    """total + A B of one tile ``[BM, BN]``, over all of K or one split of it."""
     LOOP: tl.constexpr = LOOPS[INDEX]
     A_TYPE: tl.constexpr = LOOP[1]
     A_LAYOUT: tl.constexpr = LOOP[2]
@@ -136,7 +139,7 @@ def _product(problem, tile, total, PRECISION: tl.constexpr, LOOPS: tl.constexpr,
 
 @triton.jit
 def _gather(problem, tile, total):
-    """Stores a share of the sum. Who comes last adds all of them, in order; for all others, nothing is left to do."""
+    """Split-K: store the partial tile; the last program to arrive reduces all partials in fixed order."""
     BM: tl.constexpr = total.shape[0]
     BN: tl.constexpr = total.shape[1]
     chunks, last = tl.load(problem + 23).to(tl.int32), True
@@ -160,7 +163,7 @@ def _gather(problem, tile, total):
 
 @triton.jit
 def _finish(problem, tile, total, ENDS: tl.constexpr, INDEX: tl.constexpr):
-    """C = alpha total + beta D + gamma I in one tile."""
+    """Epilogue of one tile: C = alpha total + beta D + gamma I."""
     END: tl.constexpr = ENDS[INDEX]
     C_TYPE: tl.constexpr = END[1]
     LAYOUT: tl.constexpr = END[2]
@@ -189,7 +192,7 @@ def _tile(
     problem, tile,
     PRECISION: tl.constexpr, GROUPS: tl.constexpr, LOOPS: tl.constexpr, ENDS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Its type and size are those of its group, which has some loops and ends: the problem says which are its own."""
+    """Compute one tile: accumulator type and size are set by GROUP, main loop and epilogue by the problem."""
     ACC: tl.constexpr = TYPES[GROUPS[GROUP][0]]
     BM: tl.constexpr = GROUPS[GROUP][1]
     BN: tl.constexpr = GROUPS[GROUP][2]
@@ -210,16 +213,16 @@ def _tile(
 
 @triton.jit
 def _counter(counters, problem):
-    """Of the tiles of its layer. Looked up where it is wanted: registers are short."""
+    """Pointer to the finished-tile counter of the layer; recomputed at every use to save registers."""
     return counters + 1 + tl.load(problem + 20)
 
 
 @triton.jit(do_not_specialize=["all_tiles"])
 def program_kernel(
     problems,  # int64 [problems, FIELDS]
-    tiles,  # int32 [tiles, 4]: problem; row, column and share of the tile
-    counters,  # int32 [1 + layers]: tickets drawn; tiles done of each layer
-    awake,  # int32 [1]: nothing is done where it is 0
+    tiles,  # int32 [tiles, 4]: problem; row, column and K split of the tile
+    counters,  # int32 [1 + layers]: tickets drawn; finished tiles of each layer
+    awake,  # int32 [1]: if 0, the kernel returns at once
     all_tiles,
     GROUPS: tl.constexpr,
     LOOPS: tl.constexpr,
@@ -228,7 +231,7 @@ def program_kernel(
 ):
     last = tl.where(tl.load(awake) != 0, all_tiles, 0)
     ticket = tl.atomic_add(counters, 1, sem="relaxed")
-    while tl.condition(ticket < last, disable_licm=True):  # what is moved out of it takes registers from all
+    while tl.condition(ticket < last, disable_licm=True):  # hoisted code would hold registers throughout
         tile = tiles + ticket.to(tl.int64) * 4
         problem = problems + tl.load(tile).to(tl.int64) * FIELDS
         wanted = tl.load(problem + 21)
@@ -249,13 +252,13 @@ def program_kernel(
 
 
 def options(major: int) -> dict[str, int]:
-    """How it is compiled, by compute capability: with other ones, registers are spilled on 12.0."""
+    """Compile options by major compute capability; on 12.0, others spill registers."""
     return {"num_stages": 3} if major < 12 else {"num_stages": 2, "maxnreg": 255}
 
 
 @cache
 def _multiprocessors(device: torch.device) -> tuple[int, int]:
-    """How many there are, and their compute capability's major number."""
+    """Number of multiprocessors of a device, and its major compute capability."""
     if device.type != "cuda":
         return 4, 0
     properties = torch.cuda.get_device_properties(device)
@@ -265,7 +268,7 @@ def _multiprocessors(device: torch.device) -> tuple[int, int]:
 def run(
     problems: Tensor, tiles: Tensor, counters: Tensor, awake: Tensor, kinds: tuple, precision: str, warps: int
 ) -> None:
-    """Launch what the tables list: some programs on each multiprocessor, that take one ticket after the other."""
+    """Launch the products in the tables with PROGRAMS persistent programs per multiprocessor."""
     if len(tiles):
         count, major = _multiprocessors(problems.device)
         grid = (min(len(tiles), PROGRAMS * count),)

@@ -1,4 +1,4 @@
-"""Lists of dense products that one launch works off: :class:`Program`."""
+"""Program: a list of dependent dense matrix products ``[M, K] x [K, N]``, executed in one kernel launch."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+__all__ = ["FAR", "FIELDS", "LEAST", "TYPES", "VECTOR", "End", "Group", "Loop", "Product", "Program", "layout"]
+
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-FAR = 2**31 // 64  # elements from one row of a tile to the next: offsets within a tile are int32
-VECTOR = 16  # bytes: the widest load
-FIELDS = 26  # of a problem
-LEAST = 16  # steps of the loop over K that are worth a tile
+FAR = 2**31 // 64  # limit of strides, in elements: offsets within a tile of 64 rows are int32
+VECTOR = 16  # bytes of the widest load
+FIELDS = 26  # int64 fields per problem
+LEAST = 16  # fewest steps of the loop over K per split
 
 
 class Group(NamedTuple):
-    """What tiles of one accumulator have in common; its type is an index of TYPES."""
+    """Tile shape ``[BM, BN]`` and accumulator type, an index of TYPES."""
 
     accumulator: int
     BM: int
@@ -26,7 +28,7 @@ class Group(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """What the loop over K is specialised for: types, and layouts as :func:`layout` says."""
+    """Specialization of the main loop over K: operand types, layouts (see :func:`layout`) and step BK."""
 
     a: int
     a_layout: int
@@ -36,14 +38,14 @@ class Loop(NamedTuple):
 
 
 class End(NamedTuple):
-    """What the rest is specialised for."""
+    """Specialization of the epilogue: type and layout of C."""
 
     c: int
     layout: int
 
 
 class Product(NamedTuple):
-    """C = alpha A B + beta plus + gamma I."""
+    """One product C = alpha A B + beta plus + gamma I, with its stage and specialization."""
 
     layer: int
     stage: int
@@ -64,22 +66,22 @@ class Product(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """Of the loop over K."""
+        """Number of steps of the loop over K."""
         return -(-self.A.shape[1] // self.loop.BK)
 
     def share_bytes(self, chunks: int) -> int:
-        """Of the tiles of all shares of the sum."""
+        """Bytes of the split-K workspace: the partial tiles of all ``chunks`` splits."""
         size = self.group.BM * self.group.BN * TYPES[self.group.accumulator].itemsize
         return math.prod(self.tiles) * chunks * size
 
     @property
     def tiles(self) -> tuple[int, int]:
-        """How many, down and across."""
+        """Number of tiles, down and across."""
         return -(-self.C.shape[0] // self.group.BM), -(-self.C.shape[1] // self.group.BN)
 
 
 def layout(X: Tensor) -> int:
-    """1 where columns are contiguous, 0 elsewhere; 3, or 2 where rows are, if whole vectors lie everywhere."""
+    """Layout code: 0 any strides, 1 contiguous columns; aligned to vectors: 2 contiguous rows, 3 columns."""
     steps = [1 if size == 1 else step for size, step in zip(X.shape, X.stride(), strict=True)]
     along = max((axis for axis in (1, 0) if steps[axis] == 1), key=lambda axis: X.shape[axis], default=None)
     if along is None:
@@ -89,9 +91,9 @@ def layout(X: Tensor) -> int:
 
 
 class Program:
-    """Products of matrices on a GPU, in one launch: C = A B, or alpha A B + beta D + gamma I.
+    """Matrix products on a GPU, in one launch: C = A B, or alpha A B + beta D + gamma I.
 
-    Products of one layer in one stage are computed in any order, those of different layers always are. ::
+    A product waits for the products of the same layer in earlier stages; all others run in any order. ::
 
         program = Program(layers=1)
         program.multiply(0, A, B, T)
@@ -101,12 +103,12 @@ class Program:
         program.run(counters)
 
     Args:
-        layers: how many wait for each other on their own.
-        precision: of the products of two fp32 matrices that are not wide: ieee or tf32x3.
-        awake: int32 ``[1]``; where it is 0 when the program runs, nothing is done. That costs next to nothing, while a
-            gate costs every tile of its product a look.
-        warps: of a Triton program.
-        at_once: tiles that a GPU computes at a time; sums are split so that there are about as many.
+        layers: number of independent dependency chains.
+        precision: of products of two fp32 matrices, unless wide: ieee or tf32x3.
+        awake: int32 ``[1]``; if it is 0 when the program runs, nothing is done. This is nearly free, while a gate is
+            read by every tile of its product.
+        warps: number of warps of a Triton program.
+        at_once: number of tiles a GPU computes concurrently; K is split to give about as many.
     """
 
     def __init__(
@@ -114,8 +116,8 @@ class Program:
     ):
         self.layers, self.precision, self.at_once, self.warps = layers, precision, at_once, warps
         self.flops = self.bytes = self.tiles = 0
-        self.counters = 1 + layers  # int32, zero before every run
-        self.tensors: list[Tensor] = []  # all that the tables point to
+        self.counters = 1 + layers  # how many int32 counters :meth:`run` needs, zero before every run
+        self.tensors: list[Tensor] = []  # kept alive: the tables hold their addresses
         self._products: list[Product] = []
         self.awake, self._stage = awake, 0
 
@@ -130,30 +132,33 @@ class Program:
         gate: Tensor | None = None,
         wide: bool = False,
     ) -> None:
-        """Lists C = A B, or C = alpha A B + beta plus + gamma I.
+        """Append C = A B, or C = alpha A B + beta plus + gamma I.
 
         Args:
             layer: 0 to layers - 1.
             A: ``[M, K]``, fp32, bf16, fp16 or fp64, any strides.
             B: ``[K, N]``, likewise.
             C: ``[M, N]``, likewise.
-            plus: ``[M, N]`` of C's dtype; may be C. It is not read where beta is 0.
+            plus: ``[M, N]`` of C's dtype; may be C. Not read if beta is 0.
             coef: fp64 ``[3]``: alpha, beta, gamma; read when the program runs.
-            gate: int32 ``[1]``; where it is 0 when the program runs, C stays as it is.
-            wide: multiplied and summed in fp64, otherwise in fp32.
+            gate: int32 ``[1]``; if it is 0 when the program runs, C is left unchanged.
+            wide: multiply and accumulate in fp64, otherwise in fp32.
+
+        Raises:
+            ValueError: shapes or dtypes that do not match, a layer out of range, strides beyond int32 offsets.
         """
         M, N, K = *C.shape, A.shape[1]
         if A.shape != (M, K) or B.shape != (K, N) or (plus is not None and plus.shape != C.shape):
             shapes = [list(X.shape) for X in (A, B, C, plus) if X is not None]
-            raise ValueError(f"A, B, C and plus do not fit each other: {shapes}")
+            raise ValueError(f"A, B, C and plus: wanted [M, K], [K, N], [M, N] and [M, N]; got {shapes}")
         if (plus is None) is not (coef is None) and plus is not None:
-            raise ValueError("plus counts beta times: it needs coef")
+            raise ValueError("coef: wanted alpha, beta and gamma with plus; got None")
         if plus is not None and plus.dtype != C.dtype:
-            raise ValueError(f"plus must be of the dtype of C; got {plus.dtype} and {C.dtype}")
+            raise ValueError(f"plus: wanted the dtype of C, {C.dtype}; got {plus.dtype}")
         if not 0 <= layer < self.layers:
-            raise ValueError(f"layer must be 0 to {self.layers - 1}; got {layer}")
+            raise ValueError(f"layer: wanted 0 to {self.layers - 1}; got {layer}")
         if any(sum(X.stride()) >= FAR for X in (A, B, C, C if plus is None else plus)):
-            raise ValueError(f"strides that add up to less than {FAR} are wanted")
+            raise ValueError(f"strides: wanted a sum below {FAR} for every matrix")
         if layout(C) in (1, 3):
             A, B, C, plus = B.T, A.T, C.T, None if plus is None else plus.T
             M, N = N, M
@@ -172,12 +177,12 @@ class Program:
         self.bytes += sum(X.nbytes for X in (A, B, C, *([] if plus is None else [plus])))
 
     def stage(self) -> None:
-        """What is listed from here on waits for all that was listed before for the same layer."""
+        """Begin a stage: later products wait for all earlier products of the same layer."""
         self._stage += 1
 
     def build(self, device: torch.device | str) -> Program:
-        """Makes the tables on the device; nothing can be listed after."""
-        self._products.sort(key=lambda product: (product.stage, -product.sizes[2]))  # what takes longest first
+        """Build the tables on the device; no product can be appended afterwards. Returns self."""
+        self._products.sort(key=lambda product: (product.stage, -product.sizes[2]))  # longest K first
         kinds, lengths = self._kinds(), self._lengths()
         shares, arrivals = self._memory(lengths, device)
         before, now, stage, used, waiting = Counter(), Counter(), 0, 0, 0
@@ -205,7 +210,7 @@ class Program:
         return self
 
     def _kinds(self) -> list[tuple[int, int, int]]:
-        """Numbers the groups, loops and ends that there are; those of every product, -1 for the loop where K is 0."""
+        """Indices (group, loop, end) of every product into the distinct ones, ``self.kinds``; loop -1 if K is 0."""
         groups = sorted({p.group for p in self._products})
         loops = sorted({(p.group, p.loop) for p in self._products if p.sizes[2]})
         ends = sorted({(p.group, p.end) for p in self._products})
@@ -223,7 +228,7 @@ class Program:
         ]
 
     def _lengths(self) -> list[int]:
-        """How much of K one tile of each product sums: no more than keeps the others of its stage busy as long."""
+        """Length of the K split of each product: balances the tiles of a stage over the ``at_once`` concurrent ones."""
         work = Counter()
         for product in self._products:
             work[product.stage] += math.prod(product.tiles) * product.steps
@@ -232,7 +237,7 @@ class Program:
         return [max(1, -(-p.steps // n)) * p.loop.BK for p, n in zip(self._products, parts, strict=True)]
 
     def _memory(self, lengths: list[int], device: torch.device | str) -> tuple[Tensor, Tensor]:
-        """Where the shares of sums lie, and how many of a sum have been stored."""
+        """Split-K workspace: partial tiles, uint8 ``[bytes]``, and arrival counters, int32 ``[tiles]``."""
         chunks = [-(-product.sizes[2] // length) for product, length in zip(self._products, lengths, strict=True)]
         split = [(product, n) for product, n in zip(self._products, chunks, strict=True) if n > 1]
         size = sum(product.share_bytes(n) for product, n in split)
@@ -242,10 +247,10 @@ class Program:
         return shares, arrivals
 
     def run(self, counters: Tensor) -> None:
-        """Launches: everything listed, in the current stream.
+        """Launch all products on the current stream.
 
         Args:
-            counters: int32, all 0, ``self.counters`` of them; a run leaves other numbers there.
+            counters: int32 ``[self.counters]``, all 0; overwritten.
         """
         from .matmul_kernel import run
 

@@ -1,4 +1,4 @@
-"""What the proximal step of a whole network needs on a GPU: workspace, tables and programs, made once."""
+"""Plan of the GPU step for a fixed list of matrices: workspace, device tables and matrix programs, built once."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from .matmul_program import Program
 from .polar_express import schedule
 from .sizes import is_small
 
+__all__ = ["CHUNK", "CONSTANTS", "PROGRAMS", "SLOT_BYTES", "Plan"]
+
 PROGRAMS = 6
-CHUNK = 2**16  # elements whose squares one block sums
-SLOT_BYTES = 2**30  # of all that take turns in the dense route, if a single one does not need more
+CHUNK = 2**16  # elements per block of the norm reduction
+SLOT_BYTES = 2**30  # workspace of the dense route over all slots, unless a single layer needs more
 CONSTANTS = {
     "newton_schulz": (-0.5, 1.5, 0), "minus_plus": (-1, 1, 0), "plus_minus": (1, -1, 0), "same": (0, 1, 0),
     "middle": (0.5, 0.5, 1), "identity": (0, 0, 1), "restart": (0.5, 0.51, 0), "sign_check": (-0.25, 0.25, 0),
@@ -24,12 +26,17 @@ CONSTANTS = {
 
 
 class Plan:
-    """All matrices of one device, ``[m, n]`` contiguous and of one dtype, with the width of the basis of each.
+    """Plan for a list of L contiguous matrices ``[m, n]`` of one device and dtype.
+
+    Args:
+        weights: the matrices, updated in place by every step.
+        widths: columns of the subspace of each matrix; 0 for the dense route only.
+        firm: whether slopes may exceed 1, which takes a second pass of the dense route.
 
     Attributes:
-        inputs: fp64: the thresholds of the matrices, the seed, and the number of the call, which a call raises.
-        slopes: fp64: 1 for soft thresholding; where ``firm``, also more.
-        out: fp64, of every matrix what :data:`.device_structs.REPORT` names, and its singular values.
+        inputs: fp64 ``[L + 2]``: thresholds, seed, and call number, which every step increments.
+        slopes: fp64 ``[L]``: 1 for soft, more for firm thresholding.
+        out: fp64 ``[sum (R + n)]``: per matrix the R fields of :data:`.device_structs.REPORT`, then n singular values.
     """
 
     def __init__(self, weights: Sequence[Tensor], widths: Sequence[int], firm: bool = False):
@@ -43,18 +50,18 @@ class Plan:
         self.small = [x for x, W in zip(self.matrices, weights, strict=True) if is_small(W)]
         self.layers = [x for x, W in zip(self.matrices, weights, strict=True) if not is_small(W)]
         self.out = self._zeros(sum(x.n + len(device_structs.REPORT) for x in self.matrices))
-        self._share_out()
+        self._split_output()
         for number, x in enumerate(self.layers):
             x.number = number
         for x, k in zip(self.matrices, widths, strict=True):
             x.k = 0 if is_small(x.W) else k
-        self.chunks = self._cut()
-        self.zeroed = self._zeros(1 + PROGRAMS * (1 + len(self.layers)), dtype=torch.int32)  # by every step
+        self.chunks = self._chunk_table()
+        self.zeroed = self._zeros(1 + PROGRAMS * (1 + len(self.layers)), dtype=torch.int32)  # zeroed by every step
         self.awake, self.counters = self.zeroed[:1], self.zeroed[1:].view(PROGRAMS, -1)
         for x in self.layers:
             self._allocate(x)
         self._fill_tables()
-        self._list_programs()
+        self._build_programs()
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.zeros(*shape, dtype=dtype, device=self.device)
@@ -62,8 +69,8 @@ class Plan:
     def _constants(self, rows) -> Tensor:
         return torch.tensor(rows, dtype=torch.float64, device=self.device)
 
-    def _share_out(self) -> None:
-        """Everything that is reported of a matrix lies together: its numbers, then its singular values."""
+    def _split_output(self) -> None:
+        """Assign to every matrix its part of ``out``: report fields, then singular values, contiguous."""
         parts = self.out.split([size for x in self.matrices for size in (len(device_structs.REPORT), x.n)])
         for x, report, s in zip(self.matrices, parts[::2], parts[1::2], strict=True):
             x.report, x.s = report, s
@@ -72,7 +79,8 @@ class Plan:
             for name in ("error", "rank", "method"):
                 setattr(x, name, x.report[device_structs.REPORT.index(name) :])
 
-    def _cut(self) -> Tensor:
+    def _chunk_table(self) -> Tensor:
+        """Table of the chunks of all matrices for the norm reduction."""
         rows = []
         for x in self.matrices:
             x.first_chunk, size = len(rows), x.m * x.n
@@ -109,7 +117,7 @@ class Plan:
         self.one = {name: self._constants(row) for name, row in CONSTANTS.items()}
         self.one |= {"sign": self._constants(sign), "root": self._constants(root)}
 
-    def _list_programs(self) -> None:
+    def _build_programs(self) -> None:
         count = len(self.layers)
         self.warm = subspace_iteration.programs([x for x in self.layers if x.k], count, self.one)
         out = Program(layers=count)
@@ -118,11 +126,12 @@ class Plan:
             out.multiply(x.number, empty.view(x.m, 0), empty.view(0, x.n), x.W, gate=x.gate["clear"])
             if x.k:
                 out.multiply(x.number, x.Us, x.right.mT, x.W, gate=x.gate["apply"])
-        whole = Program(layers=count, awake=self.awake, warps=8)  # with 4, registers are spilled
+        whole = Program(layers=count, awake=self.awake, warps=8)  # 4 warps spill registers
         matrix_sign.list_products(whole, matrix_sign.assign(self.layers, SLOT_BYTES), self.new, self.one)
         self.programs = [program.build(self.device) for program in (*self.warm, out, whole)]
 
 
 def _matrix(W: Tensor, tau: Tensor, slope: Tensor, passes: int) -> SimpleNamespace:
+    """Fields of one matrix, transposed to m >= n."""
     tall, numbers = W if W.shape[0] >= W.shape[1] else W.mT, {"tau": tau, "slope": slope, "passes": passes}
     return SimpleNamespace(W=tall, m=tall.shape[0], n=tall.shape[1], dtype=device_structs.DTYPES[W.dtype], **numbers)

@@ -1,10 +1,10 @@
-"""Coefficients of the iterations that turn a symmetric matrix into its sign, or its inverse root: as Polar Express.
+"""Polar Express coefficients: minimax quintics for the matrix sign and inverse square root iterations.
 
-``p(x) = a x + b x^3 + c x^5`` brings numbers of ``[l, u]`` nearest to 1: with the least largest ``|1 - p(x)|``. What is
-left, ``[1 - e, 1 + e]``, is the next interval. The polynomials are optimal each, and so is their composition; but a
-number at the upper end stays at the upper end, and rounding that takes it beyond would grow. So the intervals end a
-hundredth farther. And large numbers are brought as low as the lowest, which rounding might turn negative: so no
-polynomial is made for numbers below 0.003, and those grow by nearly as much.
+``p(x) = a x + b x^3 + c x^5`` minimizes the maximum of ``|1 - p(x)|`` over ``[l, u]``; its range, ``[1 - e, 1 + e]``,
+is the next interval. Each polynomial is optimal, and so is their composition. Two safeguards against rounding: a value
+at the upper end is mapped to the upper end again, where a rounding error beyond it would grow, so the intervals are
+extended by one percent (BEYOND). And large values are mapped as low as the smallest ones, where a rounding error might
+make them negative, so l is at least 0.003 (CUSHION); smaller values still grow by nearly as much.
 
 Source: Amsel, Persson, Musco & Gower, The Polar Express, arXiv 2505.16932, 2025, section 3 (theorem 1, algorithm 1).
 """
@@ -15,13 +15,15 @@ from functools import cache
 
 import numpy as np
 
-LOWEST = 1e-16  # of the first interval: smaller numbers are rounding
+__all__ = ["BEYOND", "CUSHION", "LOWEST", "quintic", "schedule"]
+
+LOWEST = 1e-16  # lower end of the first interval: smaller values are rounding errors
 BEYOND, CUSHION = 1.01, 0.003
 
 
 @cache
 def schedule() -> tuple[tuple[float, float, float, float], ...]:
-    """(l, a, b, c) of each step, from ``[LOWEST, 1]`` until what is left is rounding; an even number of steps."""
+    """Coefficients (l, a, b, c) of each step, from ``[LOWEST, 1]`` to convergence; an even number of steps."""
     steps, l, u = [], LOWEST, BEYOND
     while u - l > 1e-5:
         a, b, c, e = quintic(max(l, CUSHION), u)
@@ -31,7 +33,7 @@ def schedule() -> tuple[tuple[float, float, float, float], ...]:
 
 
 def quintic(l: float, u: float) -> tuple[float, float, float, float]:
-    """a, b, c, e of ``[l, u]``, by Remez' exchange: the error is e, -e, e, -e at l, q, r, u."""
+    """Minimax quintic (a, b, c) on ``[l, u]`` and its error e, by Remez exchange: e, -e, e, -e at l, q, r, u."""
     q, r, e = (3 * l + u) / 4, (l + 3 * u) / 4, np.inf
     for _ in range(100):
         x, before = np.array([l, q, r, u]), e

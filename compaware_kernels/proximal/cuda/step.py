@@ -1,4 +1,4 @@
-"""The proximal step of a whole network on a GPU: 13 launches, however many layers, and no word with the host."""
+"""GPU step: prox of all layers of a plan in 13 kernel launches, without device-to-host synchronization."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from ...ops import cuda_launcher
 from .plan import Plan
 from .sizes import SMALL_BYTES
 
-THREADS = constant("kThreads")  # of every block
-COLUMNS = {(8, 0): 128, (9, 0): 160, (10, 0): 160}  # whose squares fit in shared memory in fp64, by compute capability
-FEW_COLUMNS = 96  # of any other
+__all__ = ["COLUMNS", "FEW_COLUMNS", "THREADS", "run"]
+
+THREADS = constant("kThreads")  # per block
+COLUMNS = {(8, 0): 128, (9, 0): 160, (10, 0): 160}  # largest k with k^2 fp64 in shared memory, by compute capability
+FEW_COLUMNS = 96  # the same, for all other devices
 
 
 def run(plan: Plan, tol: float) -> None:
-    """Queue one step, in place, on the current stream; thresholds are those in ``plan.inputs``."""
+    """Enqueue one in-place step on the current stream; thresholds are read from ``plan.inputs``."""
     first, second, third, fourth, out, whole = plan.programs
     counters, layers = list(plan.counters), len(plan.layers)
     _begin(plan)
@@ -48,7 +50,7 @@ def _orth(plan: Plan, tol: float, first: bool) -> None:
 
 
 def _small(plan: Plan, tol: float) -> None:
-    """Also where there are none: then one block has nothing to do, and every network takes as many launches."""
+    """Launched even without small matrices (one idle block), so that the number of launches is fixed."""
     count = len(plan.small)
     arguments = [plan.small_table, count, plan.refused, tol]
     _launch(plan, "ck_small", max(1, count), SMALL_BYTES, arguments)

@@ -1,20 +1,20 @@
-"""Singular values above tau from a subspace, as four programs of matrix products: the warm route of the GPU.
+"""Subspace route of the GPU: SVT of W ``[m, n]``, m >= n, by warm-started subspace iteration, in four programs.
 
-V ``[n, k]`` are the right singular vectors of the last call, roughly, and k is a little more than their number. A step
-of subspace iteration and a half of one,
+V ``[n, k]`` approximates the right singular vectors of the last call, k slightly above the rank. One and a half steps
+of subspace iteration,
 
     ``U = orth(W V)``,  ``Z = W^T U``,  ``U = orth(W Z)``,  ``Z = W^T U``,  ``Z^T Z = Q diag(mu^2) Q^T``,
 
-gives ``W = U Z^T + R`` with ``U^T R = 0``: the triplets (U Q, mu, Z Q / mu) are exact ones of ``U Z^T``. The wanted are
-exact ones of ``W - F V_s^T``, ``F = W V_s - U_s diag(mu_s)``, of which the rest has no singular value above
-``(mu_j^2 + ||R||^2)^(1/2)``, with j the first that is left out. So, as the prox is non-expansive,
+give ``W = U Z^T + R`` with ``U^T R = 0``: the triplets (U Q, mu, Z Q / mu) are exact for ``U Z^T``. The kept ones
+(index s) are exact for ``W - F V_s^T``, ``F = W V_s - U_s diag(mu_s)``, whose other singular values are at most
+``(mu_j^2 + ||R||^2)^(1/2)``, with j the first discarded triplet. So, as the prox is non-expansive,
 
     ``||U_s max(mu_s - tau, 0) V_s^T - prox(W)||_F <= ||F||_F + || max(rest - tau, 0) ||_F``
 
-and what rounding adds: ``W^T U_s - V_s mu_s``, and what U_s and V_s lack of being orthonormal. All four are measured by
-32 Gaussian vectors in fp64; ``||R||`` by powers ``R, R^T R, ...`` of the same vectors (see
-:mod:`compaware_kernels.proximal.error_bounds`). U is made orthonormal by a Cholesky factor in fp64 and two steps of
-Newton-Schulz, ``U (3 I - U^T U) / 2``: matrix products, which double its digits.
+plus rounding: ``W^T U_s - V_s mu_s``, and the loss of orthogonality of U_s and V_s. All four are measured with 32
+Gaussian probes in fp64; ``||R||`` with powers ``R, R^T R, ...`` applied to the same probes (see
+:mod:`compaware_kernels.proximal.error_bounds`). U is orthonormalized by a Cholesky factor in fp64 and two Newton-Schulz
+steps, ``U (3 I - U^T U) / 2``, which converge quadratically and are matrix products.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from torch import Tensor
 from .device_structs import POWERS, PROBES
 from .matmul_program import Program
 
+__all__ = ["allocate", "programs"]
+
 
 def allocate(layer: SimpleNamespace, new) -> None:
-    """The workspace of one layer; ``new(*shape, dtype)`` makes a tensor."""
+    """Allocate the workspace of one layer; ``new(*shape, dtype)`` makes a tensor."""
     m, n, k, wide = layer.m, layer.n, layer.k, torch.float64
     for name, shape in {
         "V": (n, k), "B": (m, k), "U": (m, k), "Z": (n, k), "S": (k, k), "E": (k, k),
@@ -50,12 +52,12 @@ def allocate(layer: SimpleNamespace, new) -> None:
 
 
 def programs(layers: Sequence[SimpleNamespace], count: int, one: dict[str, Tensor]) -> tuple[Program, ...]:
-    """Before ck_orth, twice, before ck_ritz and before ck_judge; ``one``: coefficients that are the same for all."""
+    """Four programs, run before ck_orth (two), ck_ritz and ck_judge; ``one``: coefficients shared by all layers."""
     found = []
     for steps in (
         [_ahead("V"), _inner],
         [*_ORTHONORMAL, _back, _ahead("Z"), _inner],
-        [*_ORTHONORMAL, _back, _squares, _in_basis, _lost],
+        [*_ORTHONORMAL, _back, _squares, _in_basis, _probe_residuals],
         [*_CHECKS, *_POWERS],
     ):
         program = Program(layers=count)
@@ -86,7 +88,7 @@ def _orthonormal(program, x, one):
     _multiply(program, x, x.B, x.S, x.U)
 
 
-def _lengths(of: str):
+def _gram(of: str):
     def step(program, x, one):
         U = getattr(x, of)
         _multiply(program, x, U.mT, U, x.E)
@@ -94,7 +96,7 @@ def _lengths(of: str):
     return step
 
 
-def _polish(of: str, to: str):
+def _newton_schulz(of: str, to: str):
     def step(program, x, one):
         U = getattr(x, of)
         _multiply(program, x, U, x.E, getattr(x, to), plus=U, coef=one["newton_schulz"])
@@ -102,7 +104,7 @@ def _polish(of: str, to: str):
     return step
 
 
-_ORTHONORMAL = [_orthonormal, _lengths("U"), _polish("U", "B"), _lengths("B"), _polish("B", "U")]
+_ORTHONORMAL = [_orthonormal, _gram("U"), _newton_schulz("U", "B"), _gram("B"), _newton_schulz("B", "U")]
 
 
 def _back(program, x, one):
@@ -119,7 +121,7 @@ def _in_basis(program, x, one):
     _multiply(program, x, x.U.mT, x.Y, x.UY, wide=True)
 
 
-def _lost(program, x, one):
+def _probe_residuals(program, x, one):
     _multiply(program, x, x.Z.mT, x.omega, x.lost, plus=x.UY, coef=one["minus_plus"], wide=True)
     _multiply(program, x, x.U, x.UY, x.first, plus=x.Y, coef=x.coefficient["project"], wide=True)
 
@@ -133,7 +135,7 @@ def _triplets(program, x, one):
     _multiply(program, x, x.Qv, x.inside, x.T3, wide=True)
 
 
-def _of_triplets(program, x, one):
+def _triplet_probes(program, x, one):
     _multiply(program, x, x.U, x.T2, x.Ui, wide=True)
     _multiply(program, x, x.Z, x.T3, x.Vi, wide=True)
     _multiply(program, x, x.H, x.T1, x.HT, wide=True)
@@ -141,18 +143,18 @@ def _of_triplets(program, x, one):
     _multiply(program, x, x.Qs.mT, x.lost, x.left, wide=True)
 
 
-def _lacks(program, x, one):
+def _residuals(program, x, one):
     less = {"coef": one["plus_minus"], "wide": True}
     _multiply(program, x, x.Qv.mT, x.HT, x.skew_V, plus=x.scaled, **less)
     _multiply(program, x, x.Qs.mT, x.CT, x.skew_U, plus=x.scaled, **less)
     _multiply(program, x, x.W, x.Vi, x.F, plus=x.Ui, **less)
 
 
-_CHECKS = [_triplets, _of_triplets, _lacks]
+_CHECKS = [_triplets, _triplet_probes, _residuals]
 
 
 def _power(j: int, x: SimpleNamespace) -> Tensor:
-    """The j-th power of the rest, on the probes; it begins with the first, which is in fp64."""
+    """j-th power of R applied to the probes, ``[m or n, PROBES]``; the first is in fp64."""
     if j == 1:
         return x.first
     at = sum(x.n if i % 2 == 0 else x.m for i in range(2, j))

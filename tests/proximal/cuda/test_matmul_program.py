@@ -34,16 +34,16 @@ def new(*shape, dtype=torch.float32):
 
 A, B, C, COEF = new(5, 7), new(7, 3), new(5, 3), new(3, dtype=torch.float64)
 BROAD = torch.empty_strided((5, 3), (FAR, 1), device="meta")
-FIT, STRIDES = "do not fit each other: ", f"strides that add up to less than {FAR} are wanted"
+FIT, STRIDES = r"wanted \[M, K\], .* and \[M, N\]; got ", f"strides: wanted a sum below {FAR} for every matrix"
 REFUSED = [
     (FIT + r"\[\[5, 7\], \[7, 3\], \[3, 5\]\]", 0, A, B, C.T),
     (FIT + r"\[\[5, 7\], \[3, 7\], \[5, 3\]\]", 0, A, B.T, C),
     (FIT + r"\[\[7, 5\], \[7, 3\], \[5, 3\]\]", 0, A.T, B, C),
     (FIT + r".*, \[5, 1\]\]", 0, A, B, C, C[:, :1], COEF),
-    ("plus counts beta times: it needs coef", 0, A, B, C, C),
-    ("plus must be of the dtype of C; got torch.float16 and torch.float32", 0, A, B, C, C.half(), COEF),
-    ("layer must be 0 to 1; got 2", 2, A, B, C),
-    ("layer must be 0 to 1; got -1", -1, A, B, C),
+    ("coef: wanted alpha, beta and gamma with plus; got None", 0, A, B, C, C),
+    ("plus: wanted the dtype of C, torch.float32; got torch.float16", 0, A, B, C, C.half(), COEF),
+    ("layer: wanted 0 to 1; got 2", 2, A, B, C),
+    ("layer: wanted 0 to 1; got -1", -1, A, B, C),
     (STRIDES, 0, BROAD, new(3, 2), new(5, 2)),
     (STRIDES, 0, new(2, 5), BROAD, new(2, 3)),
     (STRIDES, 0, A, B, BROAD),

@@ -1,8 +1,9 @@
-"""Which backend runs which op: one table, that dispatcher, layers, solver, self-test and ``compaware info`` read.
+"""Backend registry: per op and device type an ordered list of kernels, with why each is unavailable or declines.
 
-A row says why its backend cannot run on this machine, and which arguments it declines. The first row without an
-objection runs; where there is none, plain PyTorch does. To add a backend, add a row; if Python starts it, with its body
-(``run``), which the op's CUDA body below then calls. Importing this imports no Triton.
+The dispatcher, the layers, the solver, the self-test and ``compaware info`` all read this table. The first backend that
+is available and accepts the arguments runs; otherwise plain PyTorch does. To add a backend, add a row; a backend
+launched from Python also needs its function (``run``), which the op's CUDA implementation below calls. Importing this
+module does not import Triton.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from . import library, quarantine, shrinkage
 from . import lowrank as lowrank_ops
 from .lowrank_limits import cpu_declines, triton_declines
 
-WANTED = (3, 6)  # of Triton
+WANTED = (3, 6)  # least Triton version
 TWO_STEPS = "two steps, not the fused kernel"
 SHRINK = (
     "soft_threshold", "group_shrink", "sparse_group_shrink",
@@ -29,26 +30,26 @@ SPECTRAL = ("svt_", "firm_svt_")
 
 
 class Backend(NamedTuple):
-    """One row of the table.  A reason is a text; "" is none."""
+    """Backend of an op on a device type.  Reasons are text; "" means that there is none."""
 
     name: str
-    missing: Callable[[torch.device], str] = lambda device: ""  # why it cannot run there, whatever the arguments
-    declines: Callable[..., str] = lambda *args: ""  # why it does not take these arguments
-    family: str = ""  # of the self-test: where that found it wrong, it is not used
-    run: Callable[..., Tensor] | None = None  # None: the C++ library has registered it
-    ops: tuple[str, ...] = ()  # that it is made of
+    missing: Callable[[torch.device], str] = lambda device: ""  # why it is unavailable on the device, for any arguments
+    declines: Callable[..., str] = lambda *args: ""  # why it does not accept these arguments
+    family: str = ""  # of the self-test; where the family failed, it is not used
+    run: Callable[..., Tensor] | None = None  # None: registered by the C++ library
+    ops: tuple[str, ...] = ()  # ops that it calls
 
     def why_not(self, device: torch.device) -> str:
-        """Why it is not used there, whatever the arguments."""
+        """Why it is not used on the device, for any arguments; "" if it is."""
         return self.missing(device) or (quarantine.refused(self.family, device) if self.family else "")
 
 
-# --- why a backend cannot run on this machine -------------------------------------------------------------------------
+# --- why a backend is unavailable -------------------------------------------------------------------------------------
 
 
 @cache
 def triton_missing() -> str:
-    """Why no Triton kernel can run here, whatever the device; "" if they can."""
+    """Why no Triton kernel can run on any device; "" if they can."""
     try:
         import triton
     except ImportError as error:
@@ -62,7 +63,7 @@ def _no_library(device: torch.device) -> str:
 
 
 def _no_shrink(device: torch.device) -> str:
-    """The library was loaded, but for CUDA it may have been built without nvcc."""
+    """Why the shrink kernels are missing: no library, or one built without nvcc; "" if they are registered."""
     here = torch._C._dispatch_has_kernel_for_dispatch_key("compaware::soft_threshold", device.type.upper())
     return _no_library(device) or ("" if here else f"C++ library: built without kernels for {device.type}")
 
@@ -73,7 +74,7 @@ def _no_triton(device: torch.device) -> str:
     return triton_missing() or (f"sm_80 or later is wanted; {device} is older" if too_old else "")
 
 
-# --- Triton's low-rank kernel, as the ops call it ---------------------------------------------------------------------
+# --- Triton low-rank kernel, with the ops' arguments ------------------------------------------------------------------
 
 
 def _triton_conv2d(x, V, U, bias, residual, packed, stride, padding, dilation, groups, fold, activation) -> Tensor:
@@ -97,28 +98,30 @@ CPP_LOW_RANK = CPP._replace(declines=cpu_declines)
 CUDA_SHRINK = Backend("C++ kernel", _no_shrink, family=quarantine.SHRINK)
 TRITON = Backend("Triton kernel", _no_triton, triton_declines, quarantine.LOW_RANK)
 
-TABLE: dict[str, dict[str, list[Backend]]] = {  # op -> type of device -> its backends there, the first choice first
+TABLE: dict[str, dict[str, list[Backend]]] = {  # op -> device type -> backends, in order of preference
     "svt": {},
     "small_svd": {"cpu": [CPP]},
     "wide_product": {"cpu": [CPP]},
     **{op: {"cpu": [CPP], "cuda": [CUDA_SHRINK]} for op in SHRINK},
-    **{op: {"cpu": [], "cuda": []} for op in SPECTRAL},  # filled from above, by the solver and the step on a GPU
+    **{
+        op: {"cpu": [], "cuda": []} for op in SPECTRAL
+    },  # filled by the proximal solver and the CUDA step, which import this module
     "lowrank_pack": {"cpu": [CPP]},
     "lowrank_conv2d": {"cpu": [CPP_LOW_RANK], "cuda": [TRITON._replace(run=_triton_conv2d)]},
-    "lowrank_conv2d_": {"cpu": [CPP_LOW_RANK], "cuda": [TRITON]},  # on CUDA by lowrank_conv2d
+    "lowrank_conv2d_": {"cpu": [CPP_LOW_RANK], "cuda": [TRITON]},  # on CUDA through lowrank_conv2d
     "lowrank_linear": {"cpu": [CPP_LOW_RANK], "cuda": [TRITON._replace(run=_triton_linear)]},
 }
 _CPU = torch.device("cpu")
 
 
 def choose(op: str, device: torch.device, *args, kind: str = "") -> tuple[Backend, str]:
-    """The backend that runs ``op``, and why not those before it.
+    """Backend that runs ``op`` on a device, and why those preferred to it do not.
 
     Args:
-        args: those that a row is asked about; none: whatever they are.
-        kind: the type of device in the table, where that is not the device's own.
+        args: the op's arguments, for the backends to accept or decline; none: disregard arguments.
+        kind: device type to look up, if it is not that of ``device``.
     """
-    kind = kind or ("cpu" if device == _CPU else device.type)  # .type takes 0.2 us
+    kind = kind or ("cpu" if device == _CPU else device.type)  # comparing avoids .type, which takes 0.2 us
     reasons = []
     for backend in TABLE[op].get(kind, ()):
         reason = backend.why_not(device) or (backend.declines(*args) if args else "")
@@ -129,7 +132,7 @@ def choose(op: str, device: torch.device, *args, kind: str = "") -> tuple[Backen
 
 
 def describe(op: str, device: torch.device, kind: str = "") -> str:
-    """What runs ``op`` on a device, on arguments that it takes, and why not what would come first."""
+    """Text for ``compaware info``: the backend of ``op`` on a device, its parts, and why preferred ones do not run."""
     backend, reason = choose(op, device, kind=kind)
     kernels = [part for part in backend.ops if choose(part, device)[0] is not PLAIN]
     parts = "; ".join(f"{part}: {describe(part, device)}" for part in kernels) or "plain PyTorch"
@@ -138,11 +141,11 @@ def describe(op: str, device: torch.device, kind: str = "") -> str:
 
 @cache
 def log_once(what: str, instead: str, reason: str, level: int = logging.INFO) -> None:
-    """What was done instead of taking the fast path, and why."""
+    """Log a fallback from the fast path and its reason, once per process."""
     logging.getLogger("compaware_kernels").log(level, "%s: %s: %s", what, instead, reason)
 
 
-# --- what the dispatcher calls ----------------------------------------------------------------------------------------
+# --- CUDA implementations of the ops ----------------------------------------------------------------------------------
 
 
 def _conv2d(x, V, U, bias, residual, packed, stride, padding, dilation, groups, fold, activation) -> Tensor:
@@ -163,17 +166,20 @@ def _linear(x, V, U, bias, residual, packed, activation) -> Tensor:
 
 
 def register() -> None:
-    """Give the dispatcher the bodies that Python starts, and take from it those that failed the self-test."""
+    """Register the CUDA implementations launched from Python, and replace kernels that failed the self-test."""
     for name, body in {"lowrank_conv2d": _conv2d, "lowrank_linear": _linear}.items():
         torch.library.register_kernel(f"compaware::{name}", "cuda", body)
     replace_shrink()
 
 
-_put: list[torch.library.Library] = []  # what it registers is gone with it
+_put: list[torch.library.Library] = []  # its registrations live as long as the Library object
 
 
 def replace_shrink(key: str = "CUDA") -> None:
-    """Put the reference bodies in the place of ck_shrink if it has failed: its ops go to the library without Python."""
+    """Register the reference implementations over the C++ shrink kernels if those failed the self-test, else undo it.
+
+    These ops are dispatched to the library without Python, so the table alone cannot keep them from running.
+    """
     reason = quarantine.failure(quarantine.SHRINK, torch.device(key.lower()))
     if not reason:
         _put.clear()

@@ -1,3 +1,3 @@
-"""From a trained model to a small one: ranks, factors, dead neurons, fused layers, files."""
+"""Model compression: rank selection, SVD factorization, dead-neuron removal, operator fusion, checkpoints, export."""
 
 __all__: list[str] = []

@@ -1,11 +1,11 @@
-"""Factorisation by what layers read: the directions that inputs use weigh more than those they do not.
+"""Activation-aware low-rank factorization: truncated SVD weighted by the second moment of each layer's inputs.
 
-With ``x`` the columns that a layer's folded matrix M is multiplied with, the rank-r matrix that is best on the inputs,
+With ``x`` the columns that a layer's folded matrix M multiplies, the rank-r matrix with the least output error,
 
     ``argmin E ||(M - M_r) x||^2 = trunc_r(M C^(1/2)) C^(-1/2)``,  ``C = E[x x^T]``
 
-has the same factors' shape as the best one by weights alone (C = I). Few inputs do not tell all directions: C gets a
-hundredth of its mean eigenvalue on the diagonal. Needs inputs, no labels.
+has factors of the same shapes as the best approximation of the weight alone (C = I). A few inputs leave C singular, so
+it is regularized with a hundredth of its mean eigenvalue on the diagonal (ridge). Needs inputs, no labels.
 
 Source: Yu & Wu, Compressing Transformers, AAAI 2023 (AFM); Wang et al., SVD-LLM, ICLR 2025 (section 3.1).
 """
@@ -28,11 +28,11 @@ __all__ = ["Calibration", "WeightedSVD", "second_moment"]
 
 RIDGE = 1e-2
 WANTED = "inputs of the model, [(x,), ...]"
-FORWARDS = {kind.forward for kind in (nn.Linear, *CONVS)}  # a subclass may pad otherwise in its own
+FORWARDS = {kind.forward for kind in (nn.Linear, *CONVS)}  # a subclass with its own forward may pad differently
 
 
 class WeightedSVD(NamedTuple):
-    """The thin SVD ``M C^(1/2) = U diag(s) Vh`` of a folded weight ``M`` ``[G, m, n]``, k = min(m, n), in fp64."""
+    """Thin SVD ``M C^(1/2) = U diag(s) Vh`` of a folded weight ``M`` ``[G, m, n]``, k = min(m, n), in fp64."""
 
     U: Tensor  # [G, m, k]
     s: Tensor  # [G, k], descending
@@ -40,32 +40,32 @@ class WeightedSVD(NamedTuple):
     inverse: Tensor  # C^(-1/2) [G, n, n]
 
     def nearest(self, rank: int) -> Tensor:
-        """The matrix ``[G, m, n]`` of that rank that is nearest to M on the inputs, in fp64."""
+        """Rank-r matrix ``[G, m, n]`` nearest to M on the inputs, in fp64: ``trunc_r(M C^(1/2)) C^(-1/2)``."""
         return (self.U[..., :rank] * self.s[..., None, :rank]) @ (self.Vh[..., :rank, :] @ self.inverse)
 
     def factors(self, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """That matrix, rounded to ``dtype``, as two factors of equal norms."""
+        """Balanced factors ``U`` ``[G, m, r]`` and ``V`` ``[G, r, n]`` of :meth:`nearest`, rounded to ``dtype``."""
         return SVD.of(self.nearest(rank).to(dtype)).factors(rank, dtype)
 
 
 class Calibration:
-    """Second moments of what the layers of a model read.
+    """Second moments ``C = E[x x^T]`` ``[G, n, n]`` (up to a factor) of the inputs of a model's layers, per fold.
 
     Args:
         model: run in eval mode.
-        names: its layers of interest; those with another forward than Linear's or a convolution's count as if C were I.
+        names: layers to calibrate; a layer whose forward is not that of Linear or a convolution gets C = I.
         batches: positional inputs of the model, ``[(x,), ...]``.
-        folds: which columns are asked for later.
+        folds: folds whose column moments :meth:`spectrum` and :meth:`svd` will need.
 
     Raises:
-        ValueError: no batch; NaN or Inf in what a layer reads.  TypeError: a batch is no tuple.
+        ValueError: no batch; NaN or Inf in a layer's input.  TypeError: a batch is not a tuple.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], batches: Iterable[tuple], folds: Sequence[str]):
         self._moments: dict[tuple[str, str], Tensor] = {}
         modules = {name: model.get_submodule(name) for name in names}
         hooks = [
-            module.register_forward_pre_hook(partial(self._read, name), with_kwargs=True)
+            module.register_forward_pre_hook(partial(self._accumulate, name), with_kwargs=True)
             for name, module in modules.items()
             if type(module).forward in FORWARDS
         ]  # fmt: skip
@@ -85,7 +85,7 @@ class Calibration:
             if not moment.isfinite().all():
                 raise ValueError(f"calibration: {name} reads NaN or Inf")
 
-    def _read(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _accumulate(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         x = args[0] if args else kwargs["input"]
         for fold in self._folds:
             moment = second_moment(module, x.detach(), fold)
@@ -93,18 +93,18 @@ class Calibration:
             self._moments[key] = self._moments[key] + moment if key in self._moments else moment
 
     def spectrum(self, name: str, fold: str, M: Tensor) -> Tensor:
-        """Singular values ``[G, k]`` of ``M C^(1/2)``: what rank rules look at.  M: ``[G, m, n]``."""
+        """Singular values ``[G, k]`` of ``M C^(1/2)``, the spectrum that rank rules see.  M: ``[G, m, n]``."""
         return singular_values(M if (roots := self._roots(name, fold)) is None else M.detach().double() @ roots[0])
 
     def svd(self, name: str, fold: str, M: Tensor) -> SVD | WeightedSVD:
-        """The SVD of ``M C^(1/2)``, that of M itself where there are no moments.  M: ``[G, m, n]``."""
+        """SVD of ``M C^(1/2)``, or of M itself for a layer without moments.  M: ``[G, m, n]``."""
         if (roots := self._roots(name, fold)) is None:
             return SVD.of(M)
         root, inverse = roots
         return WeightedSVD(*SVD.of(M.detach().double() @ root), inverse)
 
     def _roots(self, name: str, fold: str) -> tuple[Tensor, Tensor] | None:
-        """``C^(1/2)`` and its inverse, up to a factor."""
+        """``C^(1/2)`` and ``C^(-1/2)`` ``[G, n, n]``, up to a factor; None for a layer without moments."""
         if (C := self._moments.get((name, fold))) is None:
             return None
         values, Q = torch.linalg.eigh(C)
@@ -114,9 +114,9 @@ class Calibration:
 
 
 def second_moment(module: nn.Module, x: Tensor, fold: str) -> Tensor:
-    """``sum x x^T`` ``[G, n, n]`` in fp64 over all columns that the folded matrix meets in the input ``x``.
+    """Second moment ``sum x x^T`` ``[G, n, n]``, fp64, over all columns of the unfolded (im2col) input ``x``.
 
-    Kernel axes that the fold sends to the rows meet every pixel, without padding.
+    Only kernel axes that the fold puts into columns are unfolded; along the others every pixel counts, unpadded.
     """
     if isinstance(module, nn.Linear):
         X = x.reshape(1, -1, x.shape[-1])
@@ -131,7 +131,7 @@ def second_moment(module: nn.Module, x: Tensor, fold: str) -> Tensor:
 
 
 def _columns(x: Tensor, module: nn.Module, k: int) -> Tensor:
-    """``[1, C, *S]`` -> ``[G, positions, C/G prod(K[k:])]``."""
+    """im2col along kernel axes k and up: ``[1, C, *S]`` -> ``[G, positions, C/G prod(K[k:])]``."""
     for axis in range(k, len(module.kernel_size)):
         span = (module.kernel_size[axis] - 1) * module.dilation[axis] + 1
         x = x.unfold(2 + axis, span, module.stride[axis])[..., :: module.dilation[axis]]
@@ -141,5 +141,6 @@ def _columns(x: Tensor, module: nn.Module, k: int) -> Tensor:
 
 
 def _gram(X: Tensor) -> Tensor:
+    """Gram matrix ``X^T X`` ``[G, n, n]`` of ``[G, positions, n]``, in fp64."""
     X = X.double()
     return X.mT @ X

@@ -1,4 +1,4 @@
-"""Save and load compressed models: one safetensors file, the structure as JSON in its header; no code is executed."""
+"""Checkpoints of compressed models: a safetensors file with the layer structure as JSON in its header; no pickle."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ FORMAT = "compaware_kernels/1"
 
 
 class CheckpointError(ValueError):
-    """A model file that is missing, damaged, not ours, or made from another architecture."""
+    """A checkpoint that is missing, damaged, not in this format, or of another architecture."""
 
 
 def save(model: nn.Module, path: str | os.PathLike) -> None:
-    """Write a compressed model, without wrappers as torch.compile's, to one ``.safetensors`` file, atomically.
+    """Write a compressed model to one ``.safetensors`` file, atomically; wrappers (torch.compile, DDP) are removed.
 
     The header holds, for every Linear, convolution, batch norm and low-rank layer, its class, sizes, rank and fold:
-    what :func:`load` needs to give a fresh dense model the same structure. A symbolic link is followed; a file
-    that is there keeps its mode.
+    what :func:`load` needs to give a fresh dense model the same structure. A symbolic link is followed; an existing
+    file keeps its mode.
 
     Raises:
-        OSError: the folder is missing or cannot be written; nothing is left behind.
+        OSError: the folder is missing or cannot be written; no partial file is left.
     """
     model = without_wrappers(model)
     metadata = {"format": FORMAT, "layers": json.dumps(structure_of(model))}
@@ -45,11 +45,11 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
 
 
 def load(path: str | os.PathLike, model: nn.Module) -> nn.Module:
-    """Read a compressed model.
+    """Load a compressed model: restructure a copy of the dense one and read the saved weights into it.
 
     Args:
-        path: a file that :func:`save` wrote.
-        model: the dense model of the same architecture, untrained or not; it is not changed.
+        path: a file written by :func:`save`.
+        model: the dense model of the same architecture, trained or not; it is not modified.
 
     Returns:
         a copy of ``model`` with the saved structure and weights.
@@ -66,7 +66,7 @@ def load(path: str | os.PathLike, model: nn.Module) -> nn.Module:
 
 
 def structure_of(model: nn.Module) -> dict[str, dict]:
-    """Class, sizes, rank and fold of every Linear, convolution, batch norm and low-rank layer: plain data for JSON."""
+    """Layer structure as plain JSON data: class, sizes, rank and fold of every layer that compression may change."""
     structure = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -82,10 +82,10 @@ def structure_of(model: nn.Module) -> dict[str, dict]:
 
 
 def restructured(model: nn.Module, structure: dict[str, dict], source: str) -> nn.Module:
-    """A copy of the dense ``model`` with the layers that :func:`structure_of` saw; those that change are uninitialised.
+    """Copy of the dense ``model`` with the structure of :func:`structure_of`; replaced layers are uninitialized.
 
     Raises:
-        CheckpointError: it is of another architecture; says ``source`` and the layer.
+        CheckpointError: the model has another architecture; names ``source`` and the layer.
     """
     model = copy.deepcopy(without_wrappers(model))
     for name, entry in structure.items():
@@ -115,7 +115,7 @@ def _read_structure(path: str | os.PathLike) -> dict[str, dict]:
 
 
 def _restructure(model: nn.Module, name: str, entry: dict, source: str) -> nn.Module:
-    """Give one layer of the dense model the saved class, sizes and rank."""
+    """Replace one layer of the dense model by one of the saved class, sizes, rank and fold."""
     try:
         dense = model.get_submodule(name)
         if isinstance(dense, LowRank) or not isinstance(dense, (*LOW_RANK, *NORMS)):

@@ -1,4 +1,4 @@
-"""A whole model -> a smaller model, with a report: dead neurons removed, low-rank layers factorised."""
+"""Model compression: remove dead neurons, factorize layers by truncated SVD, and report what changed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["CompressReport", "LayerReport", "compress"]
 
 @dataclass
 class LayerReport:
-    """One layer before and after.  Multiply-adds are for the example inputs; sizes count weight and bias."""
+    """Report of one layer: parameters, multiply-adds (on the example inputs) and bytes, before and after."""
 
     name: str
     kind: str
@@ -39,16 +39,16 @@ class LayerReport:
     macs: int
     bytes_before: int
     bytes: int
-    rank: int | None = None  # of the factors; None where the layer stayed dense
+    rank: int | None = None  # of the factors; None if the layer stayed dense
     full_rank: int | None = None
     neurons_removed: int = 0
-    gain: float | None = None  # dense time over low-rank time, predicted or measured; None where it was not asked
-    reason: str = ""  # why it stayed dense or was factorised, or kept dead neurons
+    gain: float | None = None  # dense time / low-rank time, predicted or measured; None for goal="size"
+    reason: str = ""  # why it stayed dense, was factorized or kept dead neurons
 
 
 @dataclass
 class CompressReport:
-    """What :func:`compress` did.  ``str(report)`` is a table; ``report.to_dict()`` is plain data for JSON."""
+    """Report of :func:`compress`: totals and one row per layer.  ``str(report)``: a table; ``to_dict()``: JSON data."""
 
     layers: list[LayerReport]
     params_before: int
@@ -57,7 +57,7 @@ class CompressReport:
     macs: int
     bytes_before: int
     bytes: int
-    skipped: dict[str, str] = field(default_factory=dict)  # layers that do not fold to matrices, and why
+    skipped: dict[str, str] = field(default_factory=dict)  # layers that cannot be folded to matrices -> why
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -87,39 +87,40 @@ def compress(
     remove_dead: bool = True,
     calibration: Iterable[tuple] | None = None,
 ) -> tuple[nn.Module, CompressReport]:
-    """Factorise the low-rank layers of a model and remove its dead neurons.  The model itself is not changed.
+    """Compress a model: remove dead neurons and factorize layers by truncated SVD.  The model itself is not changed.
 
-    Dead neurons (weights all zero) go first, where removing them is exact (:mod:`.dead_neurons`). Then each
-    layer's folded matrix is cut to the rank that the rule gives and replaced by two factors (truncated SVD), unless
-    that would not be smaller: ``r >= m n / (m + n)``, or no fewer multiply-adds on the example inputs.
+    Dead neurons (all weights zero) are removed first, where that is exact (:mod:`.dead_neurons`). Then each layer's
+    folded matrix ``[G, m, n]`` is truncated to the rank r given by its rule and replaced by two factors, unless they
+    would be no smaller: ``r >= m n / (m + n)``, or no fewer multiply-adds on the example inputs.
 
-    With ``goal="speed"`` a layer is factorised only where that makes it faster, too, on the device, with the threads
-    and for the shapes of the example inputs (:mod:`.latency_model`): predicted by a model, or measured with
-    ``measure=True``, which then also compares the whole model with the dense one and returns whichever is faster.
-    Ranks are rounded up to a multiple of 8 where that is no larger than dense: it costs no time, and keeps no budget of
+    With ``goal="speed"`` a layer is factorized only if that also makes it faster on the device, thread count and
+    shapes of the example inputs: predicted by :mod:`.latency_model`, or measured with ``measure=True``, which also
+    times the whole model against the dense one and returns the faster of the two. Ranks are rounded up to a multiple
+    of 8 where the factors stay smaller than dense: this costs no time, but may exceed a budget of
     :func:`compaware_kernels.allocate`. 2-D convolutions get channels_last weights where the model allows it.
 
     Args:
-        model: any module; Linear, Conv1d, Conv2d and Conv3d are compressed, what else has weights is listed as skipped.
-            What training wrapped around it or its submodules (torch.compile, DistributedDataParallel, AveragedModel,
-            activation checkpointing) is left behind.
+        model: any module; Linear, Conv1d, Conv2d and Conv3d are compressed, other layers with weights are listed as
+            skipped. Training wrappers around it or its submodules (torch.compile, DistributedDataParallel,
+            AveragedModel, activation checkpointing) are removed.
         ranks: a rule of :mod:`compaware_kernels.ranks` (``ck.ranks.energy(0.99)``), or any function from singular
-            values ``[G, k]`` to a rank; or rules by layer name pattern, first match wins, no match stays dense.
+            values ``[G, k]`` to a rank; or rules by layer name pattern: the first match applies,
+            a layer without one stays dense.
         example_inputs: positional inputs of the model, ``(x,)``; multiply-adds are counted on them.
-        fold: ``paper`` | ``spatial`` | ``input``, or ``auto``: for each layer the fastest (or the smallest) of them.
+        fold: ``paper`` | ``spatial`` | ``input``, or ``auto``: per layer the fastest (``goal="size"``: the smallest).
         goal: ``speed`` | ``size``.
-        measure: whether to measure instead of predicting; for ``goal="speed"``.
-        skip: name patterns of layers to leave alone.
-        remove_dead: whether to remove dead neurons.
-        calibration: a few unlabelled inputs of the model, ``[(x,), ...]``: ranks are chosen and layers cut by what that
-            does to outputs, not to weights (:mod:`compaware_kernels.compression.calibration`).
+        measure: measure times instead of predicting them; only with ``goal="speed"``.
+        skip: name patterns of layers to leave unchanged.
+        remove_dead: remove dead neurons.
+        calibration: a few unlabeled model inputs, ``[(x,), ...]``: ranks and truncation then minimize the error of
+            layer outputs instead of weights (:mod:`compaware_kernels.compression.calibration`).
 
     Returns:
-        the new model, and a :class:`CompressReport`.
+        the compressed model, and a :class:`CompressReport`.
 
     Raises:
-        ValueError: unknown fold or goal, ``measure`` for size, a pattern that matches no layer, NaN or Inf in a
-            weight or in what a layer reads while calibrating, no calibration inputs, a rule that returns no rank.
+        ValueError: unknown fold or goal, ``measure`` with ``goal="size"``, a pattern that matches no layer, NaN or Inf
+            in a weight or in a layer's calibration input, no calibration inputs, a rule that returns no rank.
         TypeError: example_inputs is a tensor instead of a tuple.
     """
     inputs = inputs_tuple(example_inputs)
@@ -146,7 +147,7 @@ def compress(
     if not gains:
         small = dense
     elif goal == "size":
-        small = _keep_what_is_cheaper(small, whole, count_macs(dense, inputs), gains, inputs, notes)
+        small = _restore_costlier_layers(small, whole, count_macs(dense, inputs), gains, inputs, notes)
     elif measure and latency_model.fastest([dense, small], inputs) == 0:
         for name in gains:
             _note(notes, name, "put back: the whole model was measured to be no faster")
@@ -166,9 +167,9 @@ def _factorize(
     notes: dict[str, str],
     calibration: Calibration | None,
 ) -> tuple[nn.Module, dict[str, float | None]]:
-    """Replace layers of ``model`` by their factors, those that gain time on ``inputs`` if these are given.
+    """Replace layers of ``model`` by low-rank ones; given ``inputs``, only those that become faster on them.
 
-    Returns the model and the gain (None: not asked) of each that was replaced, and notes why others were not.
+    Returns the model and the speed-up of each replaced layer (None without inputs); ``notes`` gets the other reasons.
     """
     names, gains = [layer.name for layer in layers], {}
     seen = {} if inputs is None else latency_model.record(model, names, inputs)
@@ -201,7 +202,7 @@ def _candidates(
     rounded: bool,
     calibration: Calibration | None,
 ) -> tuple[str, dict[tuple[str, int], SVD | WeightedSVD]]:
-    """(fold, rank) of each way to factorise the layer, with the SVD of the folded weight; or why there is none."""
+    """Candidate factorizations (fold, rank), each with the SVD of the folded weight; or why there is none."""
     if rule is None:
         return "no rank rule matches its name", {}
     if reason := why_dense(model, name):
@@ -209,7 +210,7 @@ def _candidates(
     reason, found, shapes = "", {}, set()
     for fold in folds:
         M = Layer(name, dense).matrix(fold)
-        if M.shape in shapes:  # the same matrix: without a kernel, say, all folds are one
+        if M.shape in shapes:  # same matrix as an earlier fold, e.g. all folds of a 1 x 1 kernel
             continue
         shapes.add(M.shape)
         svd = calibration.svd(name, fold, M) if calibration else SVD.of(M)
@@ -222,10 +223,10 @@ def _candidates(
     return ("", found) if found else (reason, {})
 
 
-def _keep_what_is_cheaper(
+def _restore_costlier_layers(
     small: nn.Module, whole: dict[str, nn.Module], before: dict, gains: dict, inputs: tuple, notes: dict[str, str]
 ) -> nn.Module:
-    """Put the whole layers back whose factors need no fewer multiply-adds on the example inputs than before."""
+    """Restore dense layers whose factors need no fewer multiply-adds on the example inputs."""
     macs = count_macs(small, inputs)
     for name in [name for name in gains if macs.get(name, 0) >= before.get(name, 0) > 0]:
         small = replace(small, name, whole[name])
@@ -235,7 +236,7 @@ def _keep_what_is_cheaper(
 
 
 def _channels_last(model: nn.Module, inputs: tuple) -> nn.Module:
-    """The model with channels_last weights, if its code takes the outputs of such layers."""
+    """Copy of the model with channels_last weights if its outputs stay the same, else the model itself."""
     changed = to_channels_last(copy.deepcopy(model))
     return changed if same_outputs(model, changed, inputs) else model
 
@@ -265,7 +266,7 @@ def _layer_report(layer: Layer, now: nn.Module, macs_before, macs, removed, note
 
 
 def _size(module: nn.Module) -> tuple[int, int]:
-    """Parameters, and their bytes; a shared parameter counts once."""
+    """Number of parameters and of their bytes; a shared parameter counts once."""
     parameters = list(module.parameters())
     return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
 

@@ -1,4 +1,4 @@
-"""Leaving this package: the same model in layers of plain PyTorch."""
+"""Convert low-rank layers to torch.nn: ``nn.Sequential`` of two factors, or one dense layer."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ __all__ = ["to_dense", "to_plain"]
 
 
 def to_plain(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` that needs plain PyTorch only: every low-rank layer as ``nn.Sequential(first, second)``.
+    """Copy of ``model`` in plain PyTorch: every low-rank layer becomes ``nn.Sequential(first, second)``.
 
-    It gives the same outputs, has as many weights, and its state dict names layer ``L``'s factors ``L.0.weight``,
+    Outputs and parameter count stay the same. The state dict names the factors of layer ``L`` ``L.0.weight``,
     ``L.1.weight`` and ``L.1.bias`` instead of ``L.first.weight``, ``L.second.weight`` and ``L.second.bias``; the
-    low-rank model loads either. A fused activation follows as a module.
+    low-rank model loads either. A fused activation becomes a third module.
 
     Raises:
         ValueError: a residual sum was fused into a layer (:func:`compaware_kernels.fuse`).
     """
-    return _replaced(model, lambda layer: layer.to_sequential())
+    return _convert(model, lambda layer: layer.to_sequential())
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` in which every low-rank layer is one dense layer again, of weight ``U V``.
+    """Copy of ``model`` in which every low-rank layer is one dense layer of weight ``U V``.
 
     Its state dict has the keys of the dense model, ``L.weight`` and ``L.bias``; the low-rank model loads it, too
-    (its factors are then found by an SVD).
+    (and factorizes the weights by SVD).
 
     Raises:
         ValueError: an activation or a residual sum was fused into a layer.
@@ -38,19 +38,19 @@ def to_dense(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         if isinstance(module, LowRank) and module.activation != "none":
             raise ValueError(f"{name}: {module.activation} was fused into it; convert the model first, fuse afterwards")
-    return _replaced(model, lambda layer: layer.to_dense())
+    return _convert(model, lambda layer: layer.to_dense())
 
 
-def _replaced(model: nn.Module, plain: Callable[[LowRank], nn.Module]) -> nn.Module:
-    _refuse_residuals(model)
+def _convert(model: nn.Module, plain: Callable[[LowRank], nn.Module]) -> nn.Module:
+    _require_no_residuals(model)
     model = copy.deepcopy(model)
-    for name, module in list(model.named_modules()):  # a layer with several names comes once
+    for name, module in list(model.named_modules()):  # named_modules yields a layer with several names once
         if isinstance(module, LowRank):
             model = replace(model, name, plain(module).train(module.training))
     return model
 
 
-def _refuse_residuals(model: nn.Module) -> None:
+def _require_no_residuals(model: nn.Module) -> None:
     for graph_module in model.modules():
         for node in graph_module.graph.nodes if isinstance(graph_module, fx.GraphModule) else ():
             if node.op == "call_module" and "residual" in node.kwargs:

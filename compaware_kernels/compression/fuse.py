@@ -1,4 +1,4 @@
-"""A whole model for inference: batch norms go into the weights, activations and residual sums into low-rank layers."""
+"""Operator fusion for inference: batch norms into weights, activations and residual sums into low-rank layers."""
 
 from __future__ import annotations
 
@@ -29,54 +29,54 @@ CALLS = {
     F.relu6: "relu6", F.silu: "silu", F.gelu: "gelu",
 }  # fmt: skip
 SUMS = (operator.add, torch.add, "add")  # += is traced as +
-SUM_IN_PLACE = "add_"  # of its first argument
+SUM_IN_PLACE = "add_"  # modifies its first argument
 
 
 def fuse(model: nn.Module, example_inputs: Sequence[object]) -> nn.Module:
-    """A copy of the model for inference, with fewer passes over memory.
+    """Fused copy of a model for inference, with fewer passes over memory.
 
-    * A batch norm after a (transposed) convolution, linear or low-rank layer goes into its weights.
-    * ReLU, ReLU6, SiLU, exact GELU and a residual sum after a low-rank layer are done as it writes its output:
+    * A batch norm after a (transposed) convolution, linear or low-rank layer is folded into its weights.
+    * ReLU, ReLU6, SiLU, exact GELU and a residual sum after a low-rank layer become part of its kernel (epilogue):
       ``y = act(U (V x) + bias + residual)``.
     * 2-D convolutions get channels_last weights.
 
     Args:
         model: traceable by ``torch.fx``; its low-rank layers need not be.
-        example_inputs: positional inputs, ``(x,)``; shapes decide what is a residual sum, and both models are compared
-            on them.
+        example_inputs: positional inputs, ``(x,)``; their shapes tell residual sums from broadcast sums, and the
+            outputs of both models are compared on them.
 
     Returns:
-        an ``fx.GraphModule`` in eval mode with the model's submodules under their names. Fuse last: what is fused is
-        not in a checkpoint (:func:`compaware_kernels.save` the model itself).
+        an ``fx.GraphModule`` in eval mode with the model's submodules under their names. Fuse last: a checkpoint does
+        not record fused operators (:func:`compaware_kernels.save` the model before fusing).
 
     Raises:
         TypeError: example_inputs is a tensor instead of a tuple.
-        ValueError: torch.fx cannot trace the model, or the fused model does not give the same outputs.
+        ValueError: torch.fx cannot trace the model, or the fused model gives other outputs.
     """
     inputs, reference = inputs_tuple(example_inputs), copy.deepcopy(model).eval()
     try:
         graph, _ = trace(reference, inputs)
-    except Exception as error:  # tracing runs the user's code
+    except Exception as error:  # tracing runs user code, which may raise anything
         why = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"fuse: torch.fx cannot trace the model: {why}") from error
     fused = fx.GraphModule(copy.deepcopy(reference), graph)
-    for change in (_remove_identity, _fold_norm, _absorb):
+    for change in (_remove_identity, _fold_norm, _fuse_epilogue):
         for node in list(fused.graph.nodes):
             if node.op == "call_module":
                 change(fused, node)
-    _copying_views(to_channels_last(fused))
+    _views_to_reshapes(to_channels_last(fused))
     fused.delete_all_unused_submodules()
     fused.recompile()
     if not same_outputs(reference, fused, inputs):
         raise ValueError("fuse: the fused model does not give the outputs of the model on the example inputs")
-    return fused.eval()  # low-rank layers pack their new weights
+    return fused.eval()  # eval() repacks the changed weights of low-rank layers
 
 
-# --- what a node is ---------------------------------------------------------------------------------------------------
+# --- node predicates --------------------------------------------------------------------------------------------------
 
 
 def _calls(model: nn.Module, node: fx.Node, kinds: Sequence[type]) -> bool:
-    """Whether the node calls a module of exactly these kinds that does what it says."""
+    """Whether the node calls a module of exactly these types, without hooks or overridden forward."""
     if node.op != "call_module":
         return False
     module = model.get_submodule(node.target)
@@ -84,7 +84,7 @@ def _calls(model: nn.Module, node: fx.Node, kinds: Sequence[type]) -> bool:
 
 
 def _is_own(model: fx.GraphModule, node: fx.Node, kinds: Sequence[type]) -> bool:
-    """... and that nothing else calls, reads or shares, in whole or in part."""
+    """As :func:`_calls`, and no other node or module calls, reads or shares it or its parameters."""
     if not _calls(model, node, kinds):
         return False
     inside = f"{node.target}."
@@ -94,33 +94,34 @@ def _is_own(model: fx.GraphModule, node: fx.Node, kinds: Sequence[type]) -> bool
 
 
 def _is_bare(node: fx.Node, layer: LowRank) -> bool:
-    """Whether this call of a low-rank layer ends with its second factor."""
+    """Whether this call of a low-rank layer has neither a fused activation nor a residual."""
     given = inspect.signature(layer.forward).bind(*node.args, **node.kwargs).arguments
     return layer.activation == "none" and "residual" not in given
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
+    """The only consumer of the node's output; None if there are several, or none."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _kind(node: fx.Node) -> tuple[torch.Size, torch.dtype] | None:
-    """Shape and dtype; None if the node is no tensor."""
+def _tensor_meta(node: fx.Node) -> tuple[torch.Size, torch.dtype] | None:
+    """Shape and dtype of the node's output; None if it is not a tensor."""
     meta = node.meta.get("tensor_meta")
     return (meta.shape, meta.dtype) if hasattr(meta, "shape") else None
 
 
-# --- the changes ------------------------------------------------------------------------------------------------------
+# --- graph rewrites ---------------------------------------------------------------------------------------------------
 
 
 def _remove_identity(model: fx.GraphModule, node: fx.Node) -> None:
-    """Modules that do nothing in eval mode hide what is a residual."""
+    """Remove Identity and Dropout: no-ops in eval mode that would hide residual sums from the other rewrites."""
     if _calls(model, node, (nn.Identity, nn.Dropout)) and node.args:
         node.replace_all_uses_with(node.args[0])
         model.graph.erase_node(node)
 
 
 def _fold_norm(model: fx.GraphModule, node: fx.Node) -> None:
-    """A batch norm that alone reads this layer goes into its weights."""
+    """Fold a batch norm that is the layer's only consumer into the layer's weight and bias."""
     norm, name = _only_user(node), node.target
     if norm is None or not (_is_own(model, node, LAYERS) and _calls(model, norm, NORMS)):
         return
@@ -129,16 +130,16 @@ def _fold_norm(model: fx.GraphModule, node: fx.Node) -> None:
         if not _is_bare(node, layer):
             return
         layer, name = layer.second, f"{name}.second"
-    # As many axes as the weight: a batch, and no linear layer on tokens [N, L, F], where the norm is along L.
-    if type(layer) in DENSE and len(_kind(node)[0]) == layer.weight.ndim and statistics.running_mean is not None:
-        model.set_submodule(name, _normalised(layer, statistics))
+    # The output has as many axes as the weight: excludes unbatched inputs, and Linear on [N, L, F], normed along L.
+    if type(layer) in DENSE and len(_tensor_meta(node)[0]) == layer.weight.ndim and statistics.running_mean is not None:
+        model.set_submodule(name, _with_norm_folded(layer, statistics))
         norm.replace_all_uses_with(node)
         model.graph.erase_node(norm)
 
 
 @torch.no_grad()
-def _normalised(layer: nn.Module, norm: nn.Module) -> nn.Module:
-    """A copy of the layer whose outputs are normalised, computed in fp64."""
+def _with_norm_folded(layer: nn.Module, norm: nn.Module) -> nn.Module:
+    """Copy of the layer with the batch norm folded in: ``scale W``, ``scale (b - mean) + beta``, in fp64."""
     scale, shift = (norm.running_var.double() + norm.eps).rsqrt(), -norm.running_mean.double()
     scale = scale if norm.weight is None else scale * norm.weight
     shift = shift if layer.bias is None else shift + layer.bias
@@ -148,8 +149,8 @@ def _normalised(layer: nn.Module, norm: nn.Module) -> nn.Module:
     return new
 
 
-def _absorb(model: fx.GraphModule, node: fx.Node) -> None:
-    """The residual sum and the activation that alone read this low-rank layer are done by it."""
+def _fuse_epilogue(model: fx.GraphModule, node: fx.Node) -> None:
+    """Fuse a residual sum and an activation that follow this low-rank layer, and nothing else reads, into its call."""
     layer = model.get_submodule(node.target)
     if not _is_own(model, node, tuple(LOW_RANK.values())) or layer.activation != "none":
         return
@@ -166,7 +167,7 @@ def _absorb(model: fx.GraphModule, node: fx.Node) -> None:
     if len(chain) == 1 or _written_between(model, node, chain[-1]):
         return
     layer.activation = activation or "none"
-    with model.graph.inserting_before(chain[-1]):  # where the residual is known
+    with model.graph.inserting_before(chain[-1]):  # here the residual has been computed
         new = model.graph.call_module(node.target, node.args, {**node.kwargs, **more})
     new.meta = chain[-1].meta
     chain[-1].replace_all_uses_with(new)
@@ -175,24 +176,24 @@ def _absorb(model: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _residual(user: fx.Node | None, node: fx.Node) -> fx.Node | None:
-    """The other term, where ``user`` adds to the node a tensor of its shape and dtype."""
+    """The other term if ``user`` adds a tensor of the same shape and dtype to the node's output; else None."""
     if user is None or user.op not in ("call_function", "call_method") or len(user.args) != 2 or user.kwargs:
         return None
     other = user.args[1] if user.args[0] is node else user.args[0]
     known = user.target in SUMS or (user.target == SUM_IN_PLACE and user.args[0] is node)
     if not known or not isinstance(other, fx.Node) or other is node:
         return None
-    return other if _kind(other) == _kind(node) else None
+    return other if _tensor_meta(other) == _tensor_meta(node) else None
 
 
 def _is_last_use(model: nn.Module, residual: fx.Node, node: fx.Node) -> bool:
-    """Whether a layer made this tensor, only layers read it (they keep no view of it), and the sum does so last."""
+    """Whether the sum may overwrite the residual: made by a layer, read by layers only (no views), the sum last."""
     *before, _ = sorted(residual.users)
     return node not in before and all(_calls(model, other, LAYERS) for other in (residual, *before))
 
 
 def _written_between(model: nn.Module, node: fx.Node, last: fx.Node) -> bool:
-    """Whether anything from the layer to the last of what it absorbs, where it will run, writes over a tensor."""
+    """Whether an in-place op lies between the layer and ``last``: the fused call, moved there, may read its result."""
     between = node
     while (between := between.next) is not last:
         if is_in_place(model, between) and not (between.target == SUM_IN_PLACE and between.args[0] is node):
@@ -201,7 +202,7 @@ def _written_between(model: nn.Module, node: fx.Node, last: fx.Node) -> bool:
 
 
 def _activation(model: nn.Module, user: fx.Node | None) -> str | None:
-    """The name of the activation that ``user`` is, among those a low-rank layer can do."""
+    """Name of the activation that ``user`` computes, if a low-rank layer can fuse it; else None."""
     if user is None or user.kwargs.get("approximate", "none") != "none":
         return None
     if user.op == "call_module":
@@ -211,8 +212,8 @@ def _activation(model: nn.Module, user: fx.Node | None) -> str | None:
     return CALLS.get(user.target) if user.op in ("call_function", "call_method") else None
 
 
-def _copying_views(model: fx.GraphModule) -> None:
-    """``view`` meets outputs in channels_last, and has to copy."""
+def _views_to_reshapes(model: fx.GraphModule) -> None:
+    """Replace ``view`` by ``reshape``: outputs are now channels_last, of which a view may not exist."""
     for node in model.graph.nodes:
         if node.op == "call_method" and node.target == "view" and not isinstance(node.args[-1], torch.dtype):
             node.target = "reshape"

@@ -1,4 +1,4 @@
-"""The graph of a model (``torch.fx``), low-rank layers as single nodes."""
+"""Symbolic tracing with torch.fx: graph with shapes (low-rank layers are leaves), and comparison of model outputs."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ class _Tracer(fx.Tracer):
 
 
 def trace(model: nn.Module, example_inputs: tuple) -> tuple[fx.Graph, dict[fx.Node, torch.Size]]:
-    """The graph, and the shape of every node that is a tensor.  Raises what the model's code raises."""
+    """Graph of the model, and the output shape of every tensor node.  Raises whatever the model's code raises."""
     graph = _Tracer().trace(model)
     with torch.no_grad():
-        ShapeProp(fx.GraphModule(model, graph)).propagate(*_copied(example_inputs))
+        ShapeProp(fx.GraphModule(model, graph)).propagate(*_cloned(example_inputs))
     metas = {node: node.meta.get("tensor_meta") for node in graph.nodes}
     return graph, {node: meta.shape for node, meta in metas.items() if hasattr(meta, "shape")}
 
 
 def same_outputs(model: nn.Module, small: nn.Module, example_inputs: tuple) -> bool:
-    """Whether both give the same outputs, up to the rounding of a sum in another order."""
+    """Whether both models give the same outputs up to rounding of reordered sums: relative error <= 1000 eps."""
     try:
         with torch.no_grad():
-            wanted, got = (tree_leaves(m(*_copied(example_inputs))) for m in (model, small))
+            wanted, got = (tree_leaves(m(*_cloned(example_inputs))) for m in (model, small))
         pairs = [(a, b) for a, b in zip(wanted, got, strict=True) if isinstance(a, Tensor)]
         return bool(pairs) and all(a.shape == b.shape and _close(a, b) for a, b in pairs)
-    except Exception:  # the user's code meets sizes it was not written for
+    except Exception:  # user code may fail on sizes it was not written for
         return False
 
 
-def _copied(inputs: tuple) -> tuple:
-    """A model may write over what it is given."""
+def _cloned(inputs: tuple) -> tuple:
+    """Clones of the tensors: a model may modify its inputs in place."""
     return tree_map_only(Tensor, Tensor.clone, inputs)
 
 
@@ -50,9 +50,9 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def is_in_place(model: nn.Module, node: fx.Node) -> bool:
-    """Whether what the node calls may write over its inputs."""
+    """Whether the called op or module may modify its inputs in place."""
     if any(value is True for value in (*node.args, *node.kwargs.values())) or "out" in node.kwargs:
-        return True  # inplace=True, of a function, or what looks like it
+        return True  # inplace=True of a function; any other True counts as well
     if node.op == "call_module":
         return getattr(model.get_submodule(node.target), "inplace", False)
     name = getattr(node.target, "__name__", node.target)

@@ -1,9 +1,9 @@
-"""Where factorising a layer pays: by a model of its time on this device, or by measuring it.
+"""Latency model: predicted (roofline) or measured time of dense and low-rank layers on a device.
 
-The model: a layer takes ``overhead + max(flops / rate, bytes / bandwidth)``. Rate, bandwidth and overheads are measured
-on the device at first use (a tenth of a second). A factorised layer in one kernel has one overhead and moves its input,
-output and weights once; in two steps it has two, and the intermediate moves twice. Columns count in sixteens, and in
-the CPU's kernel a tap costs as much as some channels more.
+``seconds = overhead + max(multiply-adds / rate, bytes / bandwidth)``. Rate, bandwidth and overheads are measured on the
+device at first use (a tenth of a second). A low-rank layer in one kernel has one overhead and moves its input, output
+and weights once; in two steps it has two, and writes and reads the intermediate. Output columns are rounded up to
+multiples of 16, and each tap of the CPU kernel costs as much as 8 channels.
 """
 
 from __future__ import annotations
@@ -25,14 +25,19 @@ from ..nn.registry import LOW_RANK
 
 __all__ = ["Device", "choose", "fastest", "measure", "measure_device", "predict", "record", "seconds"]
 
-PREDICTED, MEASURED = 1.25, 1.05  # what a layer has to gain to be factorised
-COLUMNS, TAP = 16, 8  # outputs that cost as much as one; channels that a tap of a kernel costs as much as
-ROUNDS, MOST, SECONDS = 7, 50, 0.2  # of a measurement: so many at least and at most, in this time if it can be
+PREDICTED, MEASURED = 1.25, 1.05  # least speed-up for which a layer is factorized
+COLUMNS, TAP = 16, 8  # output columns per vector block; cost of a kernel tap, in channels
+ROUNDS, MOST, SECONDS = 7, 50, 0.2  # of a measurement: least and most rounds, and target time
 
 
 @dataclass(frozen=True)
 class Device:
-    """What the model needs to know: multiply-adds and bytes per second, and seconds of a call that computes nothing."""
+    """Device parameters of the latency model.
+
+    Attributes:
+        rate: multiply-adds per second.  bandwidth: bytes per second.
+        dense, low_rank: overhead, seconds of a call on a minimal input.
+    """
 
     rate: float
     bandwidth: float
@@ -41,7 +46,7 @@ class Device:
 
 
 def seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
-    """Median seconds of each call, measured in turns so that all see the same machine."""
+    """Median seconds of each call, in interleaved rounds, so that changes of machine speed affect all alike."""
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times: list[list[float]] = [[] for _ in calls]
     start = time.perf_counter()
@@ -57,7 +62,7 @@ def seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> list
 
 @cache
 def measure_device(device: torch.device, dtype: torch.dtype, threads: int) -> Device:
-    """Measure a device, once per dtype and number of threads."""
+    """Measure the latency model's parameters of a device, once per dtype and number of threads."""
     place, last = {"device": device, "dtype": dtype}, torch.channels_last
     with torch.inference_mode():
         conv = nn.Conv2d(128, 128, 3, padding=1, **place).to(memory_format=last)
@@ -72,7 +77,7 @@ def measure_device(device: torch.device, dtype: torch.dtype, threads: int) -> De
 
 
 def predict(layer: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Seconds of one call of a dense or low-rank layer with input x and output y, by the model."""
+    """Predicted seconds of one call of a dense or low-rank layer with input ``x`` and output ``y``."""
     device, groups = measure_device(x.device, x.dtype, torch.get_num_threads()), getattr(layer, "groups", 1)
     pixels = y.numel() / _outputs(layer)
 
@@ -95,6 +100,7 @@ def predict(layer: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def _columns(weight: Tensor, groups: int) -> int:
+    """Output channels, rounded up per group to a multiple of the vector block."""
     return groups * math.ceil(weight.shape[0] / groups / COLUMNS) * COLUMNS
 
 
@@ -106,11 +112,11 @@ def _outputs(layer: nn.Module) -> int:
     return layer.out_features if hasattr(layer, "out_features") else layer.out_channels
 
 
-_measured: dict[tuple, list[float]] = {}  # by device and by all that decides the time
+_measured: dict[tuple, list[float]] = {}  # device, threads, input and layers -> seconds
 
 
 def measure(layers: Sequence[nn.Module], x: Tensor) -> list[float]:
-    """Median seconds of one call of each layer on x; measured once per device, threads, layers and input."""
+    """Median seconds of one call of each layer on ``x``; cached by device, threads, layers and input layout."""
     key = (x.device, torch.get_num_threads(), x.dtype, x.shape, x.stride(), *(repr(layer) for layer in layers))
     if key not in _measured:
         with torch.inference_mode():
@@ -121,10 +127,10 @@ def measure(layers: Sequence[nn.Module], x: Tensor) -> list[float]:
 def choose(
     dense: nn.Module, candidates: Sequence[tuple[str, int]], x: Tensor, y: Tensor, measured: bool
 ) -> tuple[tuple[str, int] | None, float, str]:
-    """The candidate (fold, rank) that is fastest, if it is enough faster than the dense layer.
+    """The fastest candidate (fold, rank), if its speed-up over the dense layer is large enough (1.25x; measured 1.05x).
 
     Returns:
-        the candidate, or None; its gain (dense time over its own); and the reason in words.
+        the candidate, or None; its speed-up (dense time / its time); and the reason as text.
     """
     low_rank = [LOW_RANK[type(dense)].like(dense, rank, fold).eval() for fold, rank in candidates]
     layers = [copy.deepcopy(dense).eval(), *low_rank]
@@ -138,7 +144,7 @@ def choose(
 
 
 def fastest(models: Sequence[nn.Module], inputs: tuple) -> int:
-    """The index of the fastest model; the first unless another is faster beyond noise."""
+    """Index of the fastest model; 0 unless another is faster by more than noise (1.05x)."""
     device = next((t.device for t in inputs if isinstance(t, Tensor)), torch.device("cpu"))
     with torch.inference_mode():
         taken = seconds([lambda model=model: model(*inputs) for model in models], device)
@@ -147,7 +153,7 @@ def fastest(models: Sequence[nn.Module], inputs: tuple) -> int:
 
 
 def record(model: nn.Module, names: Sequence[str], inputs: tuple) -> dict[str, tuple[Tensor, Tensor]]:
-    """The input and the output of each named layer in one call of the model in eval mode."""
+    """Input and output of each named layer in one forward pass; of several calls of a layer, the first."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(name: str, _: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Multiply-adds of a model's layers."""
+"""Multiply-add count of a model and its submodules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["count_macs"]
 
 
 def count_macs(model: nn.Module, inputs: tuple) -> dict[str, int]:
-    """Multiply-adds per submodule (and of the whole model under "") of one forward pass in eval mode."""
+    """Multiply-adds of one forward pass in eval mode, by submodule name; the whole model under ``""``."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the fused attention kernels are not counted
     try:
@@ -25,6 +25,6 @@ def count_macs(model: nn.Module, inputs: tuple) -> dict[str, int]:
     for key, ops in counter.get_flop_counts().items():
         if key.startswith(f"{root}."):
             name = key.removeprefix(f"{root}.")
-            name = names.get(name, name)  # of a module with several names the counter uses the last
+            name = names.get(name, name)  # the counter uses the last name of a shared module, named_modules the first
             macs[name] = macs.get(name, 0) + sum(ops.values()) // 2
     return macs | {"": counter.get_total_flops() // 2}

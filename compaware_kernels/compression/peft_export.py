@@ -1,4 +1,4 @@
-"""What fine-tuning has changed -> a LoRA adapter with a rank per layer, in the format of PEFT."""
+"""LoRA export: the fine-tuning update ``W - C`` as a PEFT adapter with a rank per layer."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from .arguments import RankRule, rank_of, rule_of, rules_by_pattern
 __all__ = ["LoraLayer", "LoraReport", "export_lora", "noise_floor"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # PEFT's own, of every name in the file
-LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # which PEFT cannot wrap
-NO_TARGETS = "dummy-target-modules"  # PEFT's word for an adapter without low-rank layers
+PREFIX = "base_model.model."  # with which PEFT prefixes every name in the file
+LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # containers that PEFT cannot wrap
+NO_TARGETS = "dummy-target-modules"  # PEFT's placeholder for an adapter without low-rank layers
 
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """What the adapter stores of one layer.
+    """Adapter entry of one layer.
 
-    ``params``: numbers stored; ``params_dense``: those it would take without factors.  ``rank`` and ``error``, the
-    relative error ``||W - C - B A||_F / ||W - C||_F``, are None where something is stored as it is (``note``: why).
+    ``params``: numbers stored; ``params_dense``: numbers of the dense update.  ``rank`` and ``error``, the relative
+    error ``||W - C - B A||_F / ||W - C||_F``, are None if the parameter is stored in full (``note``: why).
     """
 
     name: str
@@ -56,11 +56,11 @@ class LoraLayer:
 
 @dataclass(frozen=True)
 class LoraReport:
-    """What :func:`export_lora` wrote.  ``str(report)`` is a table; ``report.to_dict()`` is plain data for JSON."""
+    """Report of :func:`export_lora`: totals and one entry per layer; a table (``str``) or JSON data (``to_dict``)."""
 
     layers: list[LoraLayer]
     params: int
-    bytes: int  # of the weights' file
+    bytes: int  # of the adapter weights file
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -84,35 +84,36 @@ def export_lora(
     ranks: RankRule | Mapping[str, RankRule] | None = None,
     whole: Sequence[str] = (),
 ) -> LoraReport:
-    """Write what fine-tuning has added to ``base`` as an adapter: ``peft.PeftModel.from_pretrained(base, path)`` loads
-    it, and ``merge_and_unload()`` gives the model.
+    """LoRA export: write the difference of a fine-tuned model to its base as a PEFT adapter with a rank per layer.
+
+    ``peft.PeftModel.from_pretrained(base, path)`` loads it; ``merge_and_unload()`` then gives ``model``.
 
     ``W - C ~ B A,  B = U_r S_r^(1/2)  [out, r],  A = S_r^(1/2) V_r^T  [r, in]``  (truncated SVD, in fp64)
 
-    Export right after a proximal step of ``ProximalStep(model, optimizer, nuclear=..., center=base)``: the ranks are
-    those it learned. The optimizer's next step makes them full again; weight decay pulls to 0, not to C.
+    Export right after a proximal step of ``ProximalStep(model, optimizer, nuclear=..., center=base)``: only then do the
+    updates have the learned ranks. The next optimizer step makes them full rank; weight decay pulls to 0, not to C.
 
-    Linear layers and convolutions (``paper`` fold: A has the kernel, B is 1 x 1) get an adapter of scaling 1 and of a
-    rank of their own, or none at rank 0. Biases that changed are stored as they are (PEFT's ``bias="all"``). What else
-    changed is stored whole (``modules_to_save``): norms, embeddings, layers that PEFT could not run or merge (grouped
-    or dilated convolutions, for example), and those whose factors would not be smaller. PEFT finds these modules by
-    the endings of their names; any other whose name ends so is stored whole, too, and the report says so.
+    Linear layers and convolutions (``paper`` fold: A has the kernel, B is 1 x 1) get an adapter of scaling 1 and their
+    own rank, or none at rank 0. Changed biases are stored in full (PEFT's ``bias="all"``). All other changed modules
+    are stored whole (``modules_to_save``): norms, embeddings, layers that PEFT cannot run or merge (grouped or dilated
+    convolutions, for example), and layers whose factors would not be smaller. PEFT selects these modules by name
+    suffix; another module whose name has the same suffix is stored whole, too, and the report says so.
 
     Args:
-        model: the fine-tuned model.  base: what it was fine-tuned from, of the same architecture.  Neither is changed.
-            What torch.compile, DistributedDataParallel, AveragedModel and the like wrapped around is looked through.
-        path: the folder to write; an adapter that is there is replaced whole.
+        model: the fine-tuned model.  base: the model before fine-tuning, of the same architecture.  Neither is changed.
+            Wrappers (torch.compile, DistributedDataParallel, AveragedModel) are removed.
+        path: the folder to write; an existing adapter is replaced.
         ranks: a rule of :mod:`compaware_kernels.ranks`, or any function from singular values ``[1, k]`` to a rank; or
-            rules by layer name pattern, first match wins. It sees the singular values of ``W - C``, with 0 for those
-            within :func:`noise_floor`. Default, also without a match: all others.
-        whole: name patterns of modules to store whole, such as a new head: the adapter then fits any base, whatever
-            head that has.
+            rules by layer name pattern, first match wins. Rules see the singular values of ``W - C``, with those below
+            :func:`noise_floor` set to 0. Default, also for layers without a match: the number of nonzero ones.
+        whole: name patterns of modules to store whole, such as a new head: the adapter then loads onto a base with any
+            head.
 
     Raises:
         ValueError: another architecture; NaN or Inf; a changed parameter that several modules share, or that belongs
-            to the model itself or to a list (PEFT stores modules); names that PEFT would confuse; a pattern that
+            to the model itself or to a list (PEFT stores modules); names that are ambiguous to PEFT; a pattern that
             matches nothing; a rule that returns no rank.
-        OSError: the folder cannot be written, or holds anything else than an adapter. It is as it was.
+        OSError: the folder cannot be written, or holds other files than an adapter. It is left unchanged.
 
     Source: Hu et al., LoRA, ICLR 2022. The format is that of PEFT 0.21 (https://github.com/huggingface/peft).
     """
@@ -120,27 +121,27 @@ def export_lora(
     names = [name for name, _ in model.named_modules()]
     require_matches(whole, names, "whole")
     rules = rules_by_pattern(ranks, names)
-    layers, biases, wholly = _sorted(model, _changed(model, base), whole)
+    layers, biases, stored_whole = _partition(model, _changed(model, base), whole)
     found = {}
     for name in layers:
-        rule = rule_of(rules, name) or _all_that_count
+        rule = rule_of(rules, name) or _nonzero_rank
         found[name] = _factorized(name, model.get_submodule(name), base.get_submodule(name), rule)
-    wholly |= {name: entry.note for name, (entry, *_) in found.items() if entry.note}
-    wholly = _as_peft_finds(wholly, model)
-    entries, tensors = _contents(model, found, biases, wholly)
-    size = _write(folder, _config(entries, list(wholly)), tensors)
+    stored_whole |= {name: entry.note for name, (entry, *_) in found.items() if entry.note}
+    stored_whole = _matched_by_suffix(stored_whole, model)
+    entries, tensors = _contents(model, found, biases, stored_whole)
+    size = _write(folder, _config(entries, list(stored_whole)), tensors)
     return LoraReport(entries, sum(entry.params for entry in entries), size)
 
 
 def noise_floor(W: Tensor, largest: float) -> float:
-    """Singular values of an update ``W - C`` up to here may be rounding: of W to its dtype, and of the SVT behind it.
+    """Noise floor of an update ``W - C``: singular values up to it may be rounding error of W's dtype and of the SVT.
 
     ``max_i ||e_i:||_2 + max_j ||e_:j||_2 + 32 eps(compute dtype) ||W - C||_2,  e = eps |W| / (2 sqrt(3))``
 
-    Storing W rounds each entry by at most eps / 2 of itself, so e bounds the deviations of the errors; the norm of a
-    matrix of independent ones is about the sum of the longest row and the longest column (measured: 0.14 to 0.7 of it,
-    for fp32, bf16 and fp16, of pretrained, random and constant matrices). ``eps ||W - C||`` alone would be too low: an
-    update is small beside the weights whose difference it is.
+    Rounding changes an entry by at most eps / 2 of its value, so e bounds the standard deviations of the errors; the
+    spectral norm of a matrix of independent errors is about the largest row norm plus the largest column norm
+    (measured: 0.14 to 0.7 of that, for fp32, bf16 and fp16, of pretrained, random and constant matrices).
+    ``eps ||W - C||`` alone would be too low: the update is small compared with the weights it is the difference of.
 
     Args:
         W: the weight as a matrix ``[m, n]``, in the dtype it is stored in.  largest: ``||W - C||_2``.
@@ -152,7 +153,7 @@ def noise_floor(W: Tensor, largest: float) -> float:
 
 
 def _changed(model: nn.Module, base: nn.Module) -> list[str]:
-    """Names of the parameters and buffers of ``model`` that are not as in ``base``."""
+    """Names of the parameters and buffers of ``model`` that differ from those of ``base``."""
     ours, theirs = model.state_dict(), base.state_dict()
     for name in ours | theirs:
         shapes = [list(state[name].shape) if name in state else "none" for state in (ours, theirs)]
@@ -171,12 +172,12 @@ def _changed(model: nn.Module, base: nn.Module) -> list[str]:
     return changed
 
 
-def _sorted(
+def _partition(
     model: nn.Module, changed: Sequence[str], whole: Sequence[str]
 ) -> tuple[list[str], list[str], dict[str, str]]:
-    """The layers that can have an adapter, the biases, and module -> why of what is to be stored whole."""
+    """Names of layers that get an adapter, of changed biases, and of modules to store whole (-> why)."""
     modules, biases = dict(model.named_modules()), []
-    wholly = {name: "asked for" for name in modules if name and any(fnmatchcase(name, p) for p in whole)}
+    stored_whole = {name: "asked for" for name in modules if name and any(fnmatchcase(name, p) for p in whole)}
     for key in changed:
         owner, parametrized, _ = key.partition(".parametrizations.")
         owner, _, leaf = (owner, "", "weight") if parametrized else key.rpartition(".")
@@ -186,13 +187,13 @@ def _sorted(
         if leaf == "bias":
             biases.append(key)
         elif leaf != "weight" or why:
-            wholly.setdefault(owner, f"its {leaf} changed; {why}".removesuffix("; "))
-    adapted = [name for name in modules if name and not _within(name, wholly) and not _why_whole(modules, name)]
-    return adapted, biases, wholly
+            stored_whole.setdefault(owner, f"its {leaf} changed; {why}".removesuffix("; "))
+    adapted = [name for name in modules if name and not _within(name, stored_whole) and not _why_whole(modules, name)]
+    return adapted, biases, stored_whole
 
 
 def _why_whole(modules: Mapping[str, nn.Module], name: str) -> str:
-    """Why PEFT could not adapt the layer and merge that again, or nothing."""
+    """Why PEFT cannot adapt and merge the layer, so that it is stored whole; "" if it can."""
     module, parent = modules[name], modules[name.rpartition(".")[0]]
     if type(module) not in (nn.Linear, *CONVS):
         return f"a {type(module).__name__} has no low-rank update"
@@ -207,12 +208,13 @@ def _why_whole(modules: Mapping[str, nn.Module], name: str) -> str:
     return ""
 
 
-def _all_that_count(s: Tensor) -> int:
+def _nonzero_rank(s: Tensor) -> int:
+    """Default rank rule: the number of nonzero singular values."""
     return int((s > 0).sum())
 
 
 def _factorized(name: str, module: nn.Module, base: nn.Module, rule: RankRule) -> tuple[LoraLayer, Tensor, Tensor]:
-    """What to say of a layer, and A [r, in, *K] and B [out, r, *1]; with a note, they would not be smaller."""
+    """Report entry, ``A`` ``[r, in, *K]`` and ``B`` ``[out, r, *1]``; the entry has a note if they are not smaller."""
     W = module.weight
     M = to_matrix(W.double() - base.weight.to(W).double())  # [1, m, n]
     m, n = M.shape[-2:]
@@ -220,7 +222,7 @@ def _factorized(name: str, module: nn.Module, base: nn.Module, rule: RankRule) -
         return LoraLayer(name, type(module).__name__, 0, m * n, 0, min(m, n), 0.0), W, W
     svd = SVD.of(M)
     s = torch.where(svd.s > noise_floor(W.flatten(1), float(svd.s[0, 0])), svd.s, 0)
-    rank = min(rank_of(name, rule, s), _all_that_count(s))
+    rank = min(rank_of(name, rule, s), _nonzero_rank(s))
     B, A = (factor[0] for factor in svd.factors(rank, W.dtype))
     error = float((M[0] - B.double() @ A.double()).norm() / M.norm())
     limit = break_even(m, n)
@@ -230,13 +232,13 @@ def _factorized(name: str, module: nn.Module, base: nn.Module, rule: RankRule) -
     return entry, A.reshape(rank, *W.shape[1:]), B.reshape(m, rank, *ones)
 
 
-def _as_peft_finds(wholly: Mapping[str, str], model: nn.Module) -> dict[str, str]:
-    """With every module that PEFT takes, too, because its name ends in one of these; none that is inside another."""
+def _matched_by_suffix(stored_whole: Mapping[str, str], model: nn.Module) -> dict[str, str]:
+    """Modules to store whole as PEFT selects them: by name suffix, so others may match; nested ones are dropped."""
     modules = dict(model.named_modules())
     found = {
-        name: wholly.get(name, f"its name ends in {ending!r}, and PEFT goes by that")
+        name: stored_whole.get(name, f"its name ends in {ending!r}, and PEFT goes by that")
         for name in modules
-        for ending in [next((ending for ending in wholly if name.endswith(ending)), None)]
+        for ending in [next((ending for ending in stored_whole if name.endswith(ending)), None)]
         if ending is not None
     }
     outer = {name: why for name, why in found.items() if not _within(name.rpartition(".")[0], found)}
@@ -250,6 +252,7 @@ def _as_peft_finds(wholly: Mapping[str, str], model: nn.Module) -> dict[str, str
 
 
 def _within(name: str, modules: Iterable[str]) -> bool:
+    """Whether ``name`` is one of the modules, or inside one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
@@ -257,25 +260,25 @@ def _contents(
     model: nn.Module,
     found: Mapping[str, tuple[LoraLayer, Tensor, Tensor]],
     biases: Sequence[str],
-    wholly: Mapping[str, str],
+    stored_whole: Mapping[str, str],
 ) -> tuple[list[LoraLayer], dict[str, Tensor]]:
-    """What to say of each entry of the adapter, and its tensors by their names in the file."""
+    """Report entries of the adapter, and its tensors by their names in the file."""
     entries, tensors, state = [], {}, model.state_dict()
     for name, (entry, A, B) in found.items():
-        if _within(name, wholly):
+        if _within(name, stored_whole):
             continue
         entries.append(entry)
         if entry.rank:
             tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
-            alike = next((other for other in wholly if re.match(rf"(.*\.)?{other}(\..*)?$", name)), None)
-            if alike:  # PEFT reads its name as a pattern, in which a dot is any character
+            alike = next((other for other in stored_whole if re.match(rf"(.*\.)?{other}(\..*)?$", name)), None)
+            if alike:  # PEFT uses the name as a regular expression: a dot matches any character
                 raise ValueError(f"{name}: PEFT would not adapt it, taking it for {alike}, stored whole; rename one")
     for name in biases:
-        if not _within(name, wholly):
+        if not _within(name, stored_whole):
             owner = name.rpartition(".")[0]
             tensors[f"{owner}.base_layer.bias" if f"{owner}.lora_A.weight" in tensors else name] = state[name]
             entries.append(LoraLayer(name, "bias", state[name].numel(), state[name].numel()))
-    for name, why in wholly.items():
+    for name, why in stored_whole.items():
         inside = {key: T for key, T in state.items() if key.startswith(f"{name}.")}
         size = sum(T.numel() for T in inside.values())
         entries.append(LoraLayer(name, type(model.get_submodule(name)).__name__, size, size, note=why))
@@ -283,8 +286,8 @@ def _contents(
     return entries, {PREFIX + key: T for key, T in tensors.items()}
 
 
-def _config(entries: Sequence[LoraLayer], wholly: list[str]) -> dict:
-    """PEFT matches plain names by their endings, too; these patterns match the whole name, and only that."""
+def _config(entries: Sequence[LoraLayer], stored_whole: list[str]) -> dict:
+    """PEFT's ``adapter_config.json``; ranks are keyed by anchored patterns, as PEFT matches plain names by suffix."""
     ranks = {entry.name: entry.rank for entry in entries if entry.rank}
     patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
     return {
@@ -297,14 +300,14 @@ def _config(entries: Sequence[LoraLayer], wholly: list[str]) -> dict:
         "rank_pattern": patterns,
         "alpha_pattern": patterns,
         "target_modules": "|".join(map(re.escape, ranks)) or NO_TARGETS,
-        "modules_to_save": wholly or None,
+        "modules_to_save": stored_whole or None,
         "bias": "all" if any(entry.kind == "bias" for entry in entries) else "none",
         "lora_dropout": 0.0,
     }
 
 
 def _target(path: str | os.PathLike) -> Path:
-    """The folder, if it may be written."""
+    """The resolved output folder.  Raises OSError unless it is missing, empty or an adapter."""
     folder = Path(path).resolve()
     if not folder.parent.is_dir():
         raise FileNotFoundError(f"{path}: wanted a folder in one that exists; {folder.parent} does not")
@@ -314,7 +317,7 @@ def _target(path: str | os.PathLike) -> Path:
 
 
 def _write(folder: Path, config: dict, tensors: dict[str, Tensor]) -> int:
-    """Write the folder, atomically, and return the size of the weights' file."""
+    """Write the folder, atomically; returns the bytes of the weights file."""
     tensors = {key: T.detach().cpu().clone(memory_format=torch.contiguous_format) for key, T in tensors.items()}
     try:
         with atomic_folder(folder) as new:

@@ -1,4 +1,4 @@
-"""A budget for a whole model -> a rank for every layer: :func:`allocate`."""
+"""Rank allocation: per-layer ranks that minimize the truncation error under a budget for the whole model."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ __all__ = ["allocate"]
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer's choices, the cheapest first; the last is to stay dense.
+    """Cost-error curve of one layer: choices 1, 2, ... are ranks, the last one is to stay dense.
 
     Attributes:
-        full: its full rank, which stands for dense.  costs: of each choice, ascending.  errors: squared Frobenius norm
-            of what each choice cuts off, descending to 0.  norm: squared, of the whole.
+        full: full rank min(m, n), which stands for dense.  costs: of each choice, ascending.  errors: squared Frobenius
+            norm of the truncation error of each choice, descending to 0.  norm: squared Frobenius norm of the weight.
     """
 
     name: str
@@ -57,35 +57,36 @@ def allocate(
     skip: Sequence[str] = (),
     calibration: Iterable[tuple] | None = None,
 ) -> dict[str, ranks.Rule]:
-    """Ranks with which the model's layers together keep a budget: ``ck.compress(ranks=..., goal="size")``.
+    """Rank allocation under a budget for the whole model, as rules for ``ck.compress(ranks=..., goal="size")``.
 
-    For speed, :func:`compaware_kernels.compress` rounds ranks up and leaves layers dense: that keeps no budget.
+    With ``goal="speed"``, :func:`compaware_kernels.compress` rounds ranks up and keeps layers dense, which
+    may exceed the budget.
 
-    ``by`` says what is least under the budget, with ``e_l(r) = sum_{i > r} sigma_i^2`` what layer l loses at rank r:
+    ``by`` names the objective, with ``e_l(r) = sum_{i > r} sigma_i^2`` the truncation error of layer l at rank r:
 
     * ``relative``: ``sum_l e_l(r_l) / ||W_l||_F^2``
     * ``absolute``: ``sum_l e_l(r_l)``, the C step of Idelbayev & Carreira-Perpinan, CVPR 2020 ("LC")
-    * ``equal``: ``max_l e_l(r_l) / ||W_l||_F^2``, all layers lose alike (Liebenwein et al., ALDS, NeurIPS 2021)
-    * ``greedy``: ``relative``'s sum, one rank after another from 1 on: each time the one that gains most for its cost
-      (which is the same, unless a layer may stay dense)
-    * ``share``: nothing, every layer keeps the same share of its full rank; to compare with
+    * ``equal``: ``max_l e_l(r_l) / ||W_l||_F^2``, equal relative errors (Liebenwein et al., ALDS, NeurIPS 2021)
+    * ``greedy``: the objective of ``relative``, one rank at a time from 1 on, the best error decrease per cost first
+      (the same result, unless a layer may stay dense)
+    * ``share``: no objective, every layer keeps the same share of its full rank; a baseline
 
-    The sums are minimised through their Lagrangian ``e_l(r) + lambda cost_l(r)``, layer by layer, which is exact but
-    for what is left of the budget; that is spent on whatever ranks gain most for it.
+    The sums are minimized through the Lagrangian ``e_l(r) + lambda cost_l(r)``, separately per layer, which is exact up
+    to an unused rest of the budget; the rest is spent greedily, on the best error decrease per cost.
 
     Args:
-        model, example_inputs, fold, skip, calibration: as for :func:`compaware_kernels.compress`, and for it to get,
-            too; with calibration inputs, losses are those of the outputs.
-        budget: share (0 to 1) of what the layers that can become two factors cost dense.
-        of: ``macs``, multiply-adds on the example inputs, or ``params``.
+        model, example_inputs, fold, skip, calibration: as for :func:`compaware_kernels.compress`, which must be called
+            with the same; with calibration inputs, errors are those of layer outputs.
+        budget: share (0 to 1] of the dense cost of all layers that can be factorized.
+        of: cost, ``macs`` (multiply-adds on the example inputs) or ``params``.
 
     Returns:
-        rules by layer name (special characters as fnmatch wants them); layers that are better off dense have their full
+        rank rules by layer name (special characters escaped for fnmatch); a layer that should stay dense gets its full
         rank.
 
     Raises:
-        ValueError: unknown ``of``, ``by`` or fold; a budget that is no share, or smaller than what rank 1 everywhere
-            needs (which is said); NaN or Inf in a weight or in what a layer reads while calibrating.
+        ValueError: unknown ``of``, ``by`` or fold; a budget outside (0, 1], or below the cost of rank 1 everywhere
+            (which the error states); NaN or Inf in a weight or in a layer's calibration input.
         TypeError: example_inputs or a batch of calibration inputs is a tensor instead of a tuple.
     """
     inputs = inputs_tuple(example_inputs)
@@ -105,7 +106,7 @@ def allocate(
 def _layers(
     model: nn.Module, inputs: tuple, of: str, fold: str, skip: Sequence[str], calibration: Iterable[tuple] | None
 ) -> list[_Layer]:
-    """The layers that :func:`compress` may factorise, with their choices: ranks that need less of both, and dense."""
+    """Cost-error curves of all layers that :func:`compress` may factorize: ranks cheaper than dense, and dense."""
     found = [layer for layer in foldable_layers(model, skip)[0] if not why_dense(model, layer.name)]
     names, one = [layer.name for layer in found], copy.deepcopy(model).eval()
     for layer in found:
@@ -124,15 +125,15 @@ def _layers(
             cost, each = dense, one_macs[layer.name] if dense else 0
         if cost:
             s = seen.spectrum(layer.name, fold, M) if seen else singular_values(M)
-            chosen.append(_choices(layer.name, s, cost, each, limit))
+            chosen.append(_cost_error_curve(layer.name, s, cost, each, limit))
     return chosen
 
 
-def _choices(name: str, s: Tensor, dense: float, one: float, limit: int) -> _Layer:
-    """Ranks up to the limit, and dense; the groups of a convolution share a rank."""
+def _cost_error_curve(name: str, s: Tensor, dense: float, one: float, limit: int) -> _Layer:
+    """Cost-error curve from ``s`` ``[G, k]``: ranks up to ``limit``, and dense; groups share a rank, errors add up."""
     squares = s.square().sum(0)
     count = min(len(squares), limit)
-    lost = squares.flip(0).cumsum(0).flip(0)  # by all from i on
+    lost = squares.flip(0).cumsum(0).flip(0)  # sum of sigma_j^2, j >= i
     errors = torch.cat([lost, lost.new_zeros(1)])[1 : count + 1]
     costs = torch.arange(1, count + 1, dtype=torch.float64) * one
     return _Layer(name, len(squares), torch.cat([costs, costs.new_tensor([dense])]),
@@ -140,13 +141,13 @@ def _choices(name: str, s: Tensor, dense: float, one: float, limit: int) -> _Lay
 
 
 def _equal(layers: list[_Layer], budget: float) -> list[int]:
-    """Bisection over all errors that there are."""
+    """Choices of least maximal relative error: bisection over all relative errors that occur."""
     levels = torch.cat([layer.errors / (layer.norm or 1.0) for layer in layers]).unique()
 
     def at(level: float) -> list[int]:
         return [int((layer.errors / (layer.norm or 1.0) > level).sum()) for layer in layers]
 
-    low, high = 0, len(levels) - 1  # at(levels[high]) keeps the budget
+    low, high = 0, len(levels) - 1  # invariant: at(levels[high]) keeps the budget
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if _cost(layers, at(float(levels[middle]))) <= budget else (middle + 1, high)
@@ -154,20 +155,20 @@ def _equal(layers: list[_Layer], budget: float) -> list[int]:
 
 
 def _share(layers: list[_Layer], budget: float) -> list[int]:
-    """Bisection over the share."""
+    """Choices of the largest common share of full rank: bisection over the share."""
 
     def at(share: float) -> list[int]:
         return [min(math.ceil(share * layer.full), len(layer.costs)) - 1 for layer in layers]
 
-    low, high = 1e-9, 1.0  # at(low) keeps the budget
+    low, high = 1e-9, 1.0  # invariant: at(low) keeps the budget
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if _cost(layers, at(middle)) <= budget else (low, middle)
     return at(high if _cost(layers, at(high)) <= budget else low)
 
 
-def _least_sum(layers: list[_Layer], budget: float, weight: Callable[[_Layer], float]) -> list[int]:
-    """Bisection over the price of cost, then what is left is spent."""
+def _minimize_sum(layers: list[_Layer], budget: float, weight: Callable[[_Layer], float]) -> list[int]:
+    """Choices of least weighted error sum: bisection over the Lagrange multiplier, then a greedy use of the rest."""
     if _cost(layers, dense := [len(layer.costs) - 1 for layer in layers]) <= budget:
         return dense
 
@@ -175,15 +176,17 @@ def _least_sum(layers: list[_Layer], budget: float, weight: Callable[[_Layer], f
         return [int((weight(layer) * layer.errors + price * layer.costs).argmin()) for layer in layers]
 
     scale = max(weight(layer) * layer.norm / float(layer.costs[0]) for layer in layers) or 1.0
-    low, high = 1e-18 * scale, 1e3 * scale  # prices
+    low, high = 1e-18 * scale, 1e3 * scale  # Lagrange multipliers
     for _ in range(200):
         middle = math.sqrt(low * high)
         low, high = (low, middle) if _cost(layers, at(middle)) <= budget else (middle, high)
-    return _spend(layers, at(high), budget, weight)
+    return _raise_greedily(layers, at(high), budget, weight)
 
 
-def _spend(layers: list[_Layer], chosen: list[int], budget: float, weight: Callable[[_Layer], float]) -> list[int]:
-    """Raise ranks while the budget allows it, the one that gains most for its cost first."""
+def _raise_greedily(
+    layers: list[_Layer], chosen: list[int], budget: float, weight: Callable[[_Layer], float]
+) -> list[int]:
+    """Greedy: raise ranks while the budget allows, the best weighted error decrease per cost first."""
     chosen, left = list(chosen), budget - _cost(layers, chosen)
     costs, errors = ([getattr(layer, name).tolist() for layer in layers] for name in ("costs", "errors"))
     weights, steps = [weight(layer) for layer in layers], []
@@ -206,13 +209,16 @@ def _spend(layers: list[_Layer], chosen: list[int], budget: float, weight: Calla
 
 
 def _cost(layers: list[_Layer], chosen: list[int]) -> float:
+    """Total cost of a choice per layer."""
     return sum(float(layer.costs[i]) for layer, i in zip(layers, chosen, strict=True))
 
 
 _WAYS: dict[str, Callable[[list[_Layer], float], list[int]]] = {
-    "relative": lambda layers, budget: _least_sum(layers, budget, lambda layer: 1 / (layer.norm or 1.0)),
-    "absolute": lambda layers, budget: _least_sum(layers, budget, lambda layer: 1.0),
+    "relative": lambda layers, budget: _minimize_sum(layers, budget, lambda layer: 1 / (layer.norm or 1.0)),
+    "absolute": lambda layers, budget: _minimize_sum(layers, budget, lambda layer: 1.0),
     "equal": _equal,
-    "greedy": lambda layers, budget: _spend(layers, [0] * len(layers), budget, lambda layer: 1 / (layer.norm or 1.0)),
+    "greedy": lambda layers, budget: _raise_greedily(
+        layers, [0] * len(layers), budget, lambda layer: 1 / (layer.norm or 1.0)
+    ),
     "share": _share,
 }

@@ -1,4 +1,4 @@
-"""Small SVDs, products in fp64, and products with a few columns by the faster of the libraries PyTorch brings."""
+"""Dense linear algebra: batched small SVD, fp64 products of tall matrices, and fp32 products through oneDNN."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from functools import cache
 import torch
 from torch import Tensor
 
-LARGE = 2**20  # multiplications, below which a call costs more than it saves
-COLUMNS = 8  # widths are rounded up to these: few shapes for a library that compiles for each
-ROWS = 2**18  # elements taken at a time
+__all__ = ["COLUMNS", "ROWS", "inner", "product", "small_svd", "times", "wide_product", "without"]
+
+LARGE = 2**20  # multiplications; below, the oneDNN call overhead exceeds its gain
+COLUMNS = 8  # widths are rounded up to multiples of 8: oneDNN compiles a kernel per shape
+ROWS = 2**18  # elements per block
 
 
 @torch.library.custom_op("compaware::small_svd", mutates_args=())
 def small_svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of ``[B, m, n]``, fp32 or fp64: U ``[B, m, k]``, s ``[B, k]`` descending, V ``[B, n, k]``."""
+    """Thin SVD of ``[B, m, n]``, fp32 or fp64: U ``[B, m, k]``, s ``[B, k]`` descending, V ``[B, n, k]``, k = min(m, n)."""
     U, s, Vh = torch.linalg.svd(W, full_matrices=False)
     return U.contiguous(), s, Vh.mT.contiguous()
 
@@ -28,7 +30,7 @@ def _(W):
 
 @torch.library.custom_op("compaware::wide_product", mutates_args=())
 def wide_product(X: Tensor, Y: Tensor) -> Tensor:
-    """X ``[m, n]`` times Y ``[n, p]``, each fp32 or fp64, in fp64; X is converted a few rows at a time."""
+    """Product ``X Y`` ``[m, p]`` in fp64 of X ``[m, n]`` and Y ``[n, p]``, fp32 or fp64; X is converted in row blocks."""
     step, Y = max(1, 2**18 // max(1, len(Y))), Y.double()
     return torch.cat([part.double() @ Y for part in X.split(step)]) if len(X) else Y.new_empty(0, Y.shape[1])
 
@@ -40,31 +42,34 @@ def _(X, Y):
 
 @cache
 def _onednn() -> bool:
-    """Whether fp32 products on the CPU go through oneDNN. Where MKL leaves AVX-512 unused they are 2.2 times as fast
-    (AMD EPYC Turin: 171 against 75 GFLOP/s on one core); where it uses it, both are the same."""
+    """Whether fp32 products on the CPU go through oneDNN: on CPUs with AVX-512.
+
+    Where MKL does not use AVX-512, oneDNN is 2.2 times as fast (AMD EPYC Turin: 171 against 75 GFLOP/s on one core);
+    where it does, both are equally fast.
+    """
     return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def product(A: Tensor, B: Tensor) -> Tensor:
-    """A B, for matrices of the same dtype."""
+    """Product ``A B`` of ``[m, n]`` and ``[n, p]`` of the same dtype; large fp32 products on the CPU through oneDNN."""
     work = A.shape[0] * A.shape[1] * B.shape[1]
     if work < LARGE or A.dtype != torch.float32 or A.device.type != "cpu" or not _onednn():
         return A @ B
-    if A.stride(0) == 1 and A.shape[0] >= B.shape[1]:  # (B^T A^T)^T keeps the large matrix as it lies
+    if A.stride(0) == 1 and A.shape[0] >= B.shape[1]:  # (B^T A^T)^T takes the large A without a copy
         return torch.ops.mkldnn._linear_pointwise(B.mT, A, None, "none", [], "").mT.contiguous()
     return torch.ops.mkldnn._linear_pointwise(A, B.mT, None, "none", [], "")
 
 
 def times(X: Tensor, Y: Tensor) -> Tensor:
-    """X Y: in fp32 where both are, else in fp64."""
+    """Product ``X Y``, in fp32 if both are fp32, else in fp64."""
     return product(X, Y) if X.dtype == Y.dtype == torch.float32 else wide_product(X, Y)
 
 
 def inner(X: Tensor, Y: Tensor) -> Tensor:
-    """X^T Y in fp64."""
+    """Inner product ``X^T Y`` in fp64."""
     return wide_product(X.mT, Y)
 
 
 def without(Y: Tensor, U: Tensor) -> Tensor:
-    """(I - U U^T) Y for orthonormal U."""
+    """Projection ``(I - U U^T) Y`` onto the orthogonal complement of orthonormal columns U."""
     return Y - product(U, product(U.mT, Y)) if U.shape[1] else Y

@@ -1,25 +1,31 @@
-"""For which arguments the low-rank kernels, in C++ and in Triton, are worth calling.  Imports no Triton."""
+"""Limits of the low-rank kernels (C++, Triton): arguments that they do not support, or run slower than two steps."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Below these the CPU kernel was slower than two convolutions of torch, by up to a third: its columns count in sixteens,
-# and every tap costs something (AMD EPYC with AVX-512, 1 thread, 3 to 32 channels, ranks 8 and 16, 56 x 56).
-SMALLEST_CHANNELS, SMALLEST_RANK, SMALLEST_RANK_OF_LARGE = 16, 12, 24  # with kernels; of 4 x 4 and more
-# And 1 x 1 layers of few channels on many pixels, which do little but write their output: 0.6x (2 threads, 16 and
-# 24 channels, 25,088 pixels; on 1,568 pixels they were faster by half).
+__all__ = ["MAX_RANK", "ROW", "cpu_declines", "triton_declines"]
+
+# Below these the CPU kernel was slower than two torch convolutions, by up to a third: its columns are padded to multiples
+# of 16, and each tap has an overhead (AMD EPYC with AVX-512, 1 thread, 3 to 32 channels, ranks 8 and 16, 56 x 56).
+SMALLEST_CHANNELS, SMALLEST_RANK, SMALLEST_RANK_OF_LARGE = (
+    16,
+    12,
+    24,
+)  # for kernels larger than 1 x 1; for 4 x 4 and larger
+# 1 x 1 layers of few channels on many pixels are bound by writing the output: 0.6x the speed of two steps (2 threads, 16
+# and 24 channels, 25,088 pixels; on 1,568 pixels they were 1.5x as fast).
 THIN_CHANNELS, MANY_PIXELS = 32, 8192
 
 
-MAX_RANK = 128  # of the Triton kernel: more does not fit on the chip
-MAX_PIXELS = 2**30  # of x: pixels are counted in int32, and padding adds some; offsets are int64
-ROW = 16  # bytes: the widest load; rows of x, V, U and y start at multiples of it
+MAX_RANK = 128  # of the Triton kernel: larger ranks do not fit into shared memory
+MAX_PIXELS = 2**30  # of x: pixel indices are int32, with room for padding; offsets are int64
+ROW = 16  # bytes of the widest load, to which rows of x, V, U and y are aligned
 
 
 def cpu_declines(x: Tensor, V: Tensor, U: Tensor, groups: int = 1, fold: str = "paper") -> str:
-    """Why two steps of plain PyTorch are as right and faster, in words; "" if they are not.
+    """Why the CPU kernel does not take these arguments, or is slower than two steps; "" if it is used.
 
     Args:
         x: ``[N, C, H, W]`` or ``[..., C]``.
@@ -46,7 +52,7 @@ def _too_small(x: Tensor, V: Tensor, groups: int) -> str:
 
 
 def triton_declines(x: Tensor, V: Tensor, U: Tensor, groups: int = 1, fold: str = "paper") -> str:
-    """Why the Triton kernel is not for these arguments, in words; "" if it is.  Shapes as :func:`cpu_declines`."""
+    """Why the Triton kernel does not take these arguments; "" if it does.  Shapes as in :func:`cpu_declines`."""
     (r, C), O = V.shape[:2], U.shape[0]
     dtype, size = x.dtype, x.itemsize
     if not x.is_cuda:

@@ -1,7 +1,7 @@
-"""What the self-test has found of the kernels on this machine's GPUs: those that failed it are not used.
+"""Kernel quarantine: self-test verdicts per GPU and kernel family; kernels that failed are not used.
 
-``compaware info --selftest`` writes it (:mod:`compaware_kernels.selftest`), for the very code and versions that it has
-tested. ``COMPAWARE_VERDICTS=ignore`` uses the kernels all the same.
+``compaware info --selftest`` (:mod:`compaware_kernels.selftest`) writes the verdicts to the user's cache, keyed by a hash
+of the tested code and library versions. ``COMPAWARE_VERDICTS=ignore`` disables the quarantine.
 """
 
 from __future__ import annotations
@@ -19,28 +19,30 @@ import torch
 from .._utils.atomic_write import write_text
 from . import library
 
-SHRINK, STEP, LOW_RANK = "shrink", "step", "low rank"  # the families: one falls out as a whole
+__all__ = ["LOW_RANK", "SHRINK", "STEP", "about", "device_name", "failure", "folder", "found", "record", "refused"]
+
+SHRINK, STEP, LOW_RANK = "shrink", "step", "low rank"  # kernel families; one failure disables the family
 SUFFIXES = (".py", ".so", ".cuh", ".h")
 
-Verdicts = dict[str, dict[str, str]]  # device -> family -> what was wrong, or ""
+Verdicts = dict[str, dict[str, str]]  # device -> family -> failure, or ""
 
 
 @torch.compiler.assume_constant_result  # a compiler would trace the file being read
 def refused(family: str, device: torch.device) -> str:
-    """Why kernels of this family are not used on ``device``: they failed the self-test there; "" if they may be."""
+    """Why kernels of this family are not used on ``device`` (they failed the self-test there); "" if they are."""
     reason = found() and failure(family, device)
     return f"the {family} kernels failed the self-test here ({reason})" if reason else ""
 
 
 def failure(family: str, device: torch.device) -> str:
-    """What was wrong with the family on ``device``; with ck_shrink, which takes no Python to reach, on any."""
+    """Failure of the family on ``device``, or ""; for shrink kernels, dispatched without Python, on any device."""
     devices = found().values() if family == SHRINK else (found().get(device_name(device), {}),)
     return next((verdicts[family] for verdicts in devices if verdicts.get(family)), "")
 
 
 @cache
 def found() -> Verdicts:
-    """What the self-test has found of this code, if it has run."""
+    """Verdicts recorded for this code and these versions; empty if the self-test has not run, or is ignored."""
     if os.environ.get("COMPAWARE_VERDICTS") == "ignore" or not any(folder().glob("*.json")):
         return {}
     try:
@@ -50,7 +52,7 @@ def found() -> Verdicts:
 
 
 def record(device: torch.device, verdicts: Mapping[str, str]) -> Path:
-    """Keep what was found on ``device``, for this process and later ones."""
+    """Record the verdicts (family -> failure or "") of ``device``, for this and later processes; returns the file."""
     found.cache_clear()
     every = found() | {device_name(device): dict(verdicts)}
     _file().parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +62,7 @@ def record(device: torch.device, verdicts: Mapping[str, str]) -> Path:
 
 
 def about() -> dict[str, str]:
-    """Device -> what the self-test has found there."""
+    """Text for ``compaware info``: device -> summary of its verdicts."""
     said = {}
     for device, verdicts in found().items():
         failed = [f"{family} kernels failed, not used: {reason}" for family, reason in verdicts.items() if reason]
@@ -69,18 +71,18 @@ def about() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """By which verdicts are told apart."""
+    """Key of a device in the verdicts: the GPU's model name, or the device type."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else device.type
 
 
 def folder() -> Path:
-    """Where verdicts are kept."""
+    """Cache folder of the verdict files."""
     return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "compaware")
 
 
 @cache
 def _code() -> str:
-    """Names the package's kernels, with the versions of what compiles and runs them."""
+    """Hash of all kernel sources and binaries, and of the versions of the libraries that compile and run them."""
     key, package = hashlib.sha256(), library.PATH.parent
     for name in ("torch", "triton", "cupy-cuda13x", "compaware-kernels"):
         try:

@@ -19,8 +19,8 @@ as ``sqrt(x) |d m^(-1/2)| <= |dm| / 2`` for m >= max(x, 1) - and ``1 - |s| <= 1 
 the Gaussian probes omega. Near x = 1, S need not have converged: there ``x - 1`` is small.
 
 Firm thresholding subtracts ``gamma / (gamma - 1)`` times this, less ``1 / (gamma - 1)`` times the same for the
-threshold ``gamma tau``: a second pass, whose error has the same weight as that of the first. Clipping X at gamma^2 would
-save an inverse root, but multiply the error of that sign by ``sigma / tau``, while here no error grows with sigma.
+threshold ``gamma tau``: a second pass, whose error has the same weight as that of the first. Clipping X at gamma^2
+would save an inverse root, but multiply the error of that sign by ``sigma / tau``; here no error grows with sigma.
 """
 
 from __future__ import annotations

@@ -55,9 +55,9 @@ def programs(layers: Sequence[SimpleNamespace], count: int, one: dict[str, Tenso
     """Four programs, run before ck_orth (two), ck_ritz and ck_judge; ``one``: coefficients shared by all layers."""
     found = []
     for steps in (
-        [_ahead("V"), _inner],
-        [*_ORTHONORMAL, _back, _ahead("Z"), _inner],
-        [*_ORTHONORMAL, _back, _squares, _in_basis, _probe_residuals],
+        [_multiply_by_W("V"), _inner],
+        [*_ORTHONORMAL, _multiply_by_W_transposed, _multiply_by_W("Z"), _inner],
+        [*_ORTHONORMAL, _multiply_by_W_transposed, _gram_matrices, _in_basis, _probe_residuals],
         [*_CHECKS, *_POWERS],
     ):
         program = Program(layers=count)
@@ -73,7 +73,7 @@ def _multiply(program: Program, layer: SimpleNamespace, *operands, **options) ->
     program.multiply(layer.number, *operands, gate=layer.gate["try"], **options)
 
 
-def _ahead(of: str):
+def _multiply_by_W(of: str):
     def step(program, x, one):
         _multiply(program, x, x.W, getattr(x, of), x.B)
 
@@ -107,11 +107,11 @@ def _newton_schulz(of: str, to: str):
 _ORTHONORMAL = [_orthonormal, _gram("U"), _newton_schulz("U", "B"), _gram("B"), _newton_schulz("B", "U")]
 
 
-def _back(program, x, one):
+def _multiply_by_W_transposed(program, x, one):
     _multiply(program, x, x.W.mT, x.U, x.Z)
 
 
-def _squares(program, x, one):
+def _gram_matrices(program, x, one):
     _multiply(program, x, x.U.mT, x.U, x.C, wide=True)
     _multiply(program, x, x.Z.mT, x.Z, x.H, wide=True)
     _multiply(program, x, x.W, x.omega, x.Y, wide=True)
@@ -161,14 +161,14 @@ def _power(j: int, x: SimpleNamespace) -> Tensor:
     return x.powers[at : at + (x.n if j % 2 == 0 else x.m)]
 
 
-def _power_back(j: int):
+def _even_power(j: int):
     def step(program, x, one):
         _multiply(program, x, x.W.mT, _power(j - 1, x), _power(j, x), coef=x.coefficient["power"], wide=j == 2)
 
     return step
 
 
-def _power_ahead(j: int):
+def _odd_power(j: int):
     def step(program, x, one):
         _multiply(program, x, x.W, _power(j - 1, x), x.ahead, coef=x.coefficient["power"])
 
@@ -189,5 +189,5 @@ def _power_without_U(j: int):
 _POWERS = [
     step
     for j in range(2, POWERS + 1)
-    for step in ([_power_back(j)] if j % 2 == 0 else [_power_ahead(j), _in_U, _power_without_U(j)])
+    for step in ([_even_power(j)] if j % 2 == 0 else [_odd_power(j), _in_U, _power_without_U(j)])
 ]

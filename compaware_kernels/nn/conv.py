@@ -1,4 +1,4 @@
-"""Low-rank convolutions: two factors and their geometry, which transposed ones share."""
+"""Low-rank convolutions in 1, 2 and 3 dimensions, and the base class that transposed ones share."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ if TYPE_CHECKING:
     from typing import Self  # of Python 3.11
 
 
-class LowRankConv(LowRank):
-    """A convolution as two: ``first`` with the fold's column axes of the kernel, ``second`` with its row axes.
+__all__ = ["LowRankConv", "LowRankConv1d", "LowRankConv2d", "LowRankConv3d"]
 
-    Stride, padding, dilation and padding mode go with the kernel axes they belong to; groups are kept in both.
+
+class LowRankConv(LowRank):
+    """Low-rank convolution, ``[N, C, *S]`` -> ``[N, O, *S']``: two convolutions with G r channels in between.
+
+    ``first`` has the fold's column axes of the kernel, ``second`` its row axes. Stride, padding, dilation and padding
+    mode apply to the factor with the kernel axis in question; both factors are grouped.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as in
@@ -32,7 +36,7 @@ class LowRankConv(LowRank):
     """
 
     axes: int
-    # What a layer is made with along each axis, and the value of a factor along the axes that are the other's.
+    # Geometry arguments, with the value that a factor has along the kernel axes of the other factor.
     geometry: ClassVar = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
 
     def __init__(
@@ -57,7 +61,7 @@ class LowRankConv(LowRank):
         self._build(whole, rank, fold, device, dtype)
 
     def _build(self, whole: nn.Module, rank: int, fold: str, device, dtype) -> None:
-        """Both factors, for the sizes and the geometry of the dense layer ``whole``."""
+        """Create both factors, with the sizes and the geometry of the dense layer ``whole``."""
         for name in ("in_channels", "out_channels", "groups", "padding_mode", *self.geometry):
             setattr(self, name, getattr(whole, name))
         self.rank, self.fold = rank, fold
@@ -67,11 +71,12 @@ class LowRankConv(LowRank):
         self.second = self._factor(middle, self.out_channels, range(k), bias=whole.bias is not None, **place)
 
     def _factor(self, inputs: int, outputs: int, axes: range, **more: object) -> nn.Module:
-        """The factor that has the kernel on these axes."""
+        """Factor with these axes of the kernel."""
         geometry = {name: self._on_axes(name, axes) for name in self.geometry}
         return self.dense(inputs, outputs, groups=self.groups, padding_mode=self.padding_mode, **geometry, **more)
 
     def _on_axes(self, name: str, axes: range) -> tuple[int, ...] | str:
+        """Geometry argument of the factor with these kernel axes."""
         values = getattr(self, name)
         if isinstance(values, str):  # padding "same" or "valid"
             return values
@@ -82,14 +87,14 @@ class LowRankConv(LowRank):
 
     @classmethod
     def like(cls, layer: nn.Module, rank: int, fold: str = "paper") -> Self:
-        """An untrained low-rank layer with the geometry, bias, device and dtype of the convolution ``layer``."""
+        """New low-rank layer, untrained, with the geometry, bias, device and dtype of the convolution ``layer``."""
         if not isinstance(layer, cls.dense):
             raise TypeError(f"{cls.__name__} wants a {cls.dense.__name__}; got {type(layer).__name__}")
         place = {"device": layer.weight.device, "dtype": layer.weight.dtype}
         return cls(rank=rank, fold=fold, **cls._sizes_of(layer), **place)
 
     def to_dense(self) -> nn.Module:
-        """One ordinary layer whose folded weight is ``U V``."""
+        """Dense layer whose folded weight is ``U V``."""
         place = {"device": self.first.weight.device, "dtype": self.first.weight.dtype}
         layer = nn.utils.skip_init(self.dense, **self._sizes_of(self), **place)
         k = row_axes(self.fold, self.axes)
@@ -102,7 +107,7 @@ class LowRankConv(LowRank):
 
     @classmethod
     def _sizes_of(cls, layer: nn.Module) -> dict[str, object]:
-        """The arguments that make a dense layer of the sizes and the geometry of ``layer``, dense or low-rank."""
+        """Constructor arguments of a dense layer with the sizes and geometry of ``layer``, dense or low-rank."""
         names = ("in_channels", "out_channels", *cls.geometry, "groups", "padding_mode")
         return {name: getattr(layer, name) for name in names} | {"bias": layer.bias is not None}
 
@@ -138,7 +143,7 @@ class LowRankConv2d(LowRankConv):
         return "" if self._padding() else f"padding {self.padding!r}, more on one side than on the other"
 
     def _padding(self) -> list[int] | None:
-        """Padding in pixels; None where it is not symmetric."""
+        """Padding in pixels; None if it is not symmetric."""
         if not isinstance(self.padding, str):
             return list(self.padding)
         if self.padding == "valid":

@@ -1,9 +1,9 @@
-"""Low-rank layers as functions: two factors, bias, residual and activation in one op.
+"""Functional low-rank convolution and linear layer: two factors, bias, residual and activation in one op.
 
     y = act(U (V x) + bias + residual)
 
-On the CPU in fp32 (C++) and on CUDA (Triton) the rank-r intermediate stays in the cache, or on the chip; where no
-kernel takes the arguments, two steps of plain PyTorch run: :mod:`compaware_kernels.ops.backends` has the reasons.
+The fp32 CPU kernel (C++) keeps the rank-r intermediate in the cache, the CUDA kernel (Triton) on chip. If no kernel
+takes the arguments, two steps of plain PyTorch run; :func:`compaware_kernels.ops.backends.choose` gives the reason.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..ops import lowrank
+
+__all__ = ["lowrank_conv2d", "lowrank_linear"]
 
 
 def lowrank_conv2d(
@@ -32,34 +34,34 @@ def lowrank_conv2d(
     fold: str = "paper",
     activation: str = "none",
 ) -> Tensor:
-    """A convolution in two factors: ``y = act(U * (V * x) + bias + residual)``.
+    """Low-rank convolution ``y = act(U * (V * x) + bias + residual)``, ``[N, C, H, W]`` -> ``[N, O, OH, OW]``.
 
     Args:
-        x: ``[N, C, H, W]``, best in channels_last.
+        x: ``[N, C, H, W]``, fastest in channels_last.
         V: the first convolution: ``[G r, C/G, kh, kw]`` (fold ``paper``), ``[G r, C/G, 1, kw]`` (``spatial``) or
             ``[G r, C/G, 1, 1]`` (``input``).
-        U: the second: ``[O, r, 1, 1]``, ``[O, r, kh, 1]`` or ``[O, r, kh, kw]``.
+        U: the second convolution: ``[O, r, 1, 1]``, ``[O, r, kh, 1]`` or ``[O, r, kh, kw]``.
         bias: ``[O]``.
-        residual: added before the activation, of the shape of y.
-        packed: what ``torch.ops.compaware.lowrank_pack(V, U, groups)`` gave, to pack constant weights once. Weights
-            that were written to since are packed anew; a write through ``.data`` is noticed if it changes most of them.
-        stride, padding, dilation, groups: of the whole convolution, as in ``torch.nn.functional.conv2d``; each axis
-            goes to the factor whose kernel has it.
+        residual: ``[N, O, OH, OW]``, added before the activation.
+        packed: ``torch.ops.compaware.lowrank_pack(V, U, groups)``, to pack constant weights once. If the weights have
+            changed since, they are repacked; a write through ``.data`` is detected if it changes most of them.
+        stride, padding, dilation, groups: of the dense convolution, as in ``torch.nn.functional.conv2d``; each axis
+            applies to the factor with that kernel axis.
         activation: ``none`` | ``relu`` | ``relu6`` | ``silu`` | ``gelu``.
 
     Returns:
-        ``[N, O, OH, OW]``, in channels_last if x or V is; differentiable (the intermediate is computed again in the
+        ``[N, O, OH, OW]``, in channels_last if x or V is; differentiable (the intermediate is recomputed in the
         backward pass).
 
     Raises:
         ValueError: unknown fold or activation.
-        RuntimeError: shapes or dtypes that do not fit each other; says what was wanted and what came.
+        RuntimeError: shapes or dtypes do not match; the message has the wanted and the given ones.
         NotImplementedError: forward-mode derivatives.
 
-    Each factor is one running sum in fp32 on the CPU: within 2 x the error of torch's two convolutions, plus 8 units in
-    the last place of the largest output (measured: 6).
+    Accuracy: the CPU kernel accumulates each factor sequentially in fp32; its error is at most twice that of torch's
+    two convolutions plus 8 units in the last place of the largest output (measured: 6).
 
-    Source: Alvarez & Salzmann, NIPS 2017 (fold ``paper``); :mod:`compaware_kernels.folds` has the others'.
+    Source: Alvarez & Salzmann, NIPS 2017 (fold ``paper``); :mod:`compaware_kernels.folds` has those of the others.
     """
     lowrank.check(activation, fold)
     _refuse_forward_mode()
@@ -79,11 +81,11 @@ def lowrank_linear(
     packed: Tensor | None = None,
     activation: str = "none",
 ) -> Tensor:
-    """A linear layer in two factors: ``y = act((x V^T) U^T + bias + residual)``.
+    """Low-rank linear layer ``y = act((x V^T) U^T + bias + residual)``, ``[..., C]`` -> ``[..., O]``.
 
     Args:
         x: ``[..., C]``;  V: ``[r, C]``;  U: ``[O, r]``;  bias: ``[O]``;  residual: ``[..., O]``.
-        packed: what ``torch.ops.compaware.lowrank_pack(V, U, 1)`` gave, as for :func:`lowrank_conv2d`.
+        packed: ``torch.ops.compaware.lowrank_pack(V, U, 1)``, as for :func:`lowrank_conv2d`.
         activation: ``none`` | ``relu`` | ``relu6`` | ``silu`` | ``gelu``.
 
     Returns:
@@ -91,7 +93,7 @@ def lowrank_linear(
 
     Raises:
         ValueError: unknown activation.
-        RuntimeError: shapes or dtypes that do not fit each other.
+        RuntimeError: shapes or dtypes do not match.
         NotImplementedError: forward-mode derivatives.
     """
     lowrank.check(activation)
@@ -100,5 +102,5 @@ def lowrank_linear(
 
 
 def _refuse_forward_mode() -> None:
-    if forward_ad._current_level >= 0:  # torch would take the derivative of a custom op for zero
+    if forward_ad._current_level >= 0:  # torch would treat the derivative of a custom op as zero
         raise NotImplementedError("the low-rank ops have no forward-mode derivatives; use two convolutions or linears")

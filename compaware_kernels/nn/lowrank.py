@@ -1,4 +1,4 @@
-"""What all low-rank layers share: two factors, one kernel for both, packed weights, checkpoints of the dense layer."""
+"""Base class of low-rank layers: two factors, fused forward, weight packing, loading of dense checkpoints."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from .module_surgery import is_plain
 if TYPE_CHECKING:
     from typing import Self  # of Python 3.11
 
-MODULES = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "gelu": nn.GELU}  # of the fused activations
+__all__ = ["MODULES", "LowRank"]
+
+MODULES = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "gelu": nn.GELU}  # fused activation -> module
 
 
 class LowRank(nn.Module, ABC):
-    """Two factors applied in turn, by one kernel where there is one.
+    """Low-rank layer ``y = act(second(first(x)) + residual)``, by one fused kernel if one takes the arguments.
 
-    ``forward(input, residual=None)`` is ``act(second(first(input)) + residual)``; the activation is ``none`` until
-    :func:`compaware_kernels.fuse` gives the layer the one that follows it. ``in_place`` allows it to write over the
-    residual. The kernels read ``first.weight`` and ``second.weight``; for the CPU they are packed once and again when
-    they change (as much memory again).
+    The activation is ``none`` until :func:`compaware_kernels.fuse` fuses the one that follows the layer. ``in_place``
+    permits writing y over the residual. The kernels read ``first.weight`` and ``second.weight``; for the CPU kernel
+    they are packed once, and again after a change, which doubles the memory of the weights.
     """
 
     dense: type[nn.Module]
     first: nn.Module
     second: nn.Module
-    op: str  # in torch.ops.compaware, that does both
+    op: str  # fused op in torch.ops.compaware
     rank: int
     fold: str
     groups: int = 1
@@ -43,12 +44,12 @@ class LowRank(nn.Module, ABC):
 
     def __init__(self):
         super().__init__()
-        self._register_load_state_dict_pre_hook(_factors_of_what_is_loaded, with_module=True)
-        self.register_load_state_dict_post_hook(_pack_what_was_loaded)
+        self._register_load_state_dict_pre_hook(_convert_state_dict, with_module=True)
+        self.register_load_state_dict_post_hook(_pack_after_load)
 
     def forward(self, input: Tensor, residual: Tensor | None = None, in_place: bool = False) -> Tensor:
         reason = self.why_two_step(input)
-        first, second = self._modules["first"], self._modules["second"]  # attributes would take several times as long
+        first, second = self._modules["first"], self._modules["second"]  # several times as fast as attribute access
         if not reason:
             V, of_second = first._parameters["weight"], second._parameters
             return self._in_one(input, V, of_second["weight"], of_second["bias"], residual, in_place)
@@ -58,7 +59,7 @@ class LowRank(nn.Module, ABC):
         return ACTIVATIONS[self.activation](y if residual is None else y + residual)
 
     def why_two_step(self, x: Tensor) -> str:
-        """Why ``forward`` runs the factors one by one on this input; "" where one kernel does both."""
+        """Why ``forward`` runs the factors one after the other on this input; "" if one fused kernel runs both."""
         if torch.compiler.is_exporting() or torch.jit.is_tracing() or not isinstance(x, Tensor):
             return "traced or exported: standard ops only"
         first, second = self._modules["first"], self._modules["second"]
@@ -79,32 +80,33 @@ class LowRank(nn.Module, ABC):
         return (reason or f"no kernel for {x.device.type}") if backend is backends.PLAIN else ""
 
     def _why_not_geometry(self) -> str:
+        """Why the geometry (padding, dimension) rules out the fused kernel; "" if it does not."""
         return ""
 
     def _in_one(self, x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None, residual: Tensor | None, in_place: bool):
-        """Both factors by one kernel.  Only for layers that have one: the others always have a reason for two steps."""
+        """Both factors by the fused op.  Called only if :meth:`why_two_step` gives no reason against it."""
         raise NotImplementedError(f"{type(self).__name__} has no kernel, and why_two_step did not say so")
 
     @classmethod
     @abstractmethod
     def like(cls, layer: nn.Module, rank: int, fold: str = "paper") -> Self:
-        """An untrained low-rank layer with the sizes, geometry, bias, device and dtype of the dense ``layer``."""
+        """New low-rank layer, untrained, with the sizes, geometry, bias, device and dtype of the dense ``layer``."""
 
     @classmethod
     def from_dense(cls, layer: nn.Module, rank: int, fold: str = "paper") -> Self:
-        """The best rank-r approximation of the dense ``layer`` under the fold (truncated SVD, per group)."""
+        """Low-rank layer of the best rank-r approximation of the folded dense weight (truncated SVD, per group)."""
         self = cls.like(layer, rank, fold)
         return self._copy_from(layer, *self._factors(layer.weight))
 
     @classmethod
     def from_svd(cls, layer: nn.Module, rank: int, fold: str, svd: SVD) -> Self:
-        """As :meth:`from_dense`, where the SVD of the folded weight is there already."""
+        """As :meth:`from_dense`, with the SVD of the folded weight ``[G, m, n]`` given."""
         return cls.like(layer, rank, fold)._copy_from(layer, *svd.factors(rank, layer.weight.dtype))
 
     def to_sequential(self) -> nn.Sequential:
-        """The same layer in plain torch: ``nn.Sequential(first, second)``, sharing the parameters.
+        """The layer in plain torch: ``nn.Sequential(first, second)``, sharing the parameters.
 
-        An activation that was fused follows as a module of its own.
+        A fused activation becomes a third module.
         """
         after = [] if self.activation == "none" else [MODULES[self.activation]()]
         return nn.Sequential(self.first, self.second, *after)
@@ -130,23 +132,23 @@ class LowRank(nn.Module, ABC):
             self._pack()
 
     def _pack(self):
-        """Pack the factors, where the CPU kernel takes them."""
+        """Pack the factors for the CPU kernel, if it takes them."""
         self._packed = self._packed_from = None
         if type(self.first) is not self.dense or type(self.second) is not self.dense:
-            return self  # a factor that was replaced may have no weight
+            return self  # a replaced factor may have no weight
         V, U = self.first.weight, self.second.weight
         if V.is_cpu and V.dtype == torch.float32 and type(V) is nn.Parameter and not self._why_not_geometry():
-            self._packed, self._packed_from = lowrank_pack(V.detach(), U.detach(), self.groups), _state(V, U)
+            self._packed, self._packed_from = lowrank_pack(V.detach(), U.detach(), self.groups), _factor_versions(V, U)
         return self
 
     def _packed_now(self, V: Tensor, U: Tensor) -> Tensor | None:
-        # A compiled graph takes what was packed last; the kernel packs anew what has changed since.
-        if not torch.compiler.is_compiling() and self._packed_from != _state(V, U):
+        # A compiled graph uses the last packed weights; the kernel repacks them if they have changed since.
+        if not torch.compiler.is_compiling() and self._packed_from != _factor_versions(V, U):
             self._pack()
         return self._packed
 
     def _copy_from(self, layer: nn.Module, U: Tensor, V: Tensor) -> LowRank:
-        """The factors ``U`` [G, m, r] and ``V`` [G, r, n] of the folded weight; bias and mode of ``layer``."""
+        """Set the weights from U ``[G, m, r]`` and V ``[G, r, n]``, bias and mode from the dense ``layer``."""
         with torch.no_grad():
             for factor, weight in zip((self.first, self.second), self._unfolded(U, V), strict=True):
                 factor.weight.copy_(weight)
@@ -156,6 +158,7 @@ class LowRank(nn.Module, ABC):
         return self.train(layer.training)
 
     def _copy_to(self, layer: nn.Module, weight: Tensor) -> nn.Module:
+        """Set the dense ``layer`` to this weight, and to the bias and mode of this layer."""
         with torch.no_grad():
             layer.weight.copy_(weight)
             if self.bias is not None:
@@ -164,33 +167,34 @@ class LowRank(nn.Module, ABC):
         return layer.train(self.training)
 
     def _extra(self) -> str:
+        """Rank, number of weights and fused activation, for ``extra_repr``."""
         parameters, dense = self.first.weight.numel() + self.second.weight.numel(), self._dense_numel()
         fused = "" if self.activation == "none" else f", activation={self.activation}"
         return f"rank={self.rank}, weights={parameters:,} of {dense:,} ({parameters / dense:.0%}){fused}"
 
     @abstractmethod
     def _dense_numel(self) -> int:
-        """Numbers in the weight of the dense layer."""
+        """Number of weights of the dense layer."""
 
     def _factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """``U`` [G, m, r] and ``V`` [G, r, n] of the best approximation of a dense weight, folded."""
+        """Factors U ``[G, m, r]`` and V ``[G, r, n]`` of the best approximation of a folded dense weight."""
         return factors(to_matrix(oriented(weight, self.dense, self.groups), self.fold, self.groups), self.rank)
 
     @abstractmethod
     def _unfolded(self, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-        """first.weight and second.weight of two factors of the folded weight, U [G, m, r] and V [G, r, n]."""
+        """``first.weight`` and ``second.weight`` from U ``[G, m, r]`` and V ``[G, r, n]`` of the folded weight."""
 
 
-def _state(V: Tensor, U: Tensor) -> tuple[int, ...]:
-    """Changes when a factor is replaced or written to."""
+def _factor_versions(V: Tensor, U: Tensor) -> tuple[int, ...]:
+    """Version of the factors: differs after a factor was replaced or modified in place."""
     try:
         return V.data_ptr(), U.data_ptr(), V._version, U._version
-    except RuntimeError:  # inference tensors count no writes; the kernel compares samples
+    except RuntimeError:  # inference tensors have no version counter; the kernel compares samples
         return V.data_ptr(), U.data_ptr()
 
 
-def _factors_of_what_is_loaded(module: LowRank, state: dict, prefix: str, *_) -> None:
-    """A checkpoint of the dense layer, or of ``to_sequential()``, loads too: its weight is factorised."""
+def _convert_state_dict(module: LowRank, state: dict, prefix: str, *_) -> None:
+    """Pre-hook: accept state dicts of ``to_sequential()`` (renamed) and of the dense layer (factorized by SVD)."""
     for old, new in (("0.weight", "first.weight"), ("1.weight", "second.weight"), ("1.bias", "second.bias"),
                      ("bias", "second.bias")):  # fmt: skip
         if prefix + old in state:
@@ -200,6 +204,7 @@ def _factors_of_what_is_loaded(module: LowRank, state: dict, prefix: str, *_) ->
         state[prefix + "first.weight"], state[prefix + "second.weight"] = first, second
 
 
-def _pack_what_was_loaded(module: LowRank, _) -> None:
+def _pack_after_load(module: LowRank, _) -> None:
+    """Post-hook: repack the loaded weights of a layer in eval mode."""
     if not module.training:
         module._pack()

@@ -1,7 +1,7 @@
-"""The CUDA C++ kernels (``csrc/cuda/kernels.cuh``): found, loaded, launched, in one of two ways.
+"""CUDA kernel launcher: loads the kernels of ``csrc/cuda/kernels.cuh`` and queues them on a stream, in one of two ways.
 
-built: by nvcc, into the library, when it was installed.  nvrtc: compiled by CuPy's NVRTC at first use, for the GPU at
-hand, and kept in CuPy's cache directory.  ``COMPAWARE_CUDA`` = auto (default: the first that works) | built | nvrtc.
+built: compiled by nvcc into the C++ library at installation.  nvrtc: compiled by CuPy's NVRTC at first use for the
+current GPU, and cached in CuPy's folder.  ``COMPAWARE_CUDA`` = auto (default: the first that works) | built | nvrtc.
 """
 
 from __future__ import annotations
@@ -25,27 +25,48 @@ from .._utils.atomic_write import atomic_write
 from .._utils.constants import CSRC
 from . import library as _library
 
+__all__ = [
+    "LAUNCHERS",
+    "OPTIONS",
+    "WAYS",
+    "Built",
+    "Launcher",
+    "Nvrtc",
+    "about",
+    "cache_folder",
+    "compiled",
+    "launch",
+    "missing",
+    "registered",
+    "sources",
+]
+
 Numbers = Sequence[int | float]
-Launcher = Callable[[str, int, int, int, int, int, Numbers], None]  # as launch(), with device, stream before arguments
+Launcher = Callable[
+    [str, int, int, int, int, int, Numbers], None
+]  # launch()'s arguments, device index and stream before the kernel arguments
 
 SOURCES = (CSRC,)
-OPTIONS = ("-std=c++17",)  # not those of cupy.RawModule(code=...), which flushes subnormal numbers to zero
+OPTIONS = ("-std=c++17",)  # unlike cupy.RawModule(code=...), whose options flush subnormals to zero
 
 
 def launch(
     kernel: str, grid: int, block: int, shared: int, arguments: Sequence[int | float | Tensor],
     device: torch.device | None = None,
 ) -> None:  # fmt: skip
-    """Queue a kernel on the current stream of ``device``: by default that of the first tensor among the arguments.
+    """Launch a kernel on the current stream of ``device``, by default the device of the first tensor argument.
 
-    A tensor is passed as its pointer, and must outlive the kernel.  ``shared``: bytes of dynamic shared memory.  An
-    empty grid is nothing to do.
+    A tensor is passed as its data pointer, and must outlive the kernel.  ``shared``: bytes of dynamic shared memory.
+    An empty grid launches nothing.
+
+    Raises:
+        RuntimeError: no kernels for this device, or the launch failed.
     """
     if not grid:
         return
     device = device or next(x.device for x in arguments if isinstance(x, Tensor))
     numbers = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-    launcher, reason, index, stream = LAUNCHERS.get(device.type, _nothing)(device)
+    launcher, reason, index, stream = LAUNCHERS.get(device.type, _no_launcher)(device)
     if not launcher:
         raise RuntimeError(f"{kernel}: {reason}")
     launcher(kernel, grid, block, shared, index, stream, numbers)
@@ -54,11 +75,11 @@ def launch(
 def missing(device: torch.device | None = None, compiled: bool = True) -> str:
     """Why no kernel can run on ``device``, by default the current GPU; "" if they can.
 
-    ``compiled``: by then they are.  False: compiles nothing, and knows less.
+    ``compiled``: compile and load the kernels to find out.  False: compile nothing; errors of that remain unknown.
     """
     device = torch.device("cuda") if device is None else device
     if device.type != "cuda":
-        return LAUNCHERS.get(device.type, _nothing)(device)[1]
+        return LAUNCHERS.get(device.type, _no_launcher)(device)[1]
     if reason := _no_gpu():
         return reason
     index, wanted = torch.cuda.current_device() if device.index is None else device.index, _wanted()
@@ -69,7 +90,7 @@ def missing(device: torch.device | None = None, compiled: bool = True) -> str:
 
 
 def about() -> dict[str, str]:
-    """What each way has, and which one each GPU takes, and why.  Compiles nothing."""
+    """Facts for ``compaware info``: each loading method, and which one each GPU uses and why.  Compiles nothing."""
     wanted, facts = _wanted(), {name: way.why_not() or way.what() for name, way in WAYS.items()}
     if reason := _no_gpu():
         return facts | {"taken": f"neither: {reason}"}
@@ -96,11 +117,12 @@ def _wanted() -> tuple[str, ...]:
 
 @cache
 def _refusals(device: int, wanted: tuple[str, ...]) -> dict[str, str]:
-    """Way -> why it does not work on this GPU; "" if it may."""
+    """Loading method -> why it does not work on this GPU; "" if it may."""
     return {name: WAYS[name].why_not(_sm(device)) for name in wanted}
 
 
 def _text(reasons: dict[str, str]) -> str:
+    """Reasons of all loading methods as one line."""
     return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
@@ -108,7 +130,7 @@ _tried: dict[tuple[int, tuple[str, ...]], tuple[Launcher | None, str]] = {}
 
 
 def _ready(device: int, wanted: tuple[str, ...]) -> tuple[Launcher | None, str]:
-    """The first of the ways that works, or why none does; tried once."""
+    """Launcher of the first loading method that works, or None and why none does; cached."""
     if (device, wanted) not in _tried:
         _tried[device, wanted] = _try(device, wanted)
     return _tried[device, wanted]
@@ -119,21 +141,22 @@ def _try(device: int, wanted: tuple[str, ...]) -> tuple[Launcher | None, str]:
     for name in (name for name, reason in reasons.items() if not reason):
         try:
             return WAYS[name](device), ""
-        except Exception as error:  # whatever is wrong, plain PyTorch is there
+        except Exception as error:  # any loader or compiler error: try the next, else plain PyTorch runs
             reasons[name] = str(error)
             logging.getLogger("compaware_kernels").warning("CUDA kernels, %s: %s", name, error)
     return None, _text(reasons)
 
 
 def _sm(device: int) -> int:
+    """Compute capability of a GPU as one number, 90 for sm_90."""
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
-# --- which device is launched on how ---------------------------------------------------------------------------------
+# --- launchers by device type ----------------------------------------------------------------------------------------
 
 
-Target = tuple[Launcher | None, str, int, int]  # or why there is none; index of the device, pointer of its stream
+Target = tuple[Launcher | None, str, int, int]  # or None and why; device index; stream pointer
 
 
 def _on_gpu(device: torch.device) -> Target:
@@ -141,16 +164,16 @@ def _on_gpu(device: torch.device) -> Target:
     return *_ready(stream.device_index, _wanted()), stream.device_index, stream.cuda_stream
 
 
-def _nothing(device: torch.device) -> Target:
+def _no_launcher(device: torch.device) -> Target:
     return None, f"nothing launches kernels on {device.type}", 0, 0
 
 
-LAUNCHERS: dict[str, Callable[[torch.device], Target]] = {"cuda": _on_gpu}  # by type of device
+LAUNCHERS: dict[str, Callable[[torch.device], Target]] = {"cuda": _on_gpu}  # by device type
 
 
 @contextmanager
 def registered(launcher: Launcher | None, kind: str = "cpu") -> Iterator[None]:
-    """Within it ``launcher`` launches the kernels on devices of this type, an emulator for instance; None: nothing."""
+    """Context in which ``launcher`` (an emulator, say) launches kernels on this device type; None: no launcher."""
     before = LAUNCHERS.pop(kind, None)
     if launcher:
         LAUNCHERS[kind] = lambda device: (launcher, "", device.index or 0, 0)
@@ -166,7 +189,7 @@ def registered(launcher: Launcher | None, kind: str = "cpu") -> Iterator[None]:
 
 
 class Built:
-    """Launches through ``ck_launch`` of the library."""
+    """Loading method "built": launches through ``ck_launch`` of the C++ library."""
 
     def __init__(self, device: int) -> None:
         self.ck_launch = self._library().ck_launch
@@ -180,11 +203,11 @@ class Built:
 
     @staticmethod
     def _library() -> ctypes.CDLL:
-        return ctypes.CDLL(str(_library.PATH))  # loaded already: this is one more handle
+        return ctypes.CDLL(str(_library.PATH))  # another handle to the library that torch has loaded
 
     @classmethod
     def why_not(cls, sm: int | None = None) -> str:
-        """Why this way does not work on a GPU of compute capability ``sm``, or on any; "" if it does."""
+        """Why it does not work on a GPU of compute capability ``sm`` (None: on any); "" if it does."""
         if _library.missing:
             return _library.missing
         if not hasattr(cls._library(), "ck_launch"):
@@ -193,7 +216,7 @@ class Built:
 
     @staticmethod
     def what() -> str:
-        """What there is."""
+        """CUDA architectures in the library, as text."""
         return "for " + ", ".join(f"sm_{arch}" for arch in _archs())
 
 
@@ -202,17 +225,17 @@ def _archs() -> list[str]:
 
 
 def _runs(sm: int) -> Callable[[str], bool]:
-    """Whether what was built for an arch runs: its PTX on all later GPUs too, but for 90a and the like."""
+    """Predicate: code built for an arch runs on ``sm``. PTX runs on all later GPUs, arch-specific 90a only on 90."""
     return lambda arch: int(arch) <= sm if arch.isdigit() else int(arch[:-1]) == sm
 
 
 def _cells(numbers: Numbers) -> ctypes.Array:
-    """Pointers to the numbers, as 8 bytes each."""
+    """Kernel arguments as ``cudaLaunchKernel`` takes them: pointers to 8-byte values, int64 or double."""
     packed = struct.pack("".join("d" if isinstance(x, float) else "q" for x in numbers), *numbers)
     cells = ctypes.create_string_buffer(packed, len(packed))
     first = ctypes.addressof(cells)
     pointers = (ctypes.c_void_p * len(numbers))(*range(first, first + len(packed), 8))
-    pointers.cells = cells  # lives as long
+    pointers.cells = cells  # keeps the values alive
     return pointers
 
 
@@ -220,7 +243,7 @@ def _cells(numbers: Numbers) -> ctypes.Array:
 
 
 class Nvrtc:
-    """Compiles with CuPy's NVRTC, launches through CuPy."""
+    """Loading method "nvrtc": compiles with CuPy's NVRTC, launches through CuPy."""
 
     def __init__(self, device: int) -> None:
         import cupy
@@ -243,7 +266,7 @@ class Nvrtc:
         return cuda.Stream.from_external(SimpleNamespace(__cuda_stream__=lambda: (0, pointer)))
 
     def _kernel(self, name: str, device):
-        """May have all the shared memory there is: how much it takes is up to each launch."""
+        """Kernel function by name, allowed all shared memory of the device; each launch states how much it uses."""
         kernel = self.module.get_function(name)
         kernel.max_dynamic_shared_size_bytes = (
             device.attributes["MaxSharedMemoryPerBlockOptin"] - kernel.shared_size_bytes
@@ -252,18 +275,18 @@ class Nvrtc:
 
     @staticmethod
     def why_not(sm: int | None = None) -> str:
-        """Why this way does not work on any GPU; "" if it may."""
+        """Why it does not work on any GPU; "" if it may."""
         try:
             from cupy.cuda import nvrtc
 
             nvrtc.getVersion()
-        except Exception as error:  # CuPy or one of its libraries: each has errors of its own
+        except Exception as error:  # CuPy and its libraries raise various types
             return f"CuPy's NVRTC cannot be loaded ({' '.join(str(error).split())})"
         return "" if sources() else "the package has no sources of the kernels"
 
     @staticmethod
     def what() -> str:
-        """What there is."""
+        """Versions of NVRTC and CuPy, and the cache folder, as text."""
         import cupy
 
         version = ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
@@ -274,17 +297,17 @@ WAYS = {"built": Built, "nvrtc": Nvrtc}
 
 
 def sources() -> Path | None:
-    """The folder ``csrc``."""
+    """The folder ``csrc`` with the kernel sources; None if it was not installed."""
     return next((path for path in SOURCES if (path / "cuda" / "kernels.cuh").exists()), None)
 
 
 def cache_folder() -> Path:
-    """CuPy's."""
+    """CuPy's kernel cache folder."""
     return Path(os.environ.get("CUPY_CACHE_DIR") or "~/.cupy/kernel_cache").expanduser()
 
 
 def compiled(sm: int) -> Path:
-    """The file with the machine code of all kernels, compiled unless it is there."""
+    """Cubin file with all kernels for ``sm``, compiled with NVRTC unless cached."""
     from cupy.cuda import nvrtc
 
     csrc = sources()
@@ -302,6 +325,7 @@ def compiled(sm: int) -> Path:
 
 
 def _compile(options: tuple[str, ...]) -> bytes:
+    """Cubin of ``kernels.cuh``.  Raises RuntimeError with the compiler log."""
     from cupy.cuda import nvrtc
 
     program = nvrtc.createProgram('#include "kernels.cuh"', "kernels.cu", (), ())

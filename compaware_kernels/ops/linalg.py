@@ -16,7 +16,7 @@ ROWS = 2**18  # elements per block
 
 @torch.library.custom_op("compaware::small_svd", mutates_args=())
 def small_svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of ``[B, m, n]``, fp32 or fp64: U ``[B, m, k]``, s ``[B, k]`` descending, V ``[B, n, k]``, k = min(m, n)."""
+    """Thin SVD of ``[B, m, n]``, fp32 or fp64: U ``[B, m, k]``, s ``[B, k]`` descending, V ``[B, n, k]``."""
     U, s, Vh = torch.linalg.svd(W, full_matrices=False)
     return U.contiguous(), s, Vh.mT.contiguous()
 
@@ -30,7 +30,7 @@ def _(W):
 
 @torch.library.custom_op("compaware::wide_product", mutates_args=())
 def wide_product(X: Tensor, Y: Tensor) -> Tensor:
-    """Product ``X Y`` ``[m, p]`` in fp64 of X ``[m, n]`` and Y ``[n, p]``, fp32 or fp64; X is converted in row blocks."""
+    """Product in fp64 of X ``[m, n]`` and Y ``[n, p]``, each fp32 or fp64; X is converted in row blocks."""
     step, Y = max(1, 2**18 // max(1, len(Y))), Y.double()
     return torch.cat([part.double() @ Y for part in X.split(step)]) if len(X) else Y.new_empty(0, Y.shape[1])
 

@@ -1,10 +1,10 @@
-"""The ops of low-rank inference, written as those of :mod:`compaware_kernels.ops`: schema, reference, fake, gradient.
+"""Low-rank convolution and linear ops: schemas, reference and fake implementations, gradients, flop counts, autocast.
 
-A layer's two factors in one op, with bias, residual and activation: ``y = act(U (V x) + bias + residual)``. The
-reference body is two steps of plain PyTorch; the C++ and the Triton kernel keep the intermediate on the chip.
+Both factors in one op, with bias, residual and activation: ``y = act(U (V x) + bias + residual)``. The reference
+implementation is two steps of plain PyTorch; the C++ and Triton kernels keep the rank-r intermediate on chip.
 
-``packed`` is what ``lowrank_pack(V, U, groups)`` returned, or None: it saves the kernel the packing. It is a hint only:
-a kernel that finds V or U changed since packs anew.
+``packed`` is the result of ``lowrank_pack(V, U, groups)``, or None. It saves the CPU kernel the packing and is a hint
+only: if V or U has changed since, the kernel repacks.
 """
 
 from __future__ import annotations
@@ -23,6 +23,19 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 from .._utils.constants import constant
 from ..folds import row_axes
 
+__all__ = [
+    "ACTIVATIONS",
+    "Geometry",
+    "check",
+    "format_of",
+    "lowrank_conv2d",
+    "lowrank_conv2d_",
+    "lowrank_linear",
+    "lowrank_linear_two_step",
+    "lowrank_pack",
+    "lowrank_two_step",
+]
+
 ACTIVATIONS = {
     "none": lambda y: y,
     "relu": torch.relu,
@@ -30,7 +43,7 @@ ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
 }
-HEADER = constant("kPackHeader")  # floats before the packed factors
+HEADER = constant("kPackHeader")  # fp32 numbers before the packed factors
 COLUMNS = constant("kPackColumns")  # columns are padded to a multiple of this
 Ints = Sequence[int]
 
@@ -42,12 +55,15 @@ def check(activation: str, fold: str = "paper") -> None:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
 
 
-# --- lowrank_pack: both factors as the CPU kernel reads them ----------------------------------------------------------
+# --- lowrank_pack: both factors in the CPU kernel's layout ------------------------------------------------------------
 
 
 @torch.library.custom_op("compaware::lowrank_pack", mutates_args=())
 def lowrank_pack(V: Tensor, U: Tensor, groups: int) -> Tensor:
-    """V ``[G r, C/G, kh, kw]`` or ``[r, C]``, U ``[O, r, 1, 1]`` or ``[O, r]`` -> 1-D fp32; empty if nothing packs."""
+    """Factors in the CPU kernel's layout, 1-D fp32; empty if that kernel does not take them.
+
+    V: ``[G r, C/G, kh, kw]`` or ``[r, C]``.  U: ``[O, r, 1, 1]`` or ``[O, r]``.
+    """
     return V.new_empty(0, dtype=torch.float32)
 
 
@@ -65,7 +81,7 @@ def _(V, U, groups):
 
 
 class Geometry(NamedTuple):
-    """A low-rank convolution but for its tensors: the last arguments of its ops, in their order."""
+    """Geometry of a low-rank convolution: the non-tensor arguments of its ops, in their order."""
 
     stride: Ints
     padding: Ints
@@ -75,11 +91,11 @@ class Geometry(NamedTuple):
     activation: str
 
     def parts(self) -> tuple[list[Ints], list[Ints]]:
-        """Stride, padding, dilation of the first and of the second convolution: each axis goes where its kernel is."""
+        """(stride, padding, dilation) of both convolutions; each axis belongs to the one with its kernel."""
         k = row_axes(self.fold, 2)
 
         def on_axes(start: int, stop: int) -> list[Ints]:
-            plain = (1, 0, 1)  # stride, padding, dilation of an axis whose kernel is the other's
+            plain = (1, 0, 1)  # stride, padding, dilation along the axes of the other factor
             return [[v if start <= i < stop else other for i, v in enumerate(value)]
                     for value, other in zip(self[:3], plain, strict=True)]  # fmt: skip
 
@@ -87,7 +103,7 @@ class Geometry(NamedTuple):
 
 
 def format_of(x: Tensor, V: Tensor) -> torch.memory_format:
-    """Of y: as for any convolution of torch, channels_last if x or the weight is."""
+    """Memory format of y: as in torch's convolutions, channels_last if x or the weight is."""
     last = torch.channels_last
     return last if last in (suggest_memory_format(x), suggest_memory_format(V)) else torch.contiguous_format
 
@@ -97,7 +113,7 @@ def lowrank_two_step(
     x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None, residual: Tensor | None, stride: Ints, padding: Ints,
     dilation: Ints, groups: int, fold: str, activation: str,
 ) -> Tensor:  # fmt: skip
-    """Two convolutions in channels_last; what the kernels fall back to."""
+    """Reference low-rank convolution, ``[N, C, H, W]`` -> ``[N, O, OH, OW]``: two convolutions in channels_last."""
     check(activation, fold)
     first, second = Geometry(stride, padding, dilation, groups, fold, activation).parts()
     T = F.conv2d(x.contiguous(memory_format=torch.channels_last), V, None, *first, groups)
@@ -119,7 +135,7 @@ def lowrank_conv2d_(
     x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None, residual: Tensor, packed: Tensor | None,
     stride: Ints, padding: Ints, dilation: Ints, groups: int, fold: str, activation: str,
 ) -> None:  # fmt: skip
-    """The same, written over the residual, which may overlap other arguments.  For inference: it has no gradient."""
+    """lowrank_conv2d written over the residual, which may overlap other arguments.  Inference only: no gradient."""
     residual.copy_(lowrank_conv2d(x, V, U, bias, residual, packed, stride, padding, dilation, groups, fold, activation))
 
 
@@ -127,7 +143,7 @@ lowrank_conv2d_.register_fake(lambda *args: None)
 
 
 def _out(size: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints) -> list[int]:
-    """Height and width after a convolution."""
+    """Output height and width of a convolution."""
     return [(size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
 
 
@@ -159,8 +175,8 @@ def _save(ctx, inputs, output):
     ctx.geometry = geometry
 
 
-def _slope(activation: str, y: Tensor, before) -> Tensor | float:
-    """The derivative of the activation; ``before()`` gives what went into it (differentiable again)."""
+def _activation_derivative(activation: str, y: Tensor, before) -> Tensor | float:
+    """Derivative of the activation at its input ``before()`` (recomputed, differentiable); ``y`` is its output."""
     if activation == "relu":
         return y > 0
     if activation == "relu6":
@@ -179,7 +195,9 @@ def _conv2d_backward(ctx, grad: Tensor):
     x, V, U, bias, residual, y = ctx.saved_tensors
     geometry = Geometry(*ctx.geometry)
     sums, (first, second) = geometry._replace(activation="none"), geometry.parts()
-    grad = grad * _slope(geometry.activation, y, lambda: lowrank_conv2d(x, V, U, bias, residual, None, *sums))
+    grad = grad * _activation_derivative(
+        geometry.activation, y, lambda: lowrank_conv2d(x, V, U, bias, residual, None, *sums)
+    )
     T = F.conv2d(x, V, None, *first, geometry.groups)
     of_x, of_V, of_U = ctx.needs_input_grad[:3]
     grad_T, grad_U = _convolution_backward(grad, T, U, second, geometry.groups, (True, of_U))
@@ -189,7 +207,7 @@ def _conv2d_backward(ctx, grad: Tensor):
 
 
 def _convolution_backward(grad, x, W, part: list[Ints], groups: int, wanted: tuple[bool, bool]):
-    """Gradients by ``x`` and ``W``, those that are wanted, of a convolution of that stride, padding and dilation."""
+    """Gradients with respect to ``x`` and ``W``, where wanted; ``part``: stride, padding, dilation."""
     return torch.ops.aten.convolution_backward(grad, x, W, None, *part, False, [0, 0], groups, [*wanted, False])[:2]
 
 
@@ -228,7 +246,7 @@ def _(x, V, U, bias, residual, packed, activation, *, out_shape) -> int:
 def _linear_backward(ctx, grad: Tensor):
     x, V, U, bias, residual, y = ctx.saved_tensors
     (activation,) = ctx.geometry
-    grad = grad * _slope(activation, y, lambda: lowrank_linear(x, V, U, bias, residual, None, "none"))
+    grad = grad * _activation_derivative(activation, y, lambda: lowrank_linear(x, V, U, bias, residual, None, "none"))
     flat_x, flat = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     grad_T = flat @ U
     grad_x = (grad_T @ V).reshape(x.shape)
@@ -240,14 +258,14 @@ def _linear_backward(ctx, grad: Tensor):
 lowrank_linear.register_autograd(_linear_backward, setup_context=_save)
 
 
-# --- autocast: floating-point arguments in the region's dtype, as torch does for convolutions and linear layers -------
+# --- autocast: cast floating-point arguments to the autocast dtype, as torch does for convolutions and linear layers --
 
 
 def _autocast(op, device: str, keys, *args):
     dtype = torch.get_autocast_dtype(device)
     cast = [a.to(dtype) if isinstance(a, Tensor) and a.dtype.is_floating_point and a.dtype != torch.float64 else a
             for a in args]  # fmt: skip
-    cast[5] = None  # what was packed is for fp32
+    cast[5] = None  # packed weights are fp32
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(f"Autocast{device.upper()}")):
         return op(*cast)
 

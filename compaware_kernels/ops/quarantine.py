@@ -1,7 +1,7 @@
 """Kernel quarantine: self-test verdicts per GPU and kernel family; kernels that failed are not used.
 
-``compaware info --selftest`` (:mod:`compaware_kernels.selftest`) writes the verdicts to the user's cache, keyed by a hash
-of the tested code and library versions. ``COMPAWARE_VERDICTS=ignore`` disables the quarantine.
+``compaware info --selftest`` (:mod:`compaware_kernels.selftest`) writes the verdicts to the user's cache, keyed by a
+hash of the tested code and library versions. ``COMPAWARE_VERDICTS=ignore`` disables the quarantine.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""L1, group lasso and sparse group lasso: elementwise and row-wise shrinkage of ``W`` ``[..., m, n]``, and in place.
+"""Shrinkage ops: prox of L1, group lasso and sparse group lasso on rows of ``W`` ``[..., m, n]``, also in place.
 
-In-place ops take a ragged list and one threshold per entry, write nothing until every result is known, and take weights
-of any strides.
+In-place ops take a list of weights of different shapes and any strides, with one threshold per weight, and write only
+after every result has been computed.
 """
 
 from __future__ import annotations
@@ -13,15 +13,26 @@ from torch import Tensor
 
 from .thresholds import promote, sum_to_tau
 
+__all__ = [
+    "group_shrink",
+    "group_shrink_",
+    "neuron_shrink_",
+    "soft_threshold",
+    "soft_threshold_",
+    "sparse_group_shrink",
+    "sparse_group_shrink_",
+]
+
 
 @torch.library.custom_op("compaware::soft_threshold", mutates_args=())
 def soft_threshold(W: Tensor, tau: Tensor) -> Tensor:
+    """Soft-thresholding ``sign(W) max(|W| - tau, 0)`` of ``[..., m, n]``, the prox of ``tau ||W||_1``."""
     X, t = promote(W, tau)
     return _soft(X, t).to(W.dtype).contiguous()
 
 
 def _soft(X: Tensor, t: Tensor) -> Tensor:
-    return X - X.clamp(-t, t)  # in this form NaN stays NaN
+    return X - X.clamp(-t, t)  # this form propagates NaN
 
 
 def _soft_backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,6 +49,7 @@ def _soft_vjp(X: Tensor, t: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("compaware::group_shrink", mutates_args=())
 def group_shrink(W: Tensor, tau: Tensor) -> Tensor:
+    """Row-wise shrinkage ``w max(1 - tau / ||w||_2, 0)`` of rows w of ``[..., m, n]``, the prox of group lasso."""
     X, t = promote(W, tau)
     return _group(X, t).to(W.dtype).contiguous()
 
@@ -66,6 +78,7 @@ def _group_vjp(X: Tensor, t: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("compaware::sparse_group_shrink", mutates_args=())
 def sparse_group_shrink(W: Tensor, l1: Tensor, tau: Tensor) -> Tensor:
+    """Soft-thresholding by ``l1``, then row-wise shrinkage by ``tau``: prox of sparse group lasso, ``[..., m, n]``."""
     X, a, t = promote(W, l1, tau)
     return _group(_soft(X, a), t).to(W.dtype).contiguous()
 
@@ -93,17 +106,19 @@ for _op, _backward in (
 
 @torch.library.custom_op("compaware::soft_threshold_", mutates_args={"weights"})
 def soft_threshold_(weights: Sequence[Tensor], tau: Tensor) -> None:
+    """soft_threshold in place on L weights; tau ``[L]``."""
     _write(weights, [soft_threshold._opoverload(W, t) for W, t in _pairs(weights, tau)])
 
 
 @torch.library.custom_op("compaware::group_shrink_", mutates_args={"weights"})
 def group_shrink_(weights: Sequence[Tensor], tau: Tensor) -> None:
+    """group_shrink in place on L weights; tau ``[L]``."""
     _write(weights, [group_shrink._opoverload(W, t) for W, t in _pairs(weights, tau)])
 
 
 @torch.library.custom_op("compaware::neuron_shrink_", mutates_args={"weights", "biases"})
 def neuron_shrink_(weights: Sequence[Tensor], biases: Sequence[Tensor], tau: Tensor) -> None:
-    """group_shrink_ of rows [w, b]: a bias per row, ``[..., m]``, belongs to its group."""
+    """group_shrink in place on L weights and biases ``[..., m]``: each row's group is ``[w, b]``; tau ``[L]``."""
     rows = [torch.cat([W, b[..., None]], -1) for W, b in zip(weights, biases, strict=True)]
     shrunk = [group_shrink._opoverload(R, t) for R, t in _pairs(rows, tau)]
     _write([*weights, *biases], [*(P[..., :-1] for P in shrunk), *(P[..., -1] for P in shrunk)])
@@ -111,6 +126,7 @@ def neuron_shrink_(weights: Sequence[Tensor], biases: Sequence[Tensor], tau: Ten
 
 @torch.library.custom_op("compaware::sparse_group_shrink_", mutates_args={"weights"})
 def sparse_group_shrink_(weights: Sequence[Tensor], l1: Tensor, tau: Tensor) -> None:
+    """sparse_group_shrink in place on L weights; l1 and tau ``[L]``."""
     taus = zip(_pairs(weights, l1), _pairs(weights, tau), strict=True)
     _write(weights, [sparse_group_shrink._opoverload(W, a, t) for (W, a), (_, t) in taus])
 

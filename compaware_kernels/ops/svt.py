@@ -1,4 +1,4 @@
-"""``compaware::svt``: singular value soft-thresholding ``P = U max(S - tau, 0) V^T`` of ``W`` ``[..., m, n]``."""
+"""Singular value thresholding op ``compaware::svt``: ``P = U max(s - tau, 0) Vh`` of ``W = U diag(s) Vh``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from .._utils.dtypes import compute_dtype
 from . import svt_autograd
 from .thresholds import promote, sum_to_tau
 
+__all__ = ["differentiable_svt", "svt"]
+
 
 @torch.library.custom_op("compaware::svt", mutates_args=())
 def svt(W: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    """Prox of the nuclear norm: ``P`` ``[..., m, n]`` and its singular values ``[..., min(m, n)]``."""
     X, t = promote(W, tau)
     U, s, Vh = torch.linalg.svd(X, full_matrices=False)
     s = (s - t[..., 0]).clamp_min(0)
@@ -33,7 +36,7 @@ def _svt_backward(ctx, grad_P: Tensor, grad_s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _svt_fold(info, in_dims, W: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
-    """The mapped axis goes in front of W's; tau stays one number, or becomes one per matrix."""
+    """vmap rule: W gets the mapped axis as its first; tau stays one number, or becomes one per matrix."""
     W = W.expand(info.batch_size, *W.shape) if in_dims[0] is None else W.movedim(in_dims[0], 0)
     batch = W.shape[:-2]
     if in_dims[1] is not None:
@@ -42,4 +45,6 @@ def _svt_fold(info, in_dims, W: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
     return W, tau if tau.numel() == 1 else tau.expand(batch)
 
 
-differentiable_svt = svt_autograd.with_gradient(svt, _svt_backward, _svt_fold)  # the op, under torch.func too
+differentiable_svt = svt_autograd.with_gradient(
+    svt, _svt_backward, _svt_fold
+)  # the op, also differentiable by torch.func

@@ -1,4 +1,4 @@
-"""First and second derivative of ``svt``, finite at repeated and at zero singular values.
+"""First and second derivatives of singular value thresholding, finite at repeated and at zero singular values.
 
 With ``p(x) = max(x - tau, 0)`` on the eigenvalues (``+s``, ``-s``, and ``|m - n|`` zeros) of the symmetric dilation
 ``[[0, W], [W^T, 0]]``, ``svt(W)`` is twice the upper right block of ``p``.  In the basis of the eigenvectors, where G
@@ -8,8 +8,8 @@ and H stand for the dilations of two directions, the derivatives are divided dif
     D2p[G, H]_ij = sum_k p[i, k, j] (G_ik H_kj + H_ik G_kj)
 
 p is linear on each side of tau, so ``p[i, k, j]`` is zero unless tau lies between the three, and no quotient divides
-by the distance of two eigenvalues on one side: ties and zeros need no limit.  What remains singular is singular in
-svt too: a singular value just above tau that meets one just below.
+by the distance of two eigenvalues on one side: ties and zeros need no limit.  The only singularity left is that of
+svt itself: a singular value just above tau next to one just below.
 
 The singular values, the second output of svt, have second derivatives of their own only where they are distinct.
 Between exact ties above tau the off-diagonal part is taken as zero, which is right for their sum; for a curved
@@ -38,7 +38,7 @@ __all__ = ["first_derivative", "second_derivative", "with_gradient"]
 class _Svd(NamedTuple):
     """Thin SVD of W, or of W^T where that is the tall one: then V ``[..., k, k]`` has no null space."""
 
-    tall: Callable[[Tensor], Tensor]  # W -> the tall one of W and W^T, and back
+    tall: Callable[[Tensor], Tensor]  # transposes wide matrices, both ways
     U: Tensor
     s: Tensor
     V: Tensor
@@ -47,6 +47,7 @@ class _Svd(NamedTuple):
 
 
 def _svd(W: Tensor, tau: Tensor) -> _Svd:
+    """Thin SVD of the tall one of W and W^T."""
     wide, tau = W.shape[-2] < W.shape[-1], tau[..., None]
     U, s, Vh = torch.linalg.svd(W.mT if wide else W, full_matrices=False)
     return _Svd((lambda X: X.mT) if wide else (lambda X: X), U, s, Vh.mT, tau, s > tau)
@@ -61,12 +62,12 @@ class _Weights(NamedTuple):
 
 
 def _inverse(x: Tensor) -> Tensor:
-    """1 / x where x > 0; elsewhere only finite, to be multiplied by zero."""
+    """``1 / x`` where x > 0; elsewhere any finite number, to be multiplied by zero."""
     return 1 / x.clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def _step_weights(s: Tensor, y: Tensor) -> _Weights:
-    """For y ``[..., k]`` at the singular values, constant around each of them."""
+    """Divided differences of a piecewise constant y, with values ``[..., k]`` at the singular values."""
     gap = s[..., :, None] - s[..., None, :]
     minus = (y[..., :, None] - y[..., None, :]) * gap.sign() * _inverse(gap.abs())
     plus = (y[..., :, None] + y[..., None, :]) * _inverse(s[..., :, None] + s[..., None, :])
@@ -74,7 +75,7 @@ def _step_weights(s: Tensor, y: Tensor) -> _Weights:
 
 
 def _shrink_weights(d: _Svd) -> _Weights:
-    """For y = max(s - tau, 0): above tau exactly 1, not a quotient of roundings; at tau = 0 the identity's."""
+    """Divided differences of ``max(s - tau, 0)``: exactly 1 above tau (no rounded quotient); all 1 at tau = 0."""
     minus, plus, null = _step_weights(d.s, (d.s - d.tau).clamp_min(0))
     both, identity = d.alive[..., :, None] & d.alive[..., None, :], d.tau == 0
     minus = torch.where(both | identity[..., None], 1, minus)
@@ -82,7 +83,7 @@ def _shrink_weights(d: _Svd) -> _Weights:
 
 
 class _Matrix(NamedTuple):
-    """A tall X and its parts: ``X = U (S + K) V^T + B V^T``, S symmetric, K skew, B orthogonal to U."""
+    """Split of a tall X ``[..., m, n]``: ``X = U (S + K) V^T + B V^T``, S symmetric, K skew, B orthogonal to U."""
 
     X: Tensor
     S: Tensor
@@ -91,17 +92,19 @@ class _Matrix(NamedTuple):
 
 
 def _split(d: _Svd, G: Tensor) -> _Matrix:
+    """Symmetric, skew and orthogonal part of a direction G in the singular basis of W."""
     X = d.tall(G)
     A = d.U.mT @ X @ d.V
     return _Matrix(X, (A + A.mT) / 2, (A - A.mT) / 2, X @ d.V - d.U @ A)
 
 
 def _weigh(w: _Weights, X: _Matrix) -> tuple[Tensor, Tensor]:
-    """In the dilation's eigenbasis S stands between s_i and s_j, K between s_i and -s_j, B between s_i and 0."""
+    """Multiply S, K and B by their divided differences: between s_i and s_j, s_i and -s_j, s_i and 0."""
     return w.minus * X.S + w.plus * X.K, w.null[..., None, :] * X.B
 
 
 def _join(d: _Svd, core: Tensor, left: Tensor) -> Tensor:
+    """Back from the singular basis: ``U core V^T + left V^T``."""
     return d.tall((d.U @ core + left) @ d.V.mT)
 
 
@@ -110,7 +113,7 @@ def _diagonal(X: _Matrix) -> Tensor:
 
 
 def _expand(W: Tensor, tau: Tensor, *others: Tensor) -> list[Tensor]:
-    """The others (matrix, vector, matrix, number) with all leading axes; W and tau keep theirs: one SVD serves all."""
+    """Expand the others (matrix, vector, matrix, number) to all leading axes; W and tau stay, so one SVD serves all."""
     leading = [x.shape[: x.ndim - axes] for x, axes in zip((W, tau, *others), (2, 0, 2, 1, 2, 0), strict=False)]
     batch = torch.broadcast_shapes(*leading)
     return [x.expand((*batch, *x.shape[len(batch) :])) for x in others]
@@ -195,7 +198,7 @@ def _second(d: _Svd, G: _Matrix, H: _Matrix) -> Tensor:
 
 
 def _eigenvectors(d: _Svd, G: _Matrix, H: _Matrix) -> tuple[Tensor, Tensor, Tensor]:
-    """The dilation's eigenvalues ``s, -s, 0`` and vectors ``[left; right]``; of the null space what G and H reach."""
+    """Eigenvalues ``s, -s, 0`` and eigenvectors ``[left; right]`` of the dilation; of its null space what G, H need."""
     batch, k = G.B.shape[:-2], d.s.shape[-1]
     U, V, s = d.U.expand_as(G.B), d.V.expand(*batch, k, k), d.s.expand(*batch, k)
     null = torch.linalg.qr(torch.cat([U, G.B, H.B], -1)).Q[..., k:]  # after U, so orthogonal to it, whatever B's rank
@@ -226,7 +229,7 @@ def with_gradient(op, backward: Callable, fold: Callable) -> Callable[..., tuple
     op.register_autograd(backward, setup_context=setup_context)
     op.register_vmap(lambda info, in_dims, *args: (op(*fold(info, in_dims, *args)), 0))
 
-    # What register_autograd makes is refused by torch.func.grad (pytorch#168393); this is not.
+    # torch.func.grad rejects the autograd.Function of register_autograd (pytorch#168393), but accepts this one.
     members = {
         "forward": op,
         "setup_context": setup_context,
@@ -244,7 +247,7 @@ def with_gradient(op, backward: Callable, fold: Callable) -> Callable[..., tuple
 
 
 def _fold(info, in_dims, *args: Tensor) -> list[Tensor]:
-    """An axis of length one where an argument is not mapped: jacrev maps grad_P, and W is decomposed only once."""
+    """vmap rule: unmapped arguments get an axis of length 1; under jacrev only grad_P is mapped, so W has one SVD."""
     return [x[None] if dim is None else x.movedim(dim, 0) for x, dim in zip(args, in_dims, strict=True)]
 
 

@@ -1,9 +1,9 @@
-"""Low-rank convolution and linear layer in one kernel: the intermediate of r channels never leaves the chip.
+"""Triton kernel of low-rank convolution and linear layers: two fused GEMMs, the rank-r intermediate in registers.
 
-``y = act(conv1x1(conv(x, V), U) + bias + residual)``. One program computes T [BM pixels, r] as an implicit GEMM over
-taps and channels (it stays in registers), rounds it to the dtype of the weights, as a stored intermediate would be, and
-multiplies it by U, BO output channels at a time; bias, residual and activation are applied as those are written.
-A linear layer is a 1 x 1 convolution of images of one pixel.
+``y = act(conv1x1(conv(x, V), U) + bias + residual)``. One program computes T ``[BM pixels, r]`` as an implicit GEMM
+over taps and channels, rounds it to the weights' dtype, as a stored intermediate would be, and multiplies it by U, BO output
+channels at a time, with bias, residual and activation as epilogue. A linear layer is a 1 x 1 convolution of one-pixel
+images.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from torch import Tensor
 from .lowrank import check
 from .lowrank_limits import MAX_RANK, ROW
 
+__all__ = ["TILES", "Tile", "lowrank_conv2d", "lowrank_kernel", "lowrank_linear", "tile_for"]
+
 
 class Tile(NamedTuple):
-    """How one program works: BM pixels, BK channels a step, BO output channels at a time."""
+    """Tile sizes of one program: BM pixels, BK channels per step of the first GEMM, BO output channels per step."""
 
     BM: int
     BK: int
@@ -32,8 +34,8 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# Arithmetic, then rank (rounded up) -> tiles, the largest first. For sm_80 to sm_120 each compiles without spills and
-# fits the shared memory (bench/results/gpu-kernels.md).
+# Arithmetic -> rank (rounded up) -> tiles, largest first. Each compiles without register spills and fits into shared
+# memory on sm_80 to sm_120 (bench/results/gpu-kernels.md).
 TILES: dict[str, dict[int, list[Tile]]] = {
     "half": {
         16: [Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4), Tile(32, 64, 128, 4, 4)],
@@ -72,7 +74,7 @@ def _activate(y, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _product(a, b, c, PRECISION: tl.constexpr):
-    """a b + c, c in fp32. Tensor cores drop the last 13 bits of fp32 where tf32 is asked for: round to the others."""
+    """a b + c, c in fp32.  Tensor cores truncate fp32 to tf32 (13 bits less), so operands are rounded to it first."""
     if PRECISION == "tf32":
         a, b = _nearest_tf32(a), _nearest_tf32(b)
     return tl.dot(a, b, c, input_precision=PRECISION)
@@ -81,14 +83,14 @@ def _product(a, b, c, PRECISION: tl.constexpr):
 @triton.jit
 def _nearest_tf32(x):
     half = (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
-    return tl.where(x == x, half, x)  # the sum may turn NaN into a number
+    return tl.where(x == x, half, x)  # the integer sum may turn NaN into a number
 
 
 @triton.jit
 def lowrank_kernel(
     x,  # [N, C, H, W], channels contiguous
     V,  # [R, KH, KW, C], contiguous
-    U,  # [O, P], contiguous; P is R rounded up, zeros there
+    U,  # [O, P], contiguous; P: R rounded up, zero-padded
     bias,  # [O] or None
     residual,  # [M, O], contiguous, or None
     y,  # [M, O], contiguous; M = N OH OW
@@ -98,7 +100,7 @@ def lowrank_kernel(
     KH: tl.constexpr, KW: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    # Triton would see only multiples of 16 in these; 8 halves are a full load, too.
+    # Triton infers alignment only from multiples of 16; these are multiples of ALIGN (8 halves fill a 16-byte load).
     C, O, P = C * ALIGN, O * ALIGN, P * ALIGN
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     r = tl.arange(0, BR)
@@ -109,7 +111,7 @@ def lowrank_kernel(
     corner = x + (n.to(tl.int64) * x_n + top.to(tl.int64) * x_h + left.to(tl.int64) * x_w) * ALIGN
 
     T = tl.zeros((BM, BR), tl.float32)
-    for k in range(KH * KW * tl.cdiv(C, BK)):  # taps inside, channels outside: the next tap finds x in the L1 cache
+    for k in range(KH * KW * tl.cdiv(C, BK)):  # taps innermost: the next tap finds x in the L1 cache
         tap = k % (KH * KW)
         down, right = tap // KW * dilation_h, tap % KW * dilation_w
         c = k // (KH * KW) * BK + tl.arange(0, BK)
@@ -151,10 +153,10 @@ def lowrank_conv2d(
     dilation: Sequence[int] = (1, 1),
     activation: str = "none",
 ) -> Tensor:
-    """``y = act(conv1x1(conv(x, V), U) + bias + residual)`` in one launch, in channels_last.
+    """``y = act(conv1x1(conv(x, V), U) + bias + residual)`` in one kernel launch, output in channels_last.
 
     Args:
-        x: ``[N, C, H, W]``, fp16, bf16 or fp32 (all tensors alike), any strides; not copied if channels are contiguous.
+        x: ``[N, C, H, W]``, fp16, bf16 or fp32 (same for all tensors), any strides; no copy if channels are contiguous.
         V: ``[r, C, kh, kw]``, r at most 128.
         U: ``[O, r, 1, 1]``.
         bias: ``[O]``.
@@ -162,7 +164,7 @@ def lowrank_conv2d(
         activation: none, relu, relu6, silu or gelu (exact).
 
     Returns:
-        ``[N, O, OH, OW]``, channels_last. Sums are fp32; fp32 products are tf32 where torch's convolutions are.
+        ``[N, O, OH, OW]``, channels_last. Accumulates in fp32; fp32 inputs use tf32 if torch's convolutions do.
 
     Raises:
         ValueError: unknown activation.
@@ -196,10 +198,10 @@ def lowrank_linear(
     residual: Tensor | None = None,
     activation: str = "none",
 ) -> Tensor:
-    """``y = act((x V^T) U^T + bias + residual)`` in one launch.
+    """``y = act((x V^T) U^T + bias + residual)`` in one kernel launch.
 
     Args:
-        x: ``[..., C]``, fp16, bf16 or fp32 (all tensors alike).
+        x: ``[..., C]``, fp16, bf16 or fp32 (same for all tensors).
         V: ``[r, C]``, r at most 128.
         U: ``[O, r]``.
         bias: ``[O]``.
@@ -207,7 +209,7 @@ def lowrank_linear(
         activation: as for :func:`lowrank_conv2d`.
 
     Returns:
-        ``[..., O]``, contiguous. Sums are fp32; fp32 products are tf32 where torch's matrix products are.
+        ``[..., O]``, contiguous. Accumulates in fp32; fp32 inputs use tf32 if torch's matrix products do.
 
     Raises:
         ValueError: unknown activation.
@@ -235,13 +237,13 @@ def _want(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> 
 
 
 def tile_for(kind: str, rank: int, pixels: int, multiprocessors: int) -> tuple[int, Tile, int]:
-    """The rank rounded up, the tile for which the busiest multiprocessor loads least, and how many programs share one.
+    """Rank rounded up, tile with the least loads on the busiest multiprocessor, and number of programs per tile.
 
-    Where tiles are fewer than multiprocessors, several compute the same T, each for other output channels.
+    With fewer tiles than multiprocessors, several programs compute the same T and split its output channels.
     """
     BR = next(BR for BR in TILES[kind] if rank <= BR)
 
-    def rows(tile: Tile) -> int:  # of x and of V, that the busiest one loads
+    def rows(tile: Tile) -> int:  # of x and V loaded by the busiest multiprocessor
         return triton.cdiv(triton.cdiv(pixels, tile.BM), multiprocessors) * (tile.BM + BR)
 
     tile = min(TILES[kind][BR], key=rows)
@@ -258,7 +260,7 @@ def _launch(
     V: Tensor,  # [r, C, kh, kw], channels_last
     U: Tensor,  # [O, r]
     bias: Tensor | None,  # [O]
-    residual: Tensor | None,  # as y
+    residual: Tensor | None,  # [N, O, OH, OW], channels_last
     y: Tensor,  # [N, O, OH, OW], channels_last, not empty
     geometry: tuple[int, ...],  # stride, padding, dilation
     activation: str,
@@ -284,5 +286,5 @@ def _launch(
 
 
 def _strides(x: Tensor) -> list[int]:
-    """The strides of image, row and pixel; 0 along an axis of one, where torch may say anything."""
+    """Strides of image, row and pixel; 0 along axes of size 1, where torch leaves the stride arbitrary."""
     return [x.stride(i) if x.shape[i] > 1 else 0 for i in (0, 2, 3)]

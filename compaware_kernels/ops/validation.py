@@ -1,4 +1,4 @@
-"""What the public functions refuse, and how they say so."""
+"""Argument checks of the public functions: weights, thresholds, centers; errors read ``<name>: wanted X; got Y``."""
 
 from __future__ import annotations
 
@@ -9,20 +9,41 @@ from torch import Tensor
 
 from .._utils.dtypes import DTYPES, compute_dtype
 
-Check = Callable[[Tensor, str], None]  # of values and what they are called in an error
+__all__ = [
+    "Check",
+    "all_finite",
+    "check_above_one",
+    "check_all_finite",
+    "check_center",
+    "check_finite",
+    "check_kind",
+    "check_values",
+    "check_weight",
+    "check_weights",
+    "checked",
+    "checked_list",
+    "checked_tau",
+    "has_values",
+    "one_per_weight",
+]
+
+Check = Callable[[Tensor, str], None]  # (values, their name in an error)
 
 
 def checked(W: Tensor, tau: float | Tensor, what: str = "tau") -> tuple[Tensor, Tensor]:
+    """W ``[..., m, n]`` and tau as a tensor, one number or ``[...]``, both checked."""
     check_weight(W, "W")
     return W, checked_tau(tau, W, what)
 
 
 def check_weight(W: Tensor, name: str, axes: int = 2) -> None:
+    """Raise TypeError or ValueError unless W is a finite tensor of a supported dtype with at least ``axes`` axes."""
     check_kind(W, name, axes)
     check_finite(W, name)
 
 
 def check_kind(W: Tensor, name: str, axes: int = 2) -> None:
+    """:func:`check_weight` without reading values."""
     if not isinstance(W, Tensor):
         raise TypeError(f"{name}: wanted a torch.Tensor; got {type(W).__name__}")
     if W.dtype not in DTYPES:
@@ -32,12 +53,13 @@ def check_kind(W: Tensor, name: str, axes: int = 2) -> None:
 
 
 def check_finite(W: Tensor, name: str) -> None:
+    """Raise ValueError if W contains NaN or Inf; no check where values cannot be read (:func:`has_values`)."""
     if has_values(W) and W.numel() and not all_finite(W.detach()):
         raise ValueError(f"{name}: contains {'NaN' if W.isnan().any() else 'Inf'}; nothing was changed")
 
 
 def check_weights(weights: Sequence[tuple[Tensor, str, bool]]) -> None:
-    """Check kinds, and values of those that say so: (weight, its name, whether its values are to be checked)."""
+    """Check many weights, given as (weight, name, whether to check that it is finite)."""
     for W, name, _ in weights:
         check_kind(W, name, axes=1)
     look = [(W, name) for W, name, values in weights if values]
@@ -45,13 +67,14 @@ def check_weights(weights: Sequence[tuple[Tensor, str, bool]]) -> None:
 
 
 def check_all_finite(weights: Sequence[Tensor], names: Sequence[str]) -> None:
-    """:func:`check_finite` of every weight, in one pass where that says that all are."""
+    """:func:`check_finite` of many weights, with one fused norm computation if all are finite."""
     if not _clearly_finite(weights):
         for W, name in zip(weights, names, strict=True):
             check_finite(W, name)
 
 
 def check_center(center: Sequence[Tensor], weights: Sequence[Tensor], names: Sequence[str] | None) -> None:
+    """Raise unless the centers are finite and match the weights in number, shape, dtype and device."""
     if isinstance(center, Tensor) or len(center) != len(weights):
         raise ValueError(f"center: wanted a list of {len(weights)} tensors, one per weight")
     for i, (C, W) in enumerate(zip(center, weights, strict=True)):
@@ -63,7 +86,7 @@ def check_center(center: Sequence[Tensor], weights: Sequence[Tensor], names: Seq
 
 
 def has_values(x: Tensor) -> bool:
-    """False while torch.compile traces, and under vmap, which refuses every branch on a value."""
+    """Whether control flow may depend on values of x: not under torch.compile tracing, nor under vmap."""
     if torch.compiler.is_compiling():
         return False
     functorch = torch._C._functorch
@@ -75,12 +98,12 @@ def has_values(x: Tensor) -> bool:
 
 
 def all_finite(W: Tensor) -> bool:
-    """A finite sum of squares says so in one fast pass; only where it is not, it may have been too large."""
+    """Whether W has no NaN or Inf: fast if its 2-norm is finite; else elementwise, as the norm may have overflowed."""
     return bool(torch.linalg.vector_norm(W).isfinite()) or bool(W.isfinite().all())
 
 
 def _clearly_finite(weights: Sequence[Tensor]) -> bool:
-    """All at once, where that says that they are."""
+    """Whether one fused pass of 2-norms proves all weights finite; False proves nothing (norms may overflow)."""
     if not weights or not all(map(has_values, weights)) or len({W.device for W in weights}) > 1:
         return False
     norms = torch._foreach_norm([W.detach() for W in weights])
@@ -88,16 +111,19 @@ def _clearly_finite(weights: Sequence[Tensor]) -> bool:
 
 
 def check_values(t: Tensor, what: str) -> None:
+    """Raise ValueError unless all thresholds are finite and >= 0."""
     if has_values(t) and not (t.isfinite() & (t >= 0)).all():
         raise ValueError(f"{what}: wanted finite thresholds >= 0; got {t.tolist()}")
 
 
 def check_above_one(t: Tensor, what: str) -> None:
+    """Raise ValueError unless all numbers are finite and > 1."""
     if has_values(t) and not (t.isfinite() & (t > 1)).all():
         raise ValueError(f"{what}: wanted finite numbers > 1; got {t.tolist()}")
 
 
 def checked_tau(tau: float | Tensor, W: Tensor, what: str = "tau", check: Check = check_values) -> Tensor:
+    """Thresholds as a tensor in W's compute dtype on its device: one number, or ``[...]`` for W ``[..., m, n]``."""
     t = torch.as_tensor(tau, dtype=compute_dtype(W.dtype), device=W.device)
     if t.ndim and t.shape != W.shape[:-2]:
         raise ValueError(f"{what}: wanted one number, or shape {list(W.shape[:-2])}; got shape {list(t.shape)}")
@@ -113,7 +139,7 @@ def checked_list(
     axes: int = 2,
     finite: bool = True,
 ) -> Tensor:
-    """Check every weight (``finite``: its values, too), and return the thresholds as an fp64 tensor [L] on the CPU."""
+    """Check L weights (``finite``: also their values); returns the thresholds as an fp64 tensor ``[L]`` on the CPU."""
     if isinstance(weights, Tensor):
         raise TypeError("weights: wanted a list of tensors, one per layer; got one tensor (put it in a list)")
     if names is not None and len(names) != len(weights):
@@ -129,7 +155,7 @@ def checked_list(
 def one_per_weight(
     values: float | Sequence[float] | Tensor, count: int, what: str, check: Check = check_values
 ) -> Tensor:
-    """As an fp64 tensor [count] on the CPU."""
+    """One number, or one per weight, as an fp64 tensor ``[count]`` on the CPU."""
     t = torch.as_tensor(values, dtype=torch.float64, device="cpu")
     if t.ndim and t.shape != (count,):
         raise ValueError(f"{what}: wanted one number, or {count}, one per weight; got shape {list(t.shape)}")

@@ -15,6 +15,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 FILES = sorted(EXAMPLES.glob("*.py"))
 LAUNCHERS = {"distributed_digits": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
 ARGUMENTS = {}  # others than one epoch
+LONG = ("learned_rank_lora",)
 MODELS = {
     "accelerate_digits": "small_convnet",
     "distributed_digits": "small_convnet",
@@ -24,7 +25,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", [pytest.param(f, id=f.stem, marks=[pytest.mark.slow] * (f.stem in LONG)) for f in FILES]
+)
 def test_example(file, tmp_path, more=()):
     arguments = [*LAUNCHERS.get(file.stem, []), str(file), *ARGUMENTS.get(file.stem, ["--epochs", "1"]), *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -37,6 +40,7 @@ def test_example(file, tmp_path, more=()):
         ck.load(tmp_path / path, runpy.run_path(str(file))[MODELS[file.stem]]())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["fsdp", "tensor"])
 def test_sharded(how, tmp_path):
     test_example(EXAMPLES / "distributed_digits.py", tmp_path, ["--how", how])

@@ -13,11 +13,22 @@ import torch
 from compaware_kernels.ops import library
 
 pytestmark = pytest.mark.skipif(bool(library.missing), reason=f"no C++ kernel: {library.missing}")
+LEVEL = {"AVX512": 2, "AVX2": 1}.get(torch.backends.cpu.get_cpu_capability(), 0)
+
+
+def digests():
+    """What tells the instruction sets apart: a packed factor, whose layout follows the width of the vectors, and rows
+    with norms in fp64, which AVX-512 sums with fused multiply-adds."""
+    from tests.helpers import lowrank_checks as checks
+
+    ops, generator = torch.ops.compaware, torch.Generator().manual_seed(0)
+    packed = ops.lowrank_pack(checks.values((65, 3), generator).float(), torch.ones(4, 65), 1)[16:]  # behind the header
+    shrunk = ops.group_shrink(checks.values((1000, 400), generator), torch.tensor(10.0))
+    return [hashlib.sha256(x.numpy().tobytes()).hexdigest() for x in (packed, shrunk)]
 
 
 def check_values():
-    """The CPU ops against fp64. Returns digests that tell the instruction sets apart: of a packed factor, whose layout
-    follows the width of the vectors, and of rows with norms in fp64, which AVX-512 sums with fused multiply-adds."""
+    """The CPU ops against fp64."""
     from tests.helpers import lowrank_checks as checks
     from tests.helpers import shrink_checks
 
@@ -41,9 +52,7 @@ def check_values():
         shrink_checks.check_in_place(name, "cpu")
         shrink_checks.check_special_values(name, "cpu")
     shrink_checks.neuron_values("cpu")
-    packed = ops.lowrank_pack(checks.values((65, 3), generator).float(), torch.ones(4, 65), 1)[16:]  # behind the header
-    shrunk = ops.group_shrink(checks.values((1000, 400), generator), torch.tensor(10.0))
-    return [hashlib.sha256(x.numpy().tobytes()).hexdigest() for x in (packed, shrunk)]
+    return digests()
 
 
 def check_refusals():
@@ -71,17 +80,23 @@ def run(isa, check):
     )
 
 
+@pytest.mark.slow
 def test_every_instruction_set():
-    level = {"AVX512": 2, "AVX2": 1}.get(torch.backends.cpu.get_cpu_capability(), 0)
-    wanted, packed, shrunk = ("baseline", "avx2", "avx512")[: level + 1], [], []
+    wanted, packed, shrunk = ("baseline", "avx2", "avx512")[: LEVEL + 1], [], []
     for isa in wanted:
         done = run(isa, check_values)
         assert done.returncode == 0, f"{isa}: {done.stderr}"
         for found, digest in zip((packed, shrunk), json.loads(done.stdout), strict=True):
             found.append(digest)
     assert len(set(packed)) == len(wanted), "each ran another kernel"
-    assert len(set(shrunk)) == 1 + (level == 2), "the shrinkage ops, too"
-    assert run("", check_values).stdout == done.stdout, "the best is the default"
+    assert len(set(shrunk)) == 1 + (LEVEL == 2), "the shrinkage ops, too"
+    assert run("", digests).stdout == done.stdout, "the best is the default"
+
+
+@pytest.mark.skipif(LEVEL == 0, reason="this machine has one instruction set")
+def test_the_instruction_set_is_taken():
+    done = run("baseline", digests)
+    assert done.returncode == 0 and json.loads(done.stdout)[0] != digests()[0], done.stderr
 
 
 def test_what_there_is_not_is_refused():

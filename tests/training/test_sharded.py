@@ -167,7 +167,7 @@ def on_a_two_dimensional_mesh(rank):
             torch.testing.assert_close(D.full_tensor(), ck.group_shrink(W, TAU))
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+@pytest.mark.parametrize("processes", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_sharded_equals_unsharded(processes):
     run(sharded_equals_unsharded, processes, processes)
 

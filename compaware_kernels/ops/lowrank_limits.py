@@ -7,13 +7,9 @@ from torch import Tensor
 
 __all__ = ["MAX_RANK", "ROW", "cpu_declines", "triton_declines"]
 
-# Below these the CPU kernel was up to a third slower than two torch convolutions: columns are padded to multiples of 16,
-# and each tap has an overhead (AMD EPYC with AVX-512, 1 thread, 3 to 32 channels, ranks 8 and 16, 56 x 56).
-SMALLEST_CHANNELS, SMALLEST_RANK, SMALLEST_RANK_OF_LARGE = (
-    16,
-    12,
-    24,
-)  # for kernels larger than 1 x 1; for 4 x 4 and larger
+# Below these the CPU kernel was up to a third slower than two convolutions of torch: columns are padded to multiples of
+# 16, and each tap has an overhead (AMD EPYC with AVX-512, 1 thread, 3 to 32 channels, ranks 8 and 16, 56 x 56).
+SMALLEST_CHANNELS, SMALLEST_RANK, SMALLEST_RANK_OF_LARGE = 16, 12, 24  # kernels above 1 x 1; 4 x 4 and above
 # 1 x 1 layers of few channels on many pixels are bound by writing the output: 0.6x the speed of two steps (2 threads,
 # 16 and 24 channels, 25,088 pixels; on 1,568 pixels they were 1.5x as fast).
 THIN_CHANNELS, MANY_PIXELS = 32, 8192

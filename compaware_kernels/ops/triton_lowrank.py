@@ -1,9 +1,9 @@
 """Triton kernel of low-rank convolution and linear layers: two fused GEMMs, the rank-r intermediate in registers.
 
 ``y = act(conv1x1(conv(x, V), U) + bias + residual)``. One program computes T ``[BM pixels, r]`` as an implicit GEMM
-over taps and channels, rounds it to the weights' dtype, as a stored intermediate would be, and multiplies it by U, BO output
-channels at a time, with bias, residual and activation as epilogue. A linear layer is a 1 x 1 convolution of one-pixel
-images.
+over taps and channels, rounds it to the weights' dtype, as a stored intermediate would be, and multiplies it by U, BO
+output channels at a time, with bias, residual and activation as epilogue. A linear layer is a 1 x 1 convolution of
+one-pixel images.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from compaware_kernels.proximal.spectral_functions import (
 from tests.helpers.cases import low_rank, with_spectrum
 
 PACKAGE = Path(spectral_functions.__file__).parents[1]
+MAKERS = ("functional.py", "inplace.py", "penalties.py", "spectral_functions.py", "selftest.py")
 CLASSES = {"FirmThreshold", "SoftThreshold", "Truncate", "WeightedThreshold"}
 FUNCTIONS = [SoftThreshold(1.0), FirmThreshold(1.0, 1.3), FirmThreshold(1.0, 40.0), Truncate(3),
              WeightedThreshold(torch.linspace(1, 2, 40).double())]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which op runs where, and why: the facts behind ``compaware info``."""
+"""Environment report: versions, devices, build, and the backend of every op; the data of ``compaware info``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import torch
 from ._utils.version import __version__
 from .ops import backends, cuda_launcher, library
 
+__all__ = ["info", "machine"]
+
 
 def info() -> dict[str, Any]:
-    """Versions, devices, how the library was built, and the body each op has for each device."""
+    """Environment as a dictionary: versions, devices, build of the C++ library, backend of each op per device type."""
     return {
         "version": __version__,
         "torch": torch.__version__,
@@ -25,19 +27,19 @@ def info() -> dict[str, Any]:
         "library": library.missing or str(library.PATH),
         "CUDA C++ kernels": cuda_launcher.about(),
         "Triton kernels": backends.triton_missing() or f"Triton {version('triton')}",
-        "ops": {op: {key: _body(op, key) for key in ("CPU", "CUDA")} for op in backends.TABLE},
+        "ops": {op: {key: _backend(op, key) for key in ("CPU", "CUDA")} for op in backends.TABLE},
     }
 
 
 def machine() -> str:
-    """Processor, GPUs, threads and versions, for every figure."""
+    """One-line description of the machine: processor, GPUs, threads and versions; accompanies every measurement."""
     facts = info()
     devices = ", ".join(dict.fromkeys(facts["devices"]))
     return f"{devices}, {facts['threads']} thread(s), torch {facts['torch']}, Python {facts['python']}"
 
 
-def _body(op: str, key: str) -> str:
-    """What runs an op; GPU by GPU where these differ."""
+def _backend(op: str, key: str) -> str:
+    """Backend of an op on a device type; listed per GPU if the GPUs differ."""
     count = torch.cuda.device_count() if key == "CUDA" else 0
     devices = [torch.device(key.lower(), i) for i in range(count)] or [torch.device(key.lower())]
     said = {str(device): backends.describe(op, device) for device in devices}
@@ -51,7 +53,7 @@ def _devices() -> list[str]:
 
 
 def _cpu() -> str:
-    """The processor's name; Python's own answer is empty or just "x86_64" on Linux."""
+    """CPU model name; on Linux ``platform.processor()`` is empty or just "x86_64"."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

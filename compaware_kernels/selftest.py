@@ -1,7 +1,6 @@
-"""The self-test of the kernels, on the GPU at hand: each against fp64, in small cases. ``compaware info --selftest``.
+"""Self-test of the GPU kernels against fp64 references, in small cases: ``compaware info --selftest``.
 
-Kernels are called as such, and not through what would fall back to plain PyTorch. Each family runs in a process of its
-own: a kernel that ends in an illegal address, or that never ends, takes no other with it.
+Kernels are called without fallback, each family in its own process: a hang or illegal memory access ends only that one.
 """
 
 from __future__ import annotations
@@ -26,14 +25,15 @@ from ._utils.dtypes import compute_dtype, nearest_tf32
 from .ops import backends, cuda_launcher, quarantine, shrinkage
 from .proximal.spectral_functions import FirmThreshold, SoftThreshold, Spectral
 
-TIMEOUT = 1200  # seconds that a family may take; Triton compiles for minutes, the first time
+__all__ = ["CASES", "Case", "Row", "check", "main", "missing", "parse", "record", "run", "table"]
+TIMEOUT = 1200  # seconds per family; the first run includes minutes of Triton compilation
 TAU, TOL = 1.0, 1e-3
 SOFT, FIRM = SoftThreshold(TAU), FirmThreshold(TAU, gamma=3.0)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Row(NamedTuple):
-    """What came of one case; ``error``: the worst one over its bound."""
+    """Result of one case; ``error``: largest error / its bound, at most 1 if it passed."""
 
     family: str
     name: str
@@ -44,19 +44,19 @@ class Row(NamedTuple):
 
 
 class Case(NamedTuple):
-    """``judge(work())`` is the worst error over its bound; raises AssertionError if anything else is wrong."""
+    """Test case: ``judge(work())`` is the largest error / its bound; raises AssertionError for any other failure."""
 
     work: Callable
     judge: Callable
 
 
 def run(device: int) -> list[Row]:
-    """All families on one GPU, each in its own process."""
+    """Run all kernel families on one GPU, each in its own process."""
     return [row for family in CASES for row in _in_process(family, device)]
 
 
 def record(device: torch.device, rows: list[Row]) -> Path:
-    """Keep what was found, for this process and later ones: a family with one that failed is not used."""
+    """Record the verdicts for this and later processes: a family with a failed case is not used.  Returns the file."""
     tested = [row.family for row in rows if not row.skipped]
     failed = {row.family: f"{row.name}: {row.failed}" for row in reversed(rows) if row.failed}
     file = quarantine.record(device, {family: failed.get(family, "") for family in tested})
@@ -77,7 +77,7 @@ def _in_process(family: str, device: int) -> list[Row]:
 
 
 def parse(family: str, output: str, end: str) -> list[Row]:
-    """The rows that a process has written, and that of the case in which it came to a bad end."""
+    """Rows that a process printed; if it failed (``end``: how), also one for the case that was running."""
     rows, running = [], "start"
     for line in output.splitlines():
         if line.startswith("begin "):
@@ -88,7 +88,7 @@ def parse(family: str, output: str, end: str) -> list[Row]:
 
 
 def check(family: str, device: torch.device) -> Iterator[Row]:
-    """The cases of a family, here and now."""
+    """Run the cases of a family in this process."""
     if reason := missing(family, device):
         yield Row(family, "all", skipped=reason)
         return
@@ -97,10 +97,10 @@ def check(family: str, device: torch.device) -> Iterator[Row]:
         error = elapsed = None
         try:
             case = make(device)
-            error = float(case.judge(case.work()))  # compiles
+            error = float(case.judge(case.work()))  # the first call compiles
             elapsed = _milliseconds(case.work, device)
             failed = "" if error <= 1 else f"error {error:.3g} times its bound"
-        except Exception as wrong:  # whatever is wrong with the kernel, this reports it
+        except Exception as wrong:  # any failure of the kernel is a result of the test
             failed = " ".join(f"{type(wrong).__name__}: {wrong}".split())[:300]
         yield Row(family, name, error, elapsed, failed)
 
@@ -116,7 +116,7 @@ def _milliseconds(work: Callable, device: torch.device) -> float | None:
 
 
 def table(rows: list[Row]) -> list[tuple[str, ...]]:
-    """Family, case, verdict, error over bound and milliseconds, as text."""
+    """Table rows as text: family, case, verdict, error / bound, milliseconds."""
 
     def number(x: float | None, form: str) -> str:
         return "" if x is None else format(x, form)
@@ -133,7 +133,7 @@ def _normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def _shrink(name: str, dtype: torch.dtype, device: torch.device) -> Case:
-    """Rows of a warp's length and of a block's, some that die and some that live."""
+    """Shrink op and its in-place form, on rows that one warp or one block processes, of which some become zero."""
     weights = [(torch.logspace(-2, 1, m)[:, None] * _normal(m, n)).to(device, dtype) for m, n in ((65, 33), (9, 1500))]
     op, in_place = (getattr(torch.ops.compaware, name + end) for end in ("", "_"))
     taus = [torch.tensor(tau, device=device) for tau in ((0.1, 0.5) if name == "sparse_group_shrink" else (0.5,))]
@@ -145,14 +145,14 @@ def _shrink(name: str, dtype: torch.dtype, device: torch.device) -> Case:
 
     def judge(results) -> float:
         body = getattr(shrinkage, name)._init_fn
-        return max(_as_good(got, body(W.double(), *(tau.double() for tau in taus)), body(W, *taus))
+        return max(_relative_error(got, body(W.double(), *(tau.double() for tau in taus)), body(W, *taus))
                    for W, both in zip(weights, results, strict=True) for got in both)  # fmt: skip
 
     return Case(work, judge)
 
 
 def _neurons(dtype: torch.dtype, device: torch.device) -> Case:
-    """Rows whose last number lies elsewhere, as a neuron's bias does."""
+    """neuron_shrink_: rows whose last entry is a bias in another tensor."""
     whole = [(torch.logspace(-2, 1, m)[:, None] * _normal(m, n)).to(device, dtype) for m, n in ((65, 33), (9, 1500))]
     tau = torch.tensor(0.5)
 
@@ -163,14 +163,14 @@ def _neurons(dtype: torch.dtype, device: torch.device) -> Case:
 
     def judge(results) -> float:
         body, here = shrinkage.group_shrink._init_fn, tau.to(device)
-        return max(_as_good(got, body(W.double(), here.double()), body(W, here))
+        return max(_relative_error(got, body(W.double(), here.double()), body(W, here))
                    for W, got in zip(whole, results, strict=True))  # fmt: skip
 
     return Case(work, judge)
 
 
-def _as_good(got: Tensor, truth: Tensor, plain: Tensor) -> float:
-    """The largest error, over twice that of plain PyTorch and 8 ulps of the largest number, in the compute dtype."""
+def _relative_error(got: Tensor, truth: Tensor, plain: Tensor) -> float:
+    """Largest error / (twice that of plain PyTorch + 8 ulps of the largest entry, in the compute dtype)."""
     error, lost = ((y.double() - truth).abs().max() for y in (got, plain))
     return float(error / (2 * lost + 8 * torch.finfo(compute_dtype(got.dtype)).eps * truth.abs().max()))
 
@@ -179,7 +179,7 @@ def _as_good(got: Tensor, truth: Tensor, plain: Tensor) -> float:
 
 
 def _products(precision: str, wide: bool, dtype: torch.dtype, device: torch.device) -> Case:
-    """Two layers of two stages, ragged, with views and an epilogue; each product against fp64."""
+    """Matrix program of two stages and two layers of different shapes, with views and an epilogue, against fp64."""
     from .proximal.cuda.matmul_program import Program
 
     program, inner = Program(2, precision), torch.float64 if wide else torch.float32
@@ -215,7 +215,7 @@ def _products(precision: str, wide: bool, dtype: torch.dtype, device: torch.devi
 
 
 def _product_error(A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, unit: float, parts: float) -> float:
-    """Over what rounding may do to sums of so many products; ``parts``: and splitting their factors."""
+    """Largest error / the rounding bound of a sum of k products; ``parts``: relative error of splitting the factors."""
     A, B, C = A.double(), B.double(), C.double()
     truth, size = A @ B, A.abs() @ B.abs()
     if D is not None:
@@ -225,7 +225,7 @@ def _product_error(A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, unit: floa
 
 
 def _low_rank(m: int, n: int, rank: int, seed: int) -> Tensor:
-    """Singular values 1.5 to 20, and noise below tau."""
+    """Matrix ``[m, n]`` with ``rank`` singular values from 1.5 to 20, plus noise of spectral norm 0.4 (tau is 1)."""
     U, V = (torch.linalg.qr(_normal(k, rank, seed=seed)).Q for k in (m, n))
     noise = _normal(m, n, seed=seed + 1)
     return (U * torch.logspace(math.log10(1.5), math.log10(20), rank)) @ V.mT + 0.4 * noise / torch.linalg.matrix_norm(
@@ -238,7 +238,7 @@ SMALL = ((20, 12, 3), (40, 48, 9))
 
 
 def _step(shapes, calls: int, method: str, function: Spectral, dtype: torch.dtype, device: torch.device) -> Case:
-    """The last of so many calls with one state: the report must be right, the method the one that is meant."""
+    """Spectral prox step: the last of several calls with one warm state must use ``method`` and report the rank."""
     from .proximal.warm_state import WarmState
 
     before = [_low_rank(*shape, seed=10 * i).to(device, dtype) for i, shape in enumerate(shapes)]
@@ -249,7 +249,7 @@ def _step(shapes, calls: int, method: str, function: Spectral, dtype: torch.dtyp
             W.copy_(X)
         infos = _apply(function, weights, state)
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # ranks arrive, by which the next call chooses
+            torch.cuda.synchronize(device)  # wait for the ranks, by which the next call chooses its method
         return infos
 
     def work():
@@ -264,7 +264,7 @@ def _step(shapes, calls: int, method: str, function: Spectral, dtype: torch.dtyp
 
 
 def _apply(function: Spectral, weights: list[Tensor], state) -> list:
-    """The GPU step, whatever the self-test has found of it before."""
+    """The GPU step, even if an earlier self-test has quarantined it."""
     from .proximal.cuda.backend import shrink_
     from .proximal.record import Record, unfold_all
 
@@ -285,8 +285,8 @@ def _step_error(function: Spectral, W: Tensor, X: Tensor, info) -> float:
     return max(float(error.norm()) / bound, float(torch.linalg.matrix_norm(error, 2)) / allowed)
 
 
-def _nothing_changes(dtype: torch.dtype, device: torch.device) -> Case:
-    """NaN in one weight of a network."""
+def _unchanged_by_nan(dtype: torch.dtype, device: torch.device) -> Case:
+    """All-or-nothing step: with NaN in one weight, no weight of the network may change."""
     from .proximal.warm_state import WarmState
 
     before = [_low_rank(*shape, seed=0).to(device, dtype) for shape in (LARGE[0], SMALL[0])]
@@ -307,7 +307,7 @@ def _nothing_changes(dtype: torch.dtype, device: torch.device) -> Case:
 
 @contextmanager
 def _precision(wanted: str):
-    """How torch, and so our kernel, is to multiply fp32."""
+    """Context with torch's fp32 precision of convolutions and matrix products, which the kernel follows, set."""
     places = torch.backends.cudnn.conv, torch.backends.cuda.matmul
     before = [place.fp32_precision for place in places]
     try:
@@ -346,7 +346,7 @@ def _fused(name: str, args: list[Tensor], precision: str, first, second, geometr
     def judge(got: Tensor) -> float:
         with _precision("ieee"):
             plain = two_steps(*args, rounded=nearest_tf32 if precision == "tf32" else lambda t: t)
-            return _as_good(got, two_steps(*(t.double() for t in args)), plain)
+            return _relative_error(got, two_steps(*(t.double() for t in args)), plain)
 
     return Case(work, judge)
 
@@ -358,7 +358,7 @@ OPS = {quarantine.SHRINK: "soft_threshold", quarantine.STEP: "svt_", quarantine.
 
 
 def missing(family: str, device: torch.device) -> str:
-    """Why there are no kernels of the family to be tested."""
+    """Why the family's kernels are unavailable on the device and cannot be tested; "" if they can."""
     backend = next(backend for backend in backends.TABLE[OPS[family]]["cuda"] if backend.family == family)
     return backend.missing(device) or (cuda_launcher.missing(device) if family == quarantine.STEP else "")
 
@@ -370,9 +370,9 @@ _ROUTES = {
     "firm small": partial(_step, SMALL, 1, "", FIRM),
     "firm cold": partial(_step, LARGE, 1, "products", FIRM),
     "firm warm": partial(_step, LARGE, 4, "subspace", FIRM),
-    "NaN": _nothing_changes,
+    "NaN": _unchanged_by_nan,
 }
-_SHRINK_OPS = ("soft_threshold", "group_shrink", "sparse_group_shrink")  # each with its form in place
+_SHRINK_OPS = ("soft_threshold", "group_shrink", "sparse_group_shrink")  # each also in place
 _SHRINK_DTYPES = DTYPES | {"fp64": torch.float64}
 CASES: dict[str, dict[str, Callable[[torch.device], Case]]] = {
     quarantine.SHRINK: {f"{op}, {name}": partial(_shrink, op, dtype)
@@ -390,7 +390,7 @@ CASES: dict[str, dict[str, Callable[[torch.device], Case]]] = {
 
 
 def main(family: str, index: str) -> None:
-    """One family on one GPU, as the parent process reads it."""
+    """Child process: run one family on one GPU and print its rows for the parent."""
     torch.cuda.set_device(int(index))
     for row in check(family, torch.device("cuda", int(index))):
         print("row", json.dumps(row), flush=True)

@@ -1,1 +1,3 @@
-"""``compaware demo``: a study of two ways of training, plain and compression-aware."""
+"""Demo study ``compaware demo``: plain against compression-aware training."""
+
+__all__: list[str] = []

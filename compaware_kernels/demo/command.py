@@ -1,4 +1,4 @@
-"""``compaware demo``: a small convolutional network trained plainly and compression-aware, compressed and compared."""
+"""Command ``compaware demo``: train a small CNN with and without compression-aware penalties, compress, compare."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ COLUMNS = ("rank rule", "training", "multiply-adds", "parameters", "accuracy, %"
 
 
 def settings(data: Path | None, seeds: int, epochs: int, tune_epochs: int, nuclear: float, group: float) -> Config:
-    """The study of the two arms, on scikit-learn's digits or the images in the folder ``data``."""
+    """Study configuration of the two arms, on scikit-learn's digits or the images in the folder ``data``."""
     return Config(
         data=str(data.absolute()) if data else "digits", network="small_convnet", device="cpu",
-        validation=0.25, lost=2,  # of the digits, 270 images: one is 0.4 points
+        validation=0.25, lost=2,  # 270 validation images of the digits: one is 0.4 points
         seeds=seeds, epochs=epochs, tune_epochs=tune_epochs, rules=RULES,
         arms={PLAIN: [{}], AWARE: [{"nuclear": nuclear, "group": group}]},
     )  # fmt: skip
 
 
 def run(config: Config, out: Path, progress: Callable[[], Progress]) -> None:
-    """Train, compress and fine-tune all networks in this process; write the results into ``out``, and print a table.
+    """Demo run: train, compress and fine-tune all networks in this process, write results to ``out``, print a table.
 
     Raises:
-        FileNotFoundError: images are missing.  ValueError: a file of images is damaged, or a training diverged.
+        FileNotFoundError: images are missing.  ValueError: an image file is damaged, or training diverged.
     """
     images = load(config)
     out.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def run(config: Config, out: Path, progress: Callable[[], Progress]) -> None:
 
 
 def _train(config: Config, images: Source, advance: Callable[[str], None]) -> tuple[list[Record], nn.Module]:
-    """Records of all trainings, and the compression-aware network of the first seed."""
+    """Records of all training runs, and the compression-aware network of the first seed."""
     records, networks = [], {}
     for key in config.keys:
         step = lambda key=key: advance(f"{NAMES[key.arm]}, seed {key.seed}")  # noqa: E731
@@ -74,7 +74,7 @@ def _train(config: Config, images: Source, advance: Callable[[str], None]) -> tu
 
 
 def _write_networks(dense: nn.Module, arms: Arms, config: Config, images: Source, out: Path) -> dict[str, Path]:
-    """The compression-aware network of the first seed, and the smallest it becomes within the accuracy."""
+    """Checkpoints of the compression-aware network of seed 0: dense, and the smallest within the accuracy loss."""
     paths = {f"{NAMES[AWARE]} network before compression (seed 0)": out / "dense.safetensors"}
     checkpoint.save(dense, out / "dense.safetensors")
     choice = Choice(tuned=False, lost=config.lost)
@@ -87,7 +87,7 @@ def _write_networks(dense: nn.Module, arms: Arms, config: Config, images: Source
 
 
 def _rows(arms: Arms) -> Iterator[tuple[str, ...]]:
-    """Per rank rule and arm, means over seeds: multiply-adds, parameters, test accuracy, that after fine-tuning."""
+    """Table rows per rank rule and arm, means over seeds: multiply-adds, parameters, test accuracy, fine-tuned."""
     for i, rule in enumerate(RULES):
         for arm, name in NAMES.items():
             points = [records[0].points[i] for records in arms[arm].values()]
@@ -97,7 +97,7 @@ def _rows(arms: Arms) -> Iterator[tuple[str, ...]]:
 
 
 def _comparison(arms: Arms, choice: Choice) -> str:
-    """The multiply-adds that the compression-aware network needs over those of the plain one, seed by seed."""
+    """Ratio of multiply-adds, compression-aware / plain, at the chosen accuracy: mean and deviation over seeds."""
     ratios = []
     for seed in arms[PLAIN]:
         found = {n.arm: n.values for n in needs({arm: {seed: seeds[seed]} for arm, seeds in arms.items()}, choice)}

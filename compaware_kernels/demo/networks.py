@@ -1,4 +1,4 @@
-"""The demo's network, which is one of the study's."""
+"""Demo network, re-exported from the study's networks."""
 
 from ..study.networks import small_convnet
 

@@ -1,5 +1,7 @@
-"""``compaware study``: accuracy against compression, for this method and for its rivals."""
+"""Study ``compaware study``: accuracy against compression, for this method and competing ones."""
+
+__all__ = ["Stopped"]
 
 
 class Stopped(RuntimeError):
-    """Some trainings of a study failed, the others are done; or another process does them."""
+    """Training runs of a study failed (the others are done), or another process is working on it."""

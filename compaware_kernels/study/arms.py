@@ -1,8 +1,8 @@
-"""The study's ways of training: this project's, the paper's and its rivals', each one addition to the same SGD.
+"""Study arms: training methods (this project's, the paper's, competing ones), each an addition to the same SGD.
 
-Strengths of penalties are per epoch: where a penalty acts at every step, or every tenth, each time takes its share, so
-that with every proximal arm one epoch shrinks by the learning rate times the strength. What is in the loss goes through
-the optimizer's momentum, which multiplies that by 1 / (1 - momentum): ten times as much at 0.9.
+Penalty strengths are per epoch: a penalty applied every step, or every tenth, uses its share, so that in every proximal
+arm one epoch shrinks by learning rate times strength. A penalty in the loss passes through the optimizer's momentum,
+which multiplies it by 1 / (1 - momentum): ten times as much at 0.9.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Plan:
-    """What an arm must know of the training: its length, the layers it leaves alone, an input."""
+    """Training plan that an arm depends on: length, layers to leave unchanged, an example input."""
 
     epochs: int
     steps: int  # in an epoch
@@ -72,37 +72,37 @@ class Arm:
         self.strength, self.plan, self.step = dict(strength), plan, 0
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """The network to train, made of a fresh dense one."""
+        """Network to train, from a freshly initialized dense one."""
         return model
 
     def options(self) -> dict[str, float]:
-        """Of the optimizer."""
+        """Additional optimizer options."""
         return {}
 
     def attach(self, model: nn.Module, optimizer: Optimizer, epoch: int) -> None:
-        """Before ``epoch``: the first one, one after a stop, or that of another network."""
+        """Hook before ``epoch`` 0, the first after a resume, or the first of a replaced network."""
         self.layers = foldable_layers(model, self.plan.skip)[0]
 
     def before(self) -> None:
-        """Before a batch's forward pass."""
+        """Hook before the forward pass of a batch."""
 
     def after_backward(self) -> None:
-        """When gradients are there."""
+        """Hook after the backward pass."""
 
     def after_step(self) -> None:
-        """When the optimizer has moved the weights."""
+        """Hook after the optimizer step."""
         self.step += 1
 
     def after_epoch(self, model: nn.Module, epoch: int) -> nn.Module:
-        """The network to go on with."""
+        """Hook after an epoch; returns the network to continue with."""
         return model
 
     def scores(self) -> dict[str, Tensor]:
-        """By layer, how much each weight matters: what sparse compression cuts the least of."""
+        """Importance of each weight, by layer: sparse compression prunes the smallest."""
         return {layer.name: layer.weight.detach().abs() for layer in self.layers}
 
     def facts(self) -> dict[str, float]:
-        """What else is worth knowing of the trained network."""
+        """Additional results of the trained network, for its record."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -193,7 +193,7 @@ class Reload(Nuclear):
 
     @property
     def reload(self) -> int:
-        """The epoch before which it happens."""
+        """Epoch before which the network is factorized."""
         return max(1, self.plan.epochs // 2)
 
     def attach(self, model: nn.Module, optimizer: Optimizer, epoch: int) -> None:
@@ -340,7 +340,7 @@ class Variational(Arm):
 
     title = "variational inference"
     knobs = ("cost",)
-    start: ClassVar[float] = 0.05  # of the deviations
+    start: ClassVar[float] = 0.05  # initial standard deviation
 
     def attach(self, model: nn.Module, optimizer: Optimizer, epoch: int) -> None:
         super().attach(model, optimizer, epoch)
@@ -408,27 +408,27 @@ ARMS: dict[str, type[Arm]] = {
 
 
 def threshold(scores: Mapping[str, Tensor], sparsity: float) -> float:
-    """The score that a share ``sparsity`` of all weights does not exceed."""
+    """Quantile of all scores: a share ``sparsity`` of the weights does not exceed it."""
     every = torch.cat([score.flatten() for score in scores.values()])
     count = round(sparsity * every.numel())
     return float(every.kthvalue(count).values) if count else -1.0
 
 
 def _svd(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the layer's matrix, without directions that it has none of.  Raises LinAlgError for NaN or Inf."""
+    """Thin SVD of the layer's matrix, cut to its numerical rank.  Raises LinAlgError for NaN or Inf."""
     U, s, Vh = torch.linalg.svd(layer.matrix().detach(), full_matrices=False)
-    if not s.isfinite().all():  # LAPACK may also return that: it would become rank 0, a layer of zeros
+    if not s.isfinite().all():  # LAPACK may return NaN, which would become rank 0
         raise torch.linalg.LinAlgError(f"{layer.name}: singular values contain NaN or Inf")
     rank = int((s > 1e-6 * s[..., :1]).sum(-1).max())
     return U[..., :rank], s[..., :rank], Vh[..., :rank, :]
 
 
 def _weight(layer: Layer, U: Tensor, Vh: Tensor) -> Tensor:
-    """``U Vh`` as the layer's weight."""
+    """Product ``U Vh`` in the shape of the layer's weight."""
     return from_matrix(U @ Vh, layer.rows.shape)
 
 
 def _prior(mean: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of the Gaussian from which a layer's weights are described most briefly."""
+    """Mean and variance of the Gaussian prior of least description length of a layer's weights."""
     center = mean.mean()
     return center, ((2 * rho).exp() + (mean - center).square()).mean()

@@ -1,4 +1,4 @@
-"""``compaware study``."""
+"""Command ``compaware study``: run or resume a study, write and print its results."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from .config import Config
 from .data import Source, load
 from .runs import Study
 
+__all__ = ["run"]
+
 COLUMNS = ("arm", "multiply-adds at plain accuracy less {:g}", "of plain's", "parameters", "test accuracy, points",
            "area, %", "CPU s")  # fmt: skip
 
@@ -22,11 +24,11 @@ COLUMNS = ("arm", "multiply-adds at plain accuracy less {:g}", "of plain's", "pa
 def run(
     config: str, data: str | None, out: Path | None, processes: int | None, progress: Callable[[], Progress]
 ) -> None:
-    """Do what is left of a study, and write and print what came of it."""
+    """Run the remaining training runs of a study, then write and print its results."""
     settings = Config.read(config)
     if data:
         settings = replace(settings, data=data)
-    images = load(settings, settings.devices[0])  # also: fail before anything is written
+    images = load(settings, settings.devices[0])  # fails on missing images before anything is written
     work = Study(settings, images.name, out or Path("out/study") / Path(config).stem)
     with work.alone():
         _run(work, images, processes or _processes(settings), progress)
@@ -61,5 +63,5 @@ def print_paths(paths: Mapping[str, Path]) -> None:
 
 
 def _processes(settings: Config) -> int:
-    """One for every GPU, or every core."""
+    """Number of worker processes: one per GPU, or one per core."""
     return len(settings.devices) if settings.devices[0].type == "cuda" else os.cpu_count() or 1

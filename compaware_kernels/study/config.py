@@ -1,4 +1,4 @@
-"""A study's settings, read from TOML: :class:`Config`."""
+"""Study configuration, read from TOML."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+__all__ = ["COUNTS", "Config", "Key", "Strength"]
+
 Strength = dict[str, float]
 COUNTS = ("seeds", "epochs", "batch", "workers")
 
 
 @dataclass(frozen=True)
 class Key:
-    """One training: which arm, how strong, which seed."""
+    """Identity of a training run: arm, penalty strengths, seed."""
 
     arm: str
     strength: tuple[tuple[str, float], ...]
@@ -43,7 +45,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides a study's outcome.
+    """Study configuration: everything that determines the outcome.
 
     Attributes:
         data: ``digits``, a folder of IDX files, or one of images, ``train/CLASS/IMAGE`` and ``val/CLASS/IMAGE``.
@@ -118,7 +120,7 @@ class Config:
         self._require_own_records()
 
     def _require_strengths(self) -> None:
-        """Every strength is one that its arm knows and can take."""
+        """Raise ValueError unless each arm supports its strengths, by name and range."""
         from .arms import ARMS
 
         for arm, strengths in self.arms.items():
@@ -133,7 +135,7 @@ class Config:
                 _require_strength("map", name, value, False)
 
     def _require_own_records(self) -> None:
-        """No two trainings have one name, which is their file's; the map may have trainings in common with the arms."""
+        """Raise ValueError if two runs share a name, which names their file; the map may share runs with the arms."""
         own = self._own(0)
         names = Counter(map(str, [*own, *(set(self._grid()) - set(own))]))
         if twice := [name for name, count in names.items() if count > 1]:
@@ -142,7 +144,7 @@ class Config:
 
     @classmethod
     def read(cls, name: str) -> Config:
-        """From a TOML file, or one of those that come with the package, by name.
+        """Configuration from a TOML file, or, by name, from one shipped with the package.
 
         Raises:
             FileNotFoundError: no such file.  ValueError: it is not TOML, or has a setting that is unknown or wrong.
@@ -162,7 +164,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, table: Mapping) -> Config:
-        """From what TOML or JSON holds.  Raises ValueError for an unknown setting."""
+        """Configuration from parsed TOML or JSON.  Raises ValueError for an unknown setting."""
         if unknown := set(table) - {f.name for f in fields(cls)}:
             raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
@@ -173,30 +175,30 @@ class Config:
 
     @property
     def training(self) -> dict:
-        """The settings, beside the data, that a finished training depends on, whatever other arms there are."""
+        """Settings that a finished run depends on, apart from data, arm and seed."""
         others = ("data", "seeds", "device", "workers", "lost", "arms", "map")
         return {k: v for k, v in self.to_dict().items() if k not in others}
 
     @property
     def units(self) -> int:
-        """How often a training, with all that follows, calls ``advance``."""
+        """Number of ``advance`` calls per run: its epochs and compressions."""
         return self.epochs + len(self.rules) + len(self.sparsities)
 
     @property
     def devices(self) -> list[torch.device]:
-        """All that trainings are spread over."""
+        """Devices over which the runs are distributed."""
         if self.device == "cpu" or (self.device == "auto" and not torch.cuda.is_available()):
             return [torch.device("cpu")]
         return [torch.device("cuda", i) for i in range(max(1, torch.cuda.device_count()))]
 
     @property
     def keys(self) -> list[Key]:
-        """All trainings, those of one seed together."""
+        """All training runs, ordered by seed."""
         own = [key for seed in range(self.seeds) for key in self._own(seed)]
         return list(dict.fromkeys([*own, *self._grid()]))
 
     def _own(self, seed: int) -> list[Key]:
-        """The arms' trainings of one seed."""
+        """Runs of the arms with one seed."""
         return [
             Key(arm, tuple((name, float(strength[name])) for name in strength), seed)
             for arm, strengths in self.arms.items()
@@ -204,7 +206,7 @@ class Config:
         ]
 
     def _grid(self) -> list[Key]:
-        """The sensitivity map's."""
+        """Runs of the sensitivity map."""
         return [
             Key("nuclear+group", (("nuclear", n), ("group", g)), 0)
             for n in self.map.get("nuclear", ())

@@ -1,6 +1,6 @@
-"""From records to figures: what an arm reaches at a given size.
+"""Accuracy-size curves of the arms: Pareto fronts, areas, and the size needed for a given accuracy.
 
-Which network an arm would use at a size is chosen by validation images; what it is worth is read from test images.
+Networks are selected by validation accuracy and reported with test accuracy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Arms = dict[str, dict[int, list[Record]]]  # arm -> seed -> its trainings
 
 @dataclass(frozen=True)
 class Choice:
-    """How points are read: whether fine-tuned, whether of low rank only, or also sparse ones with zeros free."""
+    """Selection of points: fine-tuned or not; low rank only, or also sparse ones with zeros not counted."""
 
     tuned: bool
     kinds: tuple[str, ...] = (LOW_RANK,)
@@ -42,7 +42,7 @@ class Choice:
 
 
 def front(points: Iterable[Point], choice: Choice, axis: str = "macs") -> list[Point]:
-    """The points no other of which is both as small and better on the validation images, by size."""
+    """Pareto front of size and validation accuracy, ascending in size."""
     best, found = -math.inf, []
     for point in sorted(points, key=lambda p: (getattr(p, axis), -choice.accuracies(p)[0])):
         if choice.accuracies(point)[0] > best:
@@ -52,9 +52,9 @@ def front(points: Iterable[Point], choice: Choice, axis: str = "macs") -> list[P
 
 
 def curve(records: Iterable[Record], at: Sequence[float], choice: Choice, axis: str, chance: float) -> list[float]:
-    """Test accuracy of the network an arm would use if no more than each size were allowed; chance where it has none.
+    """Test accuracy of the best network up to each size (by validation accuracy); chance level if there is none.
 
-    Empty if the sizes are not known (sparse networks are not timed).
+    Empty if the sizes are unknown (sparse networks are not timed).
     """
     points = [p for p in choice.of(records) if getattr(p, axis) is not None]
     best, values = front(points, choice, axis), []
@@ -65,7 +65,7 @@ def curve(records: Iterable[Record], at: Sequence[float], choice: Choice, axis: 
 
 
 def sizes(arms: Arms, choice: Choice, axis: str, count: int = 200) -> list[float]:
-    """Logarithmically even, from the smallest network with half of the plain accuracy to the largest."""
+    """Log-spaced sizes, from the smallest network with half of the plain accuracy to the largest network."""
     points = [p for seeds in arms.values() for records in seeds.values() for p in choice.of(records)]
     enough = arms["plain"][0][0].test / 2
     useful = [v for p in points if (v := getattr(p, axis)) is not None and choice.accuracies(p)[1] >= enough]
@@ -77,18 +77,18 @@ def sizes(arms: Arms, choice: Choice, axis: str, count: int = 200) -> list[float
 
 
 def area(values: Sequence[float]) -> float:
-    """Mean accuracy over logarithmically even sizes: the area under the curve, in per cent."""
+    """Area under the curve, in per cent: mean accuracy over log-spaced sizes."""
     return mean(values)
 
 
 def need(points: Iterable[Point], choice: Choice, wanted: float, axis: str = "macs") -> Point | None:
-    """The smallest point whose validation accuracy is at least ``wanted``."""
+    """Smallest point with validation accuracy of at least ``wanted``; None if there is none."""
     enough = [p for p in points if choice.accuracies(p)[0] >= wanted and getattr(p, axis) is not None]
     return min(enough, key=lambda p: getattr(p, axis), default=None)
 
 
 def by_arm(records: Sequence[Record], config) -> Arms:
-    """The records of each arm's own strengths, by seed, without those that diverged.
+    """Records by arm and seed, of the arm's configured strengths, without diverged ones.
 
     Raises:
         ValueError: a plain training diverged.
@@ -106,7 +106,7 @@ def by_arm(records: Sequence[Record], config) -> Arms:
 
 @dataclass
 class Need:
-    """What an arm needs to keep the plain network's accuracy less the points lost, over the seeds that reach it."""
+    """Size that an arm needs for the plain network's accuracy less ``lost`` points, over the seeds that reach it."""
 
     arm: str
     values: list[float]  # by seed
@@ -118,7 +118,7 @@ class Need:
 
 
 def needs(arms: Arms, choice: Choice, axis: str = "macs") -> list[Need]:
-    """For every arm, at the same seed's plain network's validation accuracy, uncompressed, less the points lost."""
+    """Needed size of every arm; the reference is the plain uncompressed validation accuracy of the same seed."""
     table = []
     for arm, seeds in arms.items():
         found = []

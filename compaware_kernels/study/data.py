@@ -1,4 +1,4 @@
-"""A study's images: :func:`load`."""
+"""Image data sets of a study: in memory (digits, IDX files) or image folders, with a validation split."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .networks import transforms
 __all__ = ["Batches", "Folder", "InMemory", "Source", "load"]
 
 Batches = Iterable[tuple[Tensor, Tensor]]
-MANY = 512  # images in a batch where nothing is learned
+MANY = 512  # images per batch in evaluation
 
 
 class Source(Protocol):
@@ -45,7 +45,7 @@ class Source(Protocol):
 
 
 class InMemory:
-    """A :class:`Source` of tensors."""
+    """:class:`Source` of image tensors ``[N, C, H, W]`` in memory."""
 
     def __init__(self, images: Images, share: float, device: torch.device | str = "cpu"):
         held, rest = _split(len(images.train_x), share)
@@ -117,7 +117,7 @@ class Folder:
 
 
 def load(config: Config, device: torch.device | str = "cpu") -> Source:
-    """What ``config.data`` names: ``digits``, a folder of IDX files, or one with ``train`` and ``val``.
+    """Data set that ``config.data`` names: ``digits``, a folder of IDX files, or one with ``train`` and ``val``.
 
     Raises:
         FileNotFoundError: there is no such folder, or a file is missing in it.  ValueError: a file is damaged.
@@ -134,7 +134,7 @@ def load(config: Config, device: torch.device | str = "cpu") -> Source:
 
 
 def _split(count: int, share: float) -> tuple[list[int], list[int]]:
-    """(to choose on, to train on)  Raises ValueError where either is empty."""
+    """Fixed random split of indices: (validation, training).  Raises ValueError if either is empty."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     held = round(share * count)
     if not 0 < held < count:

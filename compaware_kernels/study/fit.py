@@ -1,4 +1,4 @@
-"""Training a network, with checkpoints: a training that was stopped goes on where it was."""
+"""Training loop with checkpoints: an interrupted run resumes where it stopped; fine-tuning and evaluation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Diverged(ValueError):
 
 @dataclass
 class Trained:
-    """A network on its way through training, and what was seen of it after every epoch."""
+    """Training state: network, arm, optimizer, and the history after every epoch."""
 
     model: nn.Module
     arm: Arm
@@ -46,12 +46,12 @@ class Trained:
 
 
 def fit(config: Config, key: Key, data: Source, folder: Path, advance: Callable[[], None]) -> Trained:
-    """Train as ``key`` says, from where the checkpoint in ``folder`` is, if there is one; the last one stays there.
+    """Train the run ``key``, resuming from the checkpoint in ``folder`` if there is one; the final one stays there.
 
     ``advance`` is called once for every epoch of training, those done earlier included.
 
     Raises:
-        Diverged: it cannot go on.
+        Diverged: the loss or a weight became NaN or Inf.
     """
     run = _start(config, key, data, folder)
     for _ in range(run.epoch):
@@ -65,11 +65,11 @@ def fit(config: Config, key: Key, data: Source, folder: Path, advance: Callable[
             raise
         except torch.linalg.LinAlgError as error:
             raise Diverged(str(error)) from error
-        except ValueError:  # a proximal step's, if it is NaN or Inf in a weight
+        except ValueError:  # raised by a proximal step if a weight is NaN or Inf
             require_finite(run.model)
             raise
         run.seconds += time.process_time() - started
-        _look(run)
+        _record_ranks(run)
         if time.monotonic() - saved >= SAVE_EVERY or run.epoch == config.epochs:
             _save(run, folder)
             saved = time.monotonic()
@@ -78,10 +78,10 @@ def fit(config: Config, key: Key, data: Source, folder: Path, advance: Callable[
 
 
 def tune(model: nn.Module, data: Source, config: Config, seed: int, masks: Mapping[str, Tensor] | None = None) -> None:
-    """Train a compressed network further, on the loss alone; weights that ``masks`` names as cut stay zero.
+    """Fine-tune a compressed network without penalty; weights where ``masks`` is False stay zero.
 
     Raises:
-        Diverged: of no use any more.
+        Diverged: the network is unusable.
     """
     optimizer = torch.optim.SGD(model.parameters(), config.tune_lr, config.momentum)
     layers = [layer for layer in foldable_layers(model)[0] if layer.name in (masks or {})]
@@ -100,7 +100,7 @@ def tune(model: nn.Module, data: Source, config: Config, seed: int, masks: Mappi
 
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: Batches) -> float:
-    """Per cent of the images classified right."""
+    """Accuracy in per cent."""
     model.eval()
     right = count = 0
     for x, y in batches:
@@ -131,7 +131,7 @@ def _start(config: Config, key: Key, data: Source, folder: Path) -> Trained:
 
 
 def _save(run: Trained, folder: Path) -> None:
-    """First the weights, then the state that names them: a stop in between leaves the checkpoint before."""
+    """Write the weights, then the state that names them: an interruption in between keeps the earlier checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{run.epoch}.safetensors"
     checkpoint.save(run.model, folder / name)
@@ -178,14 +178,14 @@ def _optimizer(model: nn.Module, arm: Arm, config: Config) -> torch.optim.Optimi
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, lr: float, epoch: float, epochs: int) -> None:
-    """Half a cosine from ``lr`` down; in training by whole epochs, in fine-tuning, which may be one, by steps."""
+    """Cosine learning rate schedule, by epochs in training, by steps in fine-tuning (which may last one epoch)."""
     for group in optimizer.param_groups:
         group["lr"] = lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
 @torch.no_grad()
-def _look(run: Trained) -> None:
-    """Rank and live rows of every layer now."""
+def _record_ranks(run: Trained) -> None:
+    """Append the current rank and number of nonzero rows of every layer to the history."""
     require_finite(run.model)
     for layer in foldable_layers(run.model)[0]:
         s = singular_values(layer.matrix())
@@ -194,7 +194,7 @@ def _look(run: Trained) -> None:
 
 
 def require_finite(model: nn.Module) -> None:
-    """Raise Diverged, with its name, for a parameter that contains NaN or Inf."""
+    """Raise Diverged, naming the parameter, if one contains NaN or Inf."""
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise Diverged(f"{name} contains NaN or Inf")

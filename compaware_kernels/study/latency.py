@@ -1,4 +1,4 @@
-"""How long the low-rank networks take, measured beside each other: ``latency.json``."""
+"""Latency of the low-rank networks, measured interleaved: ``latency.json``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .runs import Record, Study, read_json, write_json
 __all__ = ["measure"]
 
 IMAGES = 32  # in a batch
-MEMORY = 1 << 32  # bytes of networks that are timed beside each other, dense
+MEMORY = 1 << 32  # bytes of dense networks that are timed in one interleaved group
 
 
 @contextmanager

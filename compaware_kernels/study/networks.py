@@ -1,4 +1,4 @@
-"""The study's networks: small ones, ``NETWORKS[name](channels, classes, size)``, and all of timm's, ``timm/NAME``."""
+"""Study networks: small ones, ``NETWORKS[name](channels, classes, size)``, and those of timm, ``timm/NAME``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,19 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor, nn
+
+__all__ = [
+    "NETWORKS",
+    "TIMM",
+    "build",
+    "dec",
+    "is_network",
+    "last_layers",
+    "mlp",
+    "resnet20",
+    "small_convnet",
+    "transforms",
+]
 
 TIMM = "timm/"
 
@@ -87,14 +100,14 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 
 
 def is_network(name: str) -> bool:
-    """Whether there is such a network.  Raises ImportError if it is timm's, and timm cannot be imported."""
+    """Whether the network exists.  Raises ImportError if it is of timm, and timm cannot be imported."""
     return name in NETWORKS or (name.startswith(TIMM) and _timm().is_model(name.removeprefix(TIMM)))
 
 
 def transforms(name: str) -> tuple[int, Callable, Callable]:
-    """What the network wants of photographs: their size, and what makes them of files, in training and otherwise.
+    """Image preprocessing of a network: (size, training transform, evaluation transform).
 
-    timm's networks say so themselves; the others get 32 x 32.
+    timm's networks define their own; the others get images of 32 x 32.
     """
     timm = _timm()
     if name.startswith(TIMM):
@@ -122,7 +135,7 @@ def build(name: str, shape: tuple[int, int, int], classes: int, seed: int, weigh
         name = name.removeprefix(TIMM)
         model = _timm().create_model(name, weights == "timm", num_classes=classes, in_chans=shape[0])
     else:
-        model = _initialised(NETWORKS[name](shape[0], classes, shape[-1]))
+        model = _initialized(NETWORKS[name](shape[0], classes, shape[-1]))
     if weights not in ("", "timm"):
         try:
             load_model(model, weights)
@@ -131,7 +144,7 @@ def build(name: str, shape: tuple[int, int, int], classes: int, seed: int, weigh
     return model
 
 
-def _initialised(model: nn.Module) -> nn.Module:
+def _initialized(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

@@ -1,4 +1,4 @@
-"""A study's figures."""
+"""Figures of a study: accuracy against size, ranks over time, spectra, sensitivity map."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ matplotlib.rcParams.update(
     {"svg.fonttype": "none", "svg.hashsalt": "compaware", "font.size": 11, "font.family": "sans-serif"}
 )
 
-_COLOURS = ("#444444", "#d1495b", "#d1495b", "#8f1d2c", "#8f1d2c", "#2a7f9e", "#2a7f9e", "#e0a100", "#e0a100",
+_COLORS = ("#444444", "#d1495b", "#d1495b", "#8f1d2c", "#8f1d2c", "#2a7f9e", "#2a7f9e", "#e0a100", "#e0a100",
             "#6f4ba0", "#6f4ba0", "#3a8f4d", "#8a8a8a", "#3a8f4d")  # fmt: skip
 _LINES = ("-", "-", "--", "-", "--", "-", "--", "-", "--", "-", "--", "-", "--", "--")
-STYLES = dict(zip(ARMS, zip(_COLOURS, _LINES, strict=True), strict=True))
+STYLES = dict(zip(ARMS, zip(_COLORS, _LINES, strict=True), strict=True))
 OURS = ("nuclear", "nuclear-steps", "nuclear+group", "reload")
 LABELS = {"macs": "multiply-adds for one image", "params": "parameters", "bytes": "bytes on disk",
           "milliseconds": "milliseconds for a batch, one thread"}  # fmt: skip
@@ -77,14 +77,14 @@ def _log_axis(axis) -> None:
 
 
 def _line(ax: Axes, arm: str, at: list[float], values: list[list[float]]) -> None:
-    colour, line = STYLES[arm]
+    color, line = STYLES[arm]
     middle = [mean(v) for v in zip(*values, strict=True)]
-    ax.plot(at, middle, line, color=colour, lw=2.4 if arm in OURS else 1.4, label=ARMS[arm].title,
+    ax.plot(at, middle, line, color=color, lw=2.4 if arm in OURS else 1.4, label=ARMS[arm].title,
             zorder=3 if arm in OURS else 2)  # fmt: skip
     if arm in OURS and len(values) > 1:
         off = [stdev(v) for v in zip(*values, strict=True)]
         ax.fill_between(at, [m - o for m, o in zip(middle, off, strict=True)],
-                        [m + o for m, o in zip(middle, off, strict=True)], color=colour, alpha=0.12, lw=0)  # fmt: skip
+                        [m + o for m, o in zip(middle, off, strict=True)], color=color, alpha=0.12, lw=0)  # fmt: skip
 
 
 def _range(plain: float, lost: float) -> tuple[float, float]:
@@ -99,8 +99,8 @@ def over_time(arms: Arms, choice: Choice) -> Figure:
     for ax, (what, name) in zip(figure.subplots(1, 2), (("ranks", "rank"), ("rows", "rows not zero")), strict=True):
         for arm in arms:
             if record := chosen(arms, arm, choice):
-                colour, line = STYLES[arm]
-                ax.plot(range(1, len(record.losses) + 1), totals(record, what), line, color=colour,
+                color, line = STYLES[arm]
+                ax.plot(range(1, len(record.losses) + 1), totals(record, what), line, color=color,
                         label=ARMS[arm].title)  # fmt: skip
         ax.set(xlabel="epoch", ylabel=f"{name}, sum over layers", ylim=(0, None))
         ax.grid(alpha=0.25)
@@ -136,8 +136,8 @@ def spectra(arms: Arms, choice: Choice) -> Figure:
     for ax, name in zip(grid.flat, names, strict=False):
         for arm, record in records.items():
             if s := record.spectra.get(name):
-                colour, line = STYLES[arm]
-                ax.plot(range(1, len(s) + 1), [max(v / s[0], 1e-4) if s[0] else 1e-4 for v in s], line, color=colour,
+                color, line = STYLES[arm]
+                ax.plot(range(1, len(s) + 1), [max(v / s[0], 1e-4) if s[0] else 1e-4 for v in s], line, color=color,
                         lw=2 if arm in OURS else 1.2, label=ARMS[arm].title)  # fmt: skip
         ax.set(yscale="log", ylim=(0.8e-4, 1.5), xlabel="number", title=f"layer {name}")
         ax.grid(alpha=0.25)

@@ -1,4 +1,4 @@
-"""What a trained network becomes when it is compressed, the same way whatever trained it."""
+"""Compression of a trained network at all settings, low rank and sparse, the same for every arm."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LOW_RANK, SPARSE = "low rank", "sparse"
 
 @dataclass
 class Point:
-    """A compressed network.  Sizes and multiply-adds (for one image) of a sparse one count what is not zero.
+    """Compressed network, measured.  Sizes and multiply-adds (for one image) of a sparse one count what is not zero.
 
     Attributes:
         bytes: fp32 values; a sparse layer also has one bit per weight that says where they are.
@@ -89,7 +89,7 @@ def prune(run: Trained, sparsity: float) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def _sparse_sizes(pruned: nn.Module, example: tuple[Tensor, ...]) -> tuple[int, int, int]:
-    """Parameters, multiply-adds and bytes, without zeros and what dead neurons read."""
+    """Parameters, multiply-adds and bytes, not counting zeros and inputs of dead neurons."""
     small, report = compress(pruned, {}, example, goal="size")
     weights = {layer.name: layer.weight for layer in foldable_layers(small)[0]}
     params, macs, size = report.params, report.macs, report.bytes
@@ -104,7 +104,7 @@ def _sparse_sizes(pruned: nn.Module, example: tuple[Tensor, ...]) -> tuple[int, 
 
 
 def whole(run: Trained, data: Source) -> CompressReport:
-    """The sizes of the network as it was trained."""
+    """Sizes of the trained network, uncompressed."""
     return compress(run.model, {}, (data.example(1),), goal="size", remove_dead=False)[1]
 
 
@@ -116,7 +116,7 @@ def _measured(point: Point, model: nn.Module, data: Source) -> Point:
 def _tune(
     point: Point, model: nn.Module, data: Source, config: Config, seed: int, masks: dict[str, Tensor] | None = None
 ) -> None:
-    """Fine-tunes the network. What diverges there is worth nothing, the point without it as much as before."""
+    """Fine-tune and measure the network; if that diverges, the point stays without fine-tuned accuracies."""
     if not config.tune_epochs:
         return
     try:

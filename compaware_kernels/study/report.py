@@ -1,4 +1,4 @@
-"""A study's results as JSON, as one self-contained HTML page, and its main plot as a file."""
+"""Report of a study: results as JSON, a self-contained HTML page, and the main plot as SVG."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from .data import Source
 from .plots import svg
 from .points import LOW_RANK, SPARSE
 from .runs import Record
+
+__all__ = ["about", "choices", "describe", "rows", "write"]
 
 RULE = "energy:0.99"  # of the sensitivity map, where the study has it; else its last rule
 
@@ -57,13 +59,13 @@ def write(config: Config, data: Source, records: list[Record], folder: Path, tim
 
 
 def about(arm: str) -> str:
-    """What an arm is and where it comes from, from its docstring."""
+    """Description and source of an arm, from its docstring (part of the report)."""
     text, _, _ = (ARMS[arm].__doc__ or "").partition("Attributes:")
     return " ".join(text.replace("``", "").split())
 
 
 def choices(config: Config) -> list[Choice]:
-    """The ways to read the points: low rank alone first, fine-tuned last."""
+    """Selections of points that the report shows: low rank alone first, fine-tuned last."""
     kinds = [(LOW_RANK,), (LOW_RANK, SPARSE)] if config.sparsities else [(LOW_RANK,)]
     return [
         Choice(tuned, kind, config.lost)

@@ -1,4 +1,4 @@
-"""All trainings of a study, in parallel, each with a file of its own: a study that was stopped goes on where it was."""
+"""Training runs of a study in parallel processes, one record file each: an interrupted study resumes."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ from .data import Source, load
 from .fit import Diverged, Trained, accuracy, fit
 from .points import Point, points, whole
 
+__all__ = ["Record", "Study", "read_json", "record", "write_json"]
+
 
 @dataclass
 class Record:
-    """One training and what came of it.
+    """Record of a training run and its results.
 
     Attributes:
         diverged: why there is nothing else; else None.  machine: that trained it.
@@ -62,7 +64,7 @@ class Record:
 
 
 class Study:
-    """A study of data of that name, and its folder.
+    """Study of the data set ``name``, with its folder of records and checkpoints.
 
     ::
 
@@ -92,11 +94,11 @@ class Study:
 
     @property
     def left(self) -> list[Key]:
-        """Trainings that are not done."""
+        """Runs that are not done."""
         return [key for key in self.config.keys if not self.path(key).is_file()]
 
     def records(self) -> list[Record]:
-        """Of the trainings that are done."""
+        """Records of the runs that are done."""
         paths = [path for key in self.config.keys if (path := self.path(key)).is_file()]
         try:
             return [Record.from_dict(read_json(path)) for path in paths]
@@ -105,7 +107,7 @@ class Study:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """While no other process works in this folder; who is alone may ask again, the pool's processes are not asked.
+        """Context holding the lock of the study's folder (reentrant); worker processes do not take it.
 
         Raises:
             Stopped: another one does.
@@ -121,7 +123,7 @@ class Study:
             lock.release()
 
     def run(self, processes: int, advance: Callable[[Key], None]) -> None:
-        """Do what is left, in so many processes of one thread each.
+        """Run what is left, in ``processes`` worker processes of one thread each.
 
         Raises:
             Stopped: some trainings failed, and why; the others were done first. Or another process does them.
@@ -136,8 +138,8 @@ class Study:
         queue, begun = context.Queue(), context.Value("i", 0)
         listener = threading.Thread(target=lambda: [advance(key) for key in iter(queue.get, None)], daemon=True)
         listener.start()
-        with ProcessPoolExecutor(processes, context, _begin, (self, queue, begun)) as pool:
-            jobs = {pool.submit(_do, key): key for key in self.left}
+        with ProcessPoolExecutor(processes, context, _start_worker, (self, queue, begun)) as pool:
+            jobs = {pool.submit(_train_in_worker, key): key for key in self.left}
             try:
                 for job in as_completed(jobs):
                     if error := job.exception():
@@ -151,7 +153,7 @@ class Study:
             raise Stopped("; ".join(failures))
 
     def train(self, key: Key, data: Source, advance: Callable[[], None]) -> Record:
-        """One training with all that follows, written to its file when it is whole."""
+        """Train, compress and measure one run; its record is written once it is complete."""
         path = self.path(key)
         part = path.with_suffix(".running")
         try:
@@ -165,7 +167,7 @@ class Study:
 
 
 def record(config: Config, key: Key, run: Trained, data: Source, advance: Callable[[], None]) -> Record:
-    """What a trained network is worth, as it is and compressed; ``advance`` is called after every compression.
+    """Record of a trained network, uncompressed and compressed; ``advance`` is called after every compression.
 
     Raises:
         Diverged: two factors of a layer are finite, but not their product.
@@ -185,7 +187,7 @@ def record(config: Config, key: Key, run: Trained, data: Source, advance: Callab
 
 
 def write_json(path: Path, table: dict) -> None:
-    """Atomically."""
+    """Write JSON atomically."""
     write_text(path, json.dumps(table))
 
 
@@ -196,28 +198,28 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path}: damaged: {error}; remove it to do that part again") from error
 
 
-# --- in the pool's processes ----------------------------------------------------------------------------------------
+# --- worker processes ----------------------------------------------------------------------------------------------
 
-_here: tuple[Study, Source, object]
+_worker_state: tuple[Study, Source, object]
 
 
-def _begin(study: Study, queue, begun) -> None:
-    """On the next GPU, where there are any."""
-    global _here
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _start_worker(study: Study, queue, begun) -> None:
+    """Initialize a worker process, on the next device in turn."""
+    global _worker_state
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     with begun:
         index, begun.value = begun.value, begun.value + 1
     device = study.config.devices[index % len(study.config.devices)]
-    _here = study, load(study.config, device), queue
+    _worker_state = study, load(study.config, device), queue
 
 
-def _do(key: Key) -> None:
-    study, data, queue = _here
+def _train_in_worker(key: Key) -> None:
+    study, data, queue = _worker_state
     study.train(key, data, lambda: queue.put(key))
 
 
-def _end_with_parent() -> None:
-    """At once: what is saved later could lie in the way of the study that is run next."""
+def _exit_with_parent() -> None:
+    """Exit as soon as the parent does: a later save could collide with the next run of the study."""
     multiprocessing.parent_process().join()
     os._exit(1)

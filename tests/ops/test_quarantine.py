@@ -18,7 +18,7 @@ from compaware_kernels.ops import backends, cuda_launcher, quarantine
 from compaware_kernels.proximal.cuda import backend
 from compaware_kernels.proximal.spectral_functions import SoftThreshold
 
-EMULATED = Path(__file__).parents[1] / "emulation/selftest_emulated.py"
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 STEPS = [
     f"step, {route}, fp32" for route in ("small", "cold", "warm", "firm small", "firm cold", "NaN")
@@ -41,8 +41,8 @@ def empty_cache(monkeypatch, tmp_path):
 def emulated(family, *arguments):
     pytest.importorskip("triton")
     env = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, str(EMULATED), family, *arguments]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-m", "tests.emulation.selftest_emulated", family, *arguments]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return selftest.parse(family, done.stdout, "")
 

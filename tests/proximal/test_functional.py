@@ -314,8 +314,8 @@ def test_bad_input(name, W, tau, error, words):
         (([torch.ones(2, 2)], -1.0), {}, ValueError, "thresholds >= 0"),
         (([torch.ones(4)], 0.1), {}, ValueError, r"weights\[0\].*got shape \[4\]"),
         (([torch.ones(2, 2)], 0.1), {"fold": "origami"}, ValueError, "paper, spatial, input; got 'origami'"),
-        (([torch.ones(3, 2)], 0.1), {"groups": [2]}, ValueError, "divide the 3 output channels"),
-        (([torch.ones(3, 2)], 0.1), {"groups": [1, 1]}, ValueError, "wanted 1, got 2"),
+        (([torch.ones(3, 2)], 0.1), {"groups": [2]}, ValueError, "a divisor of the 3 output channels"),
+        (([torch.ones(3, 2)], 0.1), {"groups": [1, 1]}, ValueError, "wanted 1, one per weight; got 2"),
         (([torch.ones(3, 2)], 0.1), {"names": []}, ValueError, "wanted 1"),
     ],
 )

@@ -362,17 +362,16 @@ namespace compaware {
 CK_DEVICE void account(const Layer& layer, double tol) {
   const int64_t n = layer.n;
   const double tau = *layer.tau, norm = layer.report[kNorm];
-  double trace = 0, found = 0;
+  double trace = 0, lack = 0;
   for (int64_t i = threadIdx.x; i < n; i += blockDim.x) trace += layer.diagonal[i];
   trace = block_sum(trace);
-  for (int64_t pass = 0; pass < layer.passes; ++pass) {
-    const double sign = sqrt(sum_squares(layer.sign_check + pass * n * kProbes, n * kProbes));
-    const double root = sqrt(sum_squares(layer.root_check + pass * n * kProbes, n * kProbes));
-    const Pass of = pass_of(layer, pass);
-    found += kFactor * (*layer.slope * tau) * (sign + root) +
-             (layer.m + 100) * kUnit64 * norm * norm * of.weight / of.tau;
+  for (int64_t part = 0; part < 2 * layer.passes; ++part) {  // of each pass the sign, then the root
+    const double* check = part % 2 ? layer.root_check : layer.sign_check;
+    lack += sqrt(sum_squares(check + part / 2 * n * kProbes, n * kProbes));
   }
   if (threadIdx.x) return;
+  const double slope = *layer.slope, weights = slope * slope + (slope - 1) * (slope - 1);  // of weight / tau, all passes
+  const double found = kFactor * slope * tau * lack + (layer.m + 100) * kUnit64 * norm * norm * weights / (slope * tau);
   layer.report[kError] = found + roundoff(layer.dtype) * norm + 2 * kUnit32 * tau * sqrt(double(n));
   layer.report[kRank] = rint((double(n) + trace) / 2);
   layer.report[kMethod] = found <= tol * tau * sqrt(double(n)) ? kFull : kUnsure;

@@ -86,10 +86,10 @@ def test_firm_cold_then_warm(gamma):
     """As many launches; and a soft step in between finds its plan, and the subspaces, as they are."""
     state, weights = ck.WarmState(), network()
     methods = [step(weights, network(call), state, gamma=gamma) for call in range(3)]
-    (engine,) = state.engines.values()
+    (engine,) = backend.engines(state).values()
     methods += [step(weights, network(3), state), step(weights, network(4), state, gamma=gamma)]
     assert methods[0][:2] == ["products"] * 2 and methods[-1][:2] == methods[-2][:2] == ["subspace"] * 2
-    assert list(state.engines.values()) == [engine] and counted == 5 * LAUNCHES
+    assert list(backend.engines(state).values()) == [engine] and counted == 5 * LAUNCHES
 
 
 def test_firm_spectra():
@@ -97,7 +97,7 @@ def test_firm_spectra():
     state, weights = ck.WarmState(), network(dtype=torch.bfloat16)
     for call, gamma in enumerate((None, None, None, 2.0, 2.0)):
         step(weights, network(call, torch.bfloat16), state, gamma=gamma, storage=2**-7)
-        assert next(iter(state.engines.values())).plan.firm == (gamma is not None)
+        assert next(iter(backend.engines(state).values())).plan.firm == (gamma is not None)
     before = network(5, torch.bfloat16)
     for W, X in zip(weights, before, strict=True):
         W.copy_(X)

@@ -44,7 +44,7 @@ class CompressionAware(Compression, pl.Callback):
     :meth:`compaware_kernels.ProximalReport.scalars`.
 
     Args:
-        every, nuclear, group, l1, firm, gamma, fold, skip, warmup, order, scale_by_lr, center: as for ProximalStep;
+        every, and the strengths of the penalties, fold, skip, warmup, order and all else of ProximalStep: as there;
             layer names are those in the LightningModule, ``net.0``.
         log_every: ``"epoch"``, a number of optimizer steps, or None for never. Each report computes the singular values
             of all layers.

@@ -46,7 +46,7 @@ class CompressionAware(Compression, TrainerCallback):
     Args:
         trainer: the Trainer whose reporters (TensorBoard and others, not the progress bar) get the ranks. The Trainer
             does not pass itself to its callbacks.
-        every, nuclear, group, l1, firm, gamma, fold, skip, warmup, order, scale_by_lr, center: as for ProximalStep.
+        every, and the strengths of the penalties, fold, skip, warmup, order and all else of ProximalStep: as there.
         log_every: ``"epoch"``, a number of optimizer steps, or None for never. Each report computes the singular values
             of all layers.
         save_to: file for the compressed model, written when training ends; None: no compression. The model itself is

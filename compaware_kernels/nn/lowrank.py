@@ -36,7 +36,7 @@ class LowRank(nn.Module, ABC):
     second: nn.Module
     op: str  # fused op in torch.ops.compaware
     rank: int
-    fold: str
+    fold: str = "paper"
     groups: int = 1
     activation: str = "none"
     _packed: Tensor | None = None

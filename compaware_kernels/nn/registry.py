@@ -42,7 +42,7 @@ def low_rank_type(layer: nn.Module) -> type[LowRank]:
     Raises:
         TypeError: there is none; the layer is no Linear, convolution or transposed convolution.
     """
-    for dense, low_rank in LOW_RANK.items():
-        if isinstance(layer, dense):
-            return low_rank
+    for kind in type(layer).__mro__:  # a subclass that has a low-rank class of its own comes before its base
+        if kind in LOW_RANK:
+            return LOW_RANK[kind]
     raise TypeError(f"layer: wanted {', '.join(dense.__name__ for dense in LOW_RANK)}; got {type(layer).__name__}")

@@ -49,7 +49,8 @@ class Spectral(ABC):
     def lipschitz(self, s: Tensor, below: float, error: float) -> float:
         """Local Lipschitz constant (Frobenius norm) of the matrix function, for perturbations of up to ``error``.
 
-        s: the computed singular values ``[k]``, descending; ``below`` bounds all others from above.
+        s: the computed singular values ``[k]`` before the function is applied, descending, fp64, perhaps on a GPU;
+        ``below`` bounds all others from above, 0 where all are computed. Each may be off by ``error``.
         """
         return self.slope
 

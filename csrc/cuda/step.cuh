@@ -370,7 +370,7 @@ CK_DEVICE void account(const Layer& layer, double tol) {
     lack += sqrt(sum_squares(check + part / 2 * n * kProbes, n * kProbes));
   }
   if (threadIdx.x) return;
-  const double slope = *layer.slope, weights = slope * slope + (slope - 1) * (slope - 1);  // of weight / tau, all passes
+  const double slope = *layer.slope, weights = slope * slope + (slope - 1) * (slope - 1);  // weight / tau, summed
   const double found = kFactor * slope * tau * lack + (layer.m + 100) * kUnit64 * norm * norm * weights / (slope * tau);
   layer.report[kError] = found + roundoff(layer.dtype) * norm + 2 * kUnit32 * tau * sqrt(double(n));
   layer.report[kRank] = rint((double(n) + trace) / 2);

@@ -1,4 +1,5 @@
-// Launches that tests/emulation/emulator.py has written down, with the memory they need, in a process that a sanitizer watches.
+// Launches that tests/emulation/emulator.py has written down, with the memory they need, in a process that a
+// sanitizer watches.
 // Usage: replay IN OUT. Everything in IN is a 64-bit word or padded to words.
 #include <cstdio>
 #include <cstdlib>

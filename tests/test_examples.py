@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 import compaware_kernels as ck
+from tests.helpers.marks import slow_but
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-FILES = sorted(EXAMPLES.glob("*.py"))
+FILES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+FAST = ("distributed_digits", "plain_pytorch", "transformers_trainer")
 LAUNCHERS = {"distributed_digits": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
 ARGUMENTS = {}  # others than one epoch
-LONG = ("learned_rank_lora",)
 MODELS = {
     "accelerate_digits": "small_convnet",
     "distributed_digits": "small_convnet",
@@ -25,22 +26,21 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize(
-    "file", [pytest.param(f, id=f.stem, marks=[pytest.mark.slow] * (f.stem in LONG)) for f in FILES]
-)
-def test_example(file, tmp_path, more=()):
-    arguments = [*LAUNCHERS.get(file.stem, []), str(file), *ARGUMENTS.get(file.stem, ["--epochs", "1"]), *more]
+@pytest.mark.parametrize("name", slow_but(FAST, FILES))
+def test_example(name, tmp_path, more=()):
+    file = EXAMPLES / f"{name}.py"
+    arguments = [*LAUNCHERS.get(name, []), str(file), *ARGUMENTS.get(name, ["--epochs", "1"]), *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True,
                           text=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    if file.stem in MODELS:
+    if name in MODELS:
         assert re.search(r"held-out accuracy [\d.]+%, compressed [\d.]+%", done.stdout)
         (path,) = re.findall(r"saved to ([^\s;]+)", done.stdout)
-        ck.load(tmp_path / path, runpy.run_path(str(file))[MODELS[file.stem]]())
+        ck.load(tmp_path / path, runpy.run_path(str(file))[MODELS[name]]())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["fsdp", "tensor"])
 def test_sharded(how, tmp_path):
-    test_example(EXAMPLES / "distributed_digits.py", tmp_path, ["--how", how])
+    test_example("distributed_digits", tmp_path, ["--how", how])

@@ -14,6 +14,7 @@ import compaware_kernels as ck
 from compaware_kernels.folds import FOLDS
 from compaware_kernels.nn.registry import low_rank_type
 from tests.helpers.fuse_checks import IMAGE, LAYERS, TOKENS, Net, Net2, check, conv, flags, prepared, same, steps
+from tests.helpers.marks import slow_but
 
 # --- batch norm -------------------------------------------------------------------------------------------------------
 
@@ -228,7 +229,7 @@ def test_whole_models(name):
     assert fused.state_dict().keys() <= make().state_dict().keys() | {f"{k}.bias" for k, _ in fused.named_modules()}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(["residual"], MODELS))
 def test_compiled(name):
     make, x, *_ = MODELS[name]
     fused = check(make(), x)

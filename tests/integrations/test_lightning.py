@@ -315,6 +315,7 @@ print("applied", callback.proxes[0].applied)
 """
 
 
+@pytest.mark.slow
 def test_pytorch_lightning_alone():
     done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=120)
     assert "applied 2" in done.stdout, done.stderr[-2000:]

@@ -12,6 +12,7 @@ from compaware_kernels.folds import FOLDS
 from compaware_kernels.ops import library
 from tests.helpers import lowrank_checks as checks
 from tests.helpers.lowrank_checks import ACTIVATIONS, CONV, LAYOUTS, LINEAR, conv2d_case, linear_case
+from tests.helpers.marks import slow_but
 
 ops = torch.ops.compaware
 kernel = pytest.mark.skipif(bool(library.missing), reason=f"no C++ kernel: {library.missing}")
@@ -360,7 +361,7 @@ OPCHECKED = {
 }
 
 
-@pytest.mark.parametrize("case", OPCHECKED)
+@pytest.mark.parametrize("case", slow_but(["kernel", "two steps"], OPCHECKED))
 def test_opcheck_conv2d(case):
     args = conv2d_case(**{"name": "3 x 3", "fold": "paper"} | OPCHECKED[case])
     opcheck(ops.lowrank_conv2d.default, positional(args, CONV_ARGS))
@@ -369,7 +370,7 @@ def test_opcheck_conv2d(case):
     opcheck(ops.lowrank_conv2d.default, positional(args, CONV_ARGS))
 
 
-@pytest.mark.parametrize("case", ("tokens", "a vector", "no rows"))
+@pytest.mark.parametrize("case", slow_but(["tokens"], ("tokens", "a vector", "no rows")))
 def test_opcheck_linear(case):
     for dtype in (torch.float32, torch.float64):
         args = linear_case(case, dtype, residual=True, activation="silu")

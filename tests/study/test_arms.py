@@ -15,6 +15,7 @@ from compaware_kernels.nn.lowrank import LowRank
 from compaware_kernels.study import fit
 from compaware_kernels.study.arms import ARMS, Plan, threshold
 from compaware_kernels.study.networks import build
+from tests.helpers.marks import slow_but
 from tests.helpers.study_case import CONFIG, STRENGTHS, key, some_digits
 
 PLAN = Plan(epochs=4, steps=10, examples=200, seed=0, skip=("16",), example=torch.zeros(1, 1, 8, 8))
@@ -51,7 +52,7 @@ def test_all_arms_are_covered():
     assert set(STRENGTHS) == set(ARMS) and all(set(STRENGTHS[arm]) <= set(kind.knobs) for arm, kind in ARMS.items())
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", slow_but(["plain", "nuclear+group", "reload", "variational"], ARMS))
 def test_resumed_trainings_are_bit_identical(arm, data, tmp_path, monkeypatch):
     """A training stopped after every epoch equals, bit for bit, one that ran through."""
     monkeypatch.setattr(fit, "SAVE_EVERY", 0)

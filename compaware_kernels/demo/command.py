@@ -55,7 +55,7 @@ def run(config: Config, out: Path, progress: Callable[[], Progress]) -> None:
     paths = report.write(config, images, records, out) | _write_networks(dense, arms, config, images, out)
     print(f"{images.name}, means over {config.seeds} seed(s)\n")
     print(text_table(COLUMNS, _rows(arms), right=range(2, 6)))
-    print(f"\nAt the plain network's accuracy on validation images, less {config.lost:g}:")
+    print(f"\nAt the plain network's accuracy on validation images, less {config.lost:g} points:")
     for choice in report.choices(config):
         print(f"  {report.describe(choice)}: {_comparison(arms, choice)}")
     print_paths(paths)
@@ -82,7 +82,7 @@ def _write_networks(dense: nn.Module, arms: Arms, config: Config, images: Source
     if point:
         small, _ = compress(dense, ranks.parse(point.setting), (images.example(1),), goal="size")
         checkpoint.save(small, out / "small.safetensors")
-        paths[f"the same compressed, within {config.lost:g} of plain"] = out / "small.safetensors"
+        paths[f"the same compressed, within {config.lost:g} points of plain"] = out / "small.safetensors"
     return paths
 
 

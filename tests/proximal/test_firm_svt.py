@@ -221,6 +221,15 @@ def test_the_tolerance_is_that_of_the_result():
     assert methods[0] == "gram, fp32" and methods[1] != "gram, fp32"
 
 
+def test_the_bound_of_a_gram_matrix_where_all_is_steep():
+    """Every singular value lies between tau and gamma tau, and moves slope = 1001 times as far as rounding moves it."""
+    W = with_spectrum(300, 200, torch.linspace(1.00005, 1.00095, 200)).float()
+    truth = exact(W, 1.0, 1.001)
+    (info,) = ck.firm_svt_([W], 1.0, 1.001, tol=1e-2)
+    check(W, truth, info, gamma=1.001, tol=1e-2)
+    assert info.method == "gram, fp32"
+
+
 @pytest.mark.parametrize("wrong", [None, *WRONG])
 def test_warm_states(wrong):
     """The weights are shrunk, grow again and are disturbed; a wrong state costs time only."""

@@ -193,7 +193,7 @@ def case(seed: int, family: str | None = None, wanted: str | None = None, extrem
         T = T.mT.contiguous().mT if layout < 0.1 else T
         return torch.cat([T, T], -1)[..., : T.shape[-1]] if 0.1 < layout < 0.2 else T
 
-    parameter, calls = [min(tau * (scale / 10), 1e307) * 10 for tau in taus], [A]
+    parameter, calls = [tau * min(scale, 1e308 / max(1, tau)) for tau in taus], [A]
     if rng.random() < 0.03:  # at the limits of the range
         parameter = [float(rng.choice([5e-324, 1e-310, 1e-45, 1e-40, 1e30, 1e39, 1e308])) for _ in taus]
     if op == "svt":  # thresholds are rounded to the dtype it computes in

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import compaware_kernels as ck
+from compaware_kernels.ops import shrinkage
 from compaware_kernels.proximal.error_bounds import norms, rescale, unit_exponent
 from compaware_kernels.proximal.spectral_functions import WeightedThreshold
 from tests.helpers import oracle
@@ -145,6 +146,19 @@ def test_rows_of_fp64_whose_squares_leave_the_range(scale):
         for name, (P, truth) in calls.items():
             lost = 1e-12 + rescale(1e-323, e)  # roundoff; subnormal numbers
             assert np.abs(rescale(P, e).numpy() - truth).max() <= lost, (name, share)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_derivatives_of_rows_whose_squares_leave_the_range(dtype):
+    W = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    G, wanted = torch.randn(5, 8).to(dtype), None
+    for exponent in (0, -70, 70, *[-600, 600] * (dtype == torch.float64)):
+        X, tau = rescale(W, exponent).requires_grad_(), rescale(1.5, exponent)
+        reference = shrinkage.group_shrink._init_fn(X.detach(), torch.tensor(tau, dtype=torch.float64))
+        torch.testing.assert_close(reference, ck.group_shrink(X.detach(), tau))
+        (grad,) = torch.autograd.grad((ck.group_shrink(X, tau) * G).sum(), X)
+        wanted = grad if wanted is None else wanted
+        torch.testing.assert_close(grad, wanted)
 
 
 def test_rescaling():

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import compaware_kernels as ck
+from compaware_kernels._utils import atomic_write
 from compaware_kernels.compression import peft_export
 
 peft = pytest.importorskip("peft")
@@ -360,7 +361,7 @@ def test_only_adapter_folders_are_replaced(tmp_path):
     assert [file.name for file in tmp_path.rglob("*")] == ["mine", "notes.txt"]
 
 
-@pytest.mark.parametrize("fails", ["writing", "the first rename", "the second rename", "nothing"])
+@pytest.mark.parametrize("fails", ["writing", "the first rename", "the second rename", "the exchange", "nothing"])
 def test_the_old_adapter_stays_complete_until_the_new_one_is(tmp_path, monkeypatch, fails):
     base = Net()
     ck.export_lora(tuned(base, change_all), base, tmp_path / "adapter")
@@ -374,6 +375,10 @@ def test_the_old_adapter_stays_complete_until_the_new_one_is(tmp_path, monkeypat
         real(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
+    if "rename" in fails:  # of the two that do it where folders cannot be exchanged
+        monkeypatch.setattr(atomic_write, "_exchanged", lambda a, b: False)
+    if fails == "the exchange":
+        monkeypatch.setattr(atomic_write, "_exchanged", lambda a, b: replace("", 1 / 0))
     if fails == "writing":
         monkeypatch.setattr(peft_export, "save_file", lambda *args, **kwargs: replace("", 1 / 0))
     model = tuned(base, lambda model: update(model.fc, 1))

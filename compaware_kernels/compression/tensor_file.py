@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-__all__ = ["FORMAT", "CheckpointError", "TensorFile", "one_line", "read", "write"]
+__all__ = ["FORMAT", "CheckpointError", "TensorFile", "one_line", "read", "require_values", "same_state", "storable",
+           "write"]  # fmt: skip
 
 FORMAT = "compaware_kernels/1"
 KEYS = ("format", "layers", "crc32", "state")  # of the metadata; all others are names of tensors
@@ -58,7 +59,7 @@ def write(path: Path, state: Mapping[str, object], layers: Mapping[str, dict], v
             others[name] = _encoded(state[name], name, tensors)
         except RecursionError as error:
             raise CheckpointError(f"{name}: wanted state of finite depth; got more") from error
-    tensors = {name: _storable(name, T) for name, T in tensors.items()}
+    tensors = {name: storable(name, T) for name, T in tensors.items()}
     shared = _shared(tensors)
     stored = _apart({name: T for name, T in tensors.items() if name not in shared})
     if verify:
@@ -118,22 +119,36 @@ def one_line(error: Exception) -> str:
 # --- what can be stored ---------------------------------------------------------------------------------------------
 
 
-def _storable(name: str, T: Tensor) -> Tensor:
-    """The tensor, detached.  Raises CheckpointError if safetensors cannot store it."""
+def storable(name: str, T: Tensor) -> Tensor:
+    """The tensor, detached.  Raises CheckpointError if it has no values, or if safetensors cannot store them."""
+    require_values(name, T)
     wrong = ""
-    if isinstance(T, nn.parameter.UninitializedTensorMixin):
-        wrong = "one of a lazy layer: run the model once"
-    elif T.is_meta:
-        wrong = "one on the meta device: built without memory, or offloaded"
-    elif type(T.detach()) is not Tensor:
+    if type(T.detach()) is not Tensor:
         wrong = f"a {type(T).__name__}: gather or convert it first"
-    elif T.layout != torch.strided or T.is_nested:
-        wrong = f"a {'nested' if T.is_nested else str(T.layout).removeprefix('torch.')} one"
+    elif T.layout != torch.strided:
+        wrong = f"a {str(T.layout).removeprefix('torch.')} one"
     elif T.dtype not in DTYPES:
         wrong = f"{T.dtype}: save the model before it is quantized or converted"
     if wrong:
-        raise CheckpointError(f"{name}: wanted a dense tensor with values, of a dtype of safetensors; got {wrong}")
+        raise CheckpointError(f"{name}: wanted a dense tensor of a dtype of safetensors; got {wrong}")
     return T.detach()
+
+
+def require_values(name: str, T: Tensor) -> None:
+    """Raise CheckpointError for a tensor of a lazy layer or on the meta device."""
+    lazy = isinstance(T, nn.parameter.UninitializedTensorMixin)
+    if lazy or T.is_meta:
+        what = (
+            "of a lazy layer: run the model once" if lazy else "on the meta device: built without memory, or offloaded"
+        )
+        raise CheckpointError(f"{name}: wanted a tensor with values; got one {what}")
+
+
+def same_state(name: str, a: object, b: object) -> bool:
+    """Whether two states that are no tensors are equal.  Raises CheckpointError if they are of unknown kinds."""
+    tensors: tuple[dict, dict] = {}, {}
+    texts = [_encoded(value, name, inside) for value, inside in zip((a, b), tensors, strict=True)]
+    return texts[0] == texts[1] and all(torch.equal(T, tensors[1][key]) for key, T in tensors[0].items())
 
 
 def _require_no_nan(tensors: Mapping[str, Tensor], source: str) -> None:

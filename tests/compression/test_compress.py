@@ -145,11 +145,11 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     ck.save(small_convnet(), path)
     before = path.read_bytes()
 
-    def fail(model, name, metadata):
+    def fail(tensors, name, metadata):
         name.write_bytes(b"half")
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr("compaware_kernels.compression.checkpoint.save_model", fail)
+    monkeypatch.setattr("compaware_kernels.compression.tensor_file.save_file", fail)
     with pytest.raises(RuntimeError, match="disk full"):
         ck.save(small_convnet(), path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

@@ -154,7 +154,7 @@ class WeightedThreshold(Spectral):
     weights: Tensor  # [k] fp64, ascending
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, WeightedThreshold) and torch.equal(self.weights, other.weights)
+        return type(other) is type(self) and torch.equal(self.weights, other.weights)
 
     __hash__ = None
 

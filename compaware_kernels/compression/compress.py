@@ -132,6 +132,7 @@ def compress(
     row_axes(folds[0], 0)
     layers, skipped = foldable_layers(model, skip)
     rules = rules_by_pattern(ranks, [layer.name for layer in layers])
+    fixed = fixed_layers(model, [layer.name for layer in layers], by_size=goal == "size")
     for layer in layers:
         if not layer.weight.isfinite().all():
             raise ValueError(f"{layer.name}: its weight contains NaN or Inf; nothing was compressed")
@@ -145,7 +146,9 @@ def compress(
     if goal == "speed":
         small = _channels_last(small, inputs)
     whole = {layer.name: small.get_submodule(layer.name) for layer in layers}
-    small, gains = _factorize(small, layers, rules, folds, inputs if goal == "speed" else None, measure, notes, seen)
+    small, gains = _factorize(
+        small, layers, rules, fixed, folds, inputs if goal == "speed" else None, measure, notes, seen
+    )
     if not gains:
         small = dense
     elif goal == "size":
@@ -175,6 +178,7 @@ def _factorize(
     model: nn.Module,
     layers: list[Layer],
     rules: Mapping[str, RankRule],
+    fixed: Mapping[str, str],
     folds: Sequence[str],
     inputs: tuple | None,
     measure: bool,
@@ -186,7 +190,6 @@ def _factorize(
     Returns the model and the speed-up of each replaced layer (None without inputs); ``notes`` gets the other reasons.
     """
     names, gains = [layer.name for layer in layers], {}
-    fixed = fixed_layers(model, names, by_size=inputs is None)
     seen = {} if inputs is None else latency_model.record(model, names, inputs)
     for name in names:
         dense, gain = model.get_submodule(name), None

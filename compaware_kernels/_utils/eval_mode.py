@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
-__all__ = ["eval_mode", "set_mode"]
+__all__ = ["eval_mode", "layer_by_layer", "set_mode"]
 
 
 def set_mode(model: nn.Module, training: bool) -> nn.Module:
@@ -23,10 +24,26 @@ def set_mode(model: nn.Module, training: bool) -> nn.Module:
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put the model into eval mode; afterwards every module has the mode that it had, whatever is raised."""
-    modes = {module: module.training for module in model.modules()}
+    modes = [(module, module.training) for module in model.modules()]
     try:
         set_mode(model, False)
         yield
     finally:
-        for module, training in modes.items():
+        for module, training in modes:
             module.training = training  # train() would pack the low-rank layers again
+
+
+@contextmanager
+def layer_by_layer(model: nn.Module) -> Iterator[None]:
+    """Eval mode in which torch's transformer layers call their parts, which its fused kernels and nested tensors hide.
+
+    Those run no hooks of the parts, are not counted, and give the parts of an encoder with a padding mask inputs
+    without a shape.
+    """
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with eval_mode(model):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)

@@ -20,10 +20,10 @@ from ..nn.module_surgery import distinct, replace, to_channels_last
 from ..nn.registry import low_rank_type
 from ..nn.unwrap import without_wrappers
 from . import latency_model
-from .arguments import RankRule, inputs_tuple, rank_of, rule_of, rules_by_pattern
+from .arguments import ExampleInputs, Inputs, RankRule, rank_of, rule_of, rules_by_pattern
 from .calibration import Calibration, WeightedSVD
+from .comparison import difference
 from .dead_neurons import remove_dead_neurons
-from .fx_trace import same_outputs
 from .macs import count_macs
 
 __all__ = ["CompressReport", "LayerReport", "compress", "fixed_layers"]
@@ -37,8 +37,8 @@ class LayerReport:
     kind: str
     params_before: int
     params: int
-    macs_before: int
-    macs: int
+    macs_before: int | None  # None: torch's FLOP counter fails on the model
+    macs: int | None
     bytes_before: int
     bytes: int
     rank: int | None = None  # of the factors; None if the layer stayed dense
@@ -55,8 +55,8 @@ class CompressReport:
     layers: list[LayerReport]
     params_before: int
     params: int
-    macs_before: int
-    macs: int
+    macs_before: int | None  # None: torch's FLOP counter fails on the model
+    macs: int | None
     bytes_before: int
     bytes: int
     skipped: dict[str, str] = field(default_factory=dict)  # layers that cannot be folded to matrices -> why
@@ -80,14 +80,15 @@ class CompressReport:
 def compress(
     model: nn.Module,
     ranks: RankRule | Mapping[str, RankRule],
-    example_inputs: Sequence[object],
+    example_inputs: ExampleInputs,
     *,
     fold: str = "paper",
     goal: str = "speed",
     measure: bool = False,
     skip: Sequence[str] = (),
     remove_dead: bool = True,
-    calibration: Iterable[tuple] | None = None,
+    calibration: Iterable[ExampleInputs] | None = None,
+    example_kwargs: Mapping[str, object] | None = None,
 ) -> tuple[nn.Module, CompressReport]:
     """Compress a model: remove dead neurons and factorize layers by truncated SVD.  The model itself is not changed.
 
@@ -108,14 +109,17 @@ def compress(
         ranks: a rule of :mod:`compaware_kernels.ranks` (``ck.ranks.energy(0.99)``), or any function from singular
             values ``[G, k]`` to a rank; or rules by layer name pattern: the first match applies,
             a layer without one stays dense.
-        example_inputs: positional inputs of the model, ``(x,)``; multiply-adds are counted on them.
+        example_inputs: positional inputs of the model, ``(x,)``, or a mapping of keyword arguments, such as a batch of
+            a tokenizer; multiply-adds are counted on them. A mapping in a tuple is a positional input.
         fold: ``paper`` | ``spatial`` | ``input``, or ``auto``: per layer the fastest (``goal="size"``: the smallest).
         goal: ``speed`` | ``size``.
         measure: measure times instead of predicting them; only with ``goal="speed"``.
         skip: name patterns of layers to leave unchanged.
         remove_dead: remove dead neurons.
-        calibration: a few unlabeled model inputs, ``[(x,), ...]``: ranks and truncation then minimize the error of
-            layer outputs instead of weights (:mod:`compaware_kernels.compression.calibration`).
+        calibration: a few unlabeled model inputs, ``[(x,), ...]`` or mappings of keyword arguments: ranks and
+            truncation then minimize the error of layer outputs instead of weights
+            (:mod:`compaware_kernels.compression.calibration`).
+        example_kwargs: keyword arguments of the model beside ``example_inputs``; calibration inputs bring their own.
 
     Returns:
         the compressed model, and a :class:`CompressReport`.
@@ -123,9 +127,9 @@ def compress(
     Raises:
         ValueError: unknown fold or goal, ``measure`` with ``goal="size"``, a pattern that matches no layer, NaN or Inf
             in a weight or in a layer's calibration input, no calibration inputs, a rule that returns no rank.
-        TypeError: example_inputs is a tensor instead of a tuple.
+        TypeError: example_inputs is a tensor instead of a tuple, or a keyword argument is given twice.
     """
-    inputs = inputs_tuple(example_inputs)
+    inputs = Inputs.of(example_inputs, example_kwargs)
     if goal not in ("speed", "size") or (measure and goal == "size"):
         raise ValueError(f"goal must be speed or size, and only speed is measured; got {goal!r}, measure={measure}")
     model, folds = without_wrappers(model), FOLDS if fold == "auto" else (fold,)
@@ -180,7 +184,7 @@ def _factorize(
     rules: Mapping[str, RankRule],
     fixed: Mapping[str, str],
     folds: Sequence[str],
-    inputs: tuple | None,
+    inputs: Inputs | None,
     measure: bool,
     notes: dict[str, str],
     calibration: Calibration | None,
@@ -242,10 +246,17 @@ def _candidates(
 
 
 def _restore_costlier_layers(
-    small: nn.Module, whole: dict[str, nn.Module], before: dict, gains: dict, inputs: tuple, notes: dict[str, str]
+    small: nn.Module,
+    whole: dict[str, nn.Module],
+    before: dict[str, int] | None,
+    gains: dict,
+    inputs: Inputs,
+    notes: dict[str, str],
 ) -> nn.Module:
-    """Restore dense layers whose factors need no fewer multiply-adds on the example inputs."""
+    """Restore dense layers whose factors need no fewer multiply-adds on the example inputs, if those can be counted."""
     macs = count_macs(small, inputs)
+    if macs is None or before is None:
+        return small
     for name in [name for name in gains if macs.get(name, 0) >= before.get(name, 0) > 0]:
         small = replace(small, name, whole[name])
         del gains[name]
@@ -253,10 +264,10 @@ def _restore_costlier_layers(
     return small
 
 
-def _channels_last(model: nn.Module, inputs: tuple) -> nn.Module:
+def _channels_last(model: nn.Module, inputs: Inputs) -> nn.Module:
     """Copy of the model with channels_last weights if its outputs stay the same, else the model itself."""
     changed = to_channels_last(copied(model))
-    return changed if same_outputs(model, changed, inputs) else model
+    return model if difference(model, changed, inputs) else changed
 
 
 def _note(notes: dict[str, str], name: str, text: str) -> None:
@@ -269,7 +280,8 @@ def _report(model, small, layers, skipped, macs_before, macs, removed, notes, ga
         for layer in layers
     ]
     (params_before, bytes_before), (params, bytes_) = _size(model), _size(small)
-    return CompressReport(entries, params_before, params, macs_before[""], macs[""], bytes_before, bytes_, skipped)
+    macs_before, macs = _count(macs_before, ""), _count(macs, "")
+    return CompressReport(entries, params_before, params, macs_before, macs, bytes_before, bytes_, skipped)
 
 
 def _layer_report(layer: Layer, now: nn.Module, macs_before, macs, removed, notes, gains) -> LayerReport:
@@ -277,10 +289,15 @@ def _layer_report(layer: Layer, now: nn.Module, macs_before, macs, removed, note
     rank = getattr(now, "rank", None)
     full = min(Layer(layer.name, layer.module).matrix(getattr(now, "fold", "paper")).shape[-2:])
     return LayerReport(
-        layer.name, type(layer.module).__name__, params_before, params, macs_before.get(layer.name, 0),
-        macs.get(layer.name, 0), bytes_before, bytes_, rank, full, removed.get(layer.name, 0),
+        layer.name, type(layer.module).__name__, params_before, params, _count(macs_before, layer.name),
+        _count(macs, layer.name), bytes_before, bytes_, rank, full, removed.get(layer.name, 0),
         gains.get(layer.name), notes.get(layer.name, ""),
     )  # fmt: skip
+
+
+def _count(macs: dict[str, int] | None, name: str) -> int | None:
+    """Multiply-adds of a module; 0 if the example inputs do not reach it, None if they could not be counted."""
+    return None if macs is None else macs.get(name, 0)
 
 
 def _size(module: nn.Module) -> tuple[int, int]:
@@ -289,5 +306,7 @@ def _size(module: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
 
 
-def _change(before: int, after: int) -> str:
+def _change(before: int | None, after: int | None) -> str:
+    if before is None or after is None:
+        return " -> ".join("unknown" if count is None else f"{count:,}" for count in (before, after))
     return f"{before:,} -> {after:,}" + (f" ({after / before:.0%})" if before else "")

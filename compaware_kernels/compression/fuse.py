@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,9 @@ from ..nn.lowrank import MODULES, LowRank
 from ..nn.module_surgery import NORMS, is_plain, is_shared, resized, sizes, to_channels_last
 from ..nn.registry import LOW_RANK
 from ..nn.unwrap import without_wrappers
-from .arguments import inputs_tuple
-from .fx_trace import is_in_place, same_outputs, trace
+from .arguments import ExampleInputs, Inputs
+from .comparison import difference
+from .fx_trace import is_in_place, trace
 
 __all__ = ["fuse"]
 
@@ -34,7 +35,9 @@ SUMS = (operator.add, torch.add, "add")  # += is traced as +
 SUM_IN_PLACE = "add_"  # modifies its first argument
 
 
-def fuse(model: nn.Module, example_inputs: Sequence[object]) -> nn.Module:
+def fuse(
+    model: nn.Module, example_inputs: ExampleInputs, example_kwargs: Mapping[str, object] | None = None
+) -> nn.Module:
     """Fused copy of a model for inference, with fewer passes over memory.
 
     * A batch norm after a (transposed) convolution, linear or low-rank layer is folded into its weights.
@@ -44,8 +47,10 @@ def fuse(model: nn.Module, example_inputs: Sequence[object]) -> nn.Module:
 
     Args:
         model: traceable by ``torch.fx``; its low-rank layers need not be.
-        example_inputs: positional inputs, ``(x,)``; their shapes tell residual sums from broadcast sums, and the
-            outputs of both models are compared on them.
+        example_inputs: positional inputs, ``(x,)``, or a mapping of keyword arguments; their shapes tell residual sums
+            from broadcast sums, and the outputs of both models are compared on them.
+        example_kwargs: further keyword arguments. Flags, numbers and None among the arguments, and the defaults of
+            those not given, become constants where the model cannot be traced otherwise.
 
     Returns:
         an ``fx.GraphModule`` in eval mode with the model's submodules under their names. Fuse last: a checkpoint does
@@ -55,9 +60,8 @@ def fuse(model: nn.Module, example_inputs: Sequence[object]) -> nn.Module:
         TypeError: example_inputs is a tensor instead of a tuple.
         ValueError: torch.fx cannot trace the model, or the fused model gives other outputs.
     """
-    inputs, reference = inputs_tuple(example_inputs), set_mode(copied(without_wrappers(model)), False)
-    if isinstance(reference, LowRank):  # a leaf of the graph, which needs a parent
-        reference = nn.Sequential(reference)
+    inputs, reference = Inputs.of(example_inputs, example_kwargs), copied(without_wrappers(model))
+    reference = set_mode(nn.Sequential(reference) if isinstance(reference, LowRank) else reference, False)
     try:
         graph, _ = trace(reference, inputs)
     except Exception as error:  # tracing runs user code, which may raise anything
@@ -71,8 +75,8 @@ def fuse(model: nn.Module, example_inputs: Sequence[object]) -> nn.Module:
     _views_to_reshapes(to_channels_last(fused))
     fused.delete_all_unused_submodules()
     fused.recompile()
-    if not same_outputs(reference, fused, inputs):
-        raise ValueError("fuse: the fused model does not give the outputs of the model on the example inputs")
+    if why := difference(reference, fused, inputs):
+        raise ValueError(f"fuse: the fused model does not give the outputs of the model on the example inputs: {why}")
     return fused.eval()  # eval() repacks the changed weights of low-rank layers
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
 
@@ -21,7 +21,7 @@ from ..nn.module_surgery import replace
 from ..nn.registry import low_rank_type
 from ..nn.unwrap import without_wrappers
 from ..ops.validation import check_finite
-from .arguments import inputs_tuple
+from .arguments import ExampleInputs, Inputs
 from .calibration import Calibration
 from .compress import fixed_layers
 from .macs import count_macs
@@ -51,13 +51,14 @@ class _Layer:
 def allocate(
     model: nn.Module,
     budget: float,
-    example_inputs: Sequence[object],
+    example_inputs: ExampleInputs,
     *,
     of: str = "macs",
     by: str = "relative",
     fold: str = "paper",
     skip: Sequence[str] = (),
-    calibration: Iterable[tuple] | None = None,
+    calibration: Iterable[ExampleInputs] | None = None,
+    example_kwargs: Mapping[str, object] | None = None,
 ) -> dict[str, ranks.Rule]:
     """Rank allocation under a budget for the whole model, as rules for ``ck.compress(ranks=..., goal="size")``.
 
@@ -77,8 +78,8 @@ def allocate(
     to an unused rest of the budget; the rest is spent greedily, on the best error decrease per cost.
 
     Args:
-        model, example_inputs, fold, skip, calibration: as for :func:`compaware_kernels.compress`, which must be called
-            with the same; with calibration inputs, errors are those of layer outputs.
+        model, example_inputs, example_kwargs, fold, skip, calibration: as for :func:`compaware_kernels.compress`,
+            which must be called with the same; with calibration inputs, errors are those of layer outputs.
         budget: share (0 to 1] of the dense cost of all layers that can be factorized.
         of: cost, ``macs`` (multiply-adds on the example inputs) or ``params``.
 
@@ -88,10 +89,11 @@ def allocate(
 
     Raises:
         ValueError: unknown ``of``, ``by`` or fold; a budget outside (0, 1], or below the cost of rank 1 everywhere
-            (which the error states); NaN or Inf in a weight or in a layer's calibration input.
+            (which the error states); NaN or Inf in a weight or in a layer's calibration input; ``of="macs"`` of a model
+            whose multiply-adds torch's counter fails on.
         TypeError: example_inputs or a batch of calibration inputs is a tensor instead of a tuple.
     """
-    inputs = inputs_tuple(example_inputs)
+    inputs = Inputs.of(example_inputs, example_kwargs)
     row_axes(fold, 0)
     if of not in ("macs", "params") or by not in _WAYS:
         raise ValueError(f"wanted of=macs or params, by={' or '.join(_WAYS)}; got of={of!r}, by={by!r}")
@@ -106,7 +108,12 @@ def allocate(
 
 
 def _layers(
-    model: nn.Module, inputs: tuple, of: str, fold: str, skip: Sequence[str], calibration: Iterable[tuple] | None
+    model: nn.Module,
+    inputs: Inputs,
+    of: str,
+    fold: str,
+    skip: Sequence[str],
+    calibration: Iterable[ExampleInputs] | None,
 ) -> list[_Layer]:
     """Cost-error curves of all layers that :func:`compress` may factorize: ranks cheaper than dense, and dense."""
     found = foldable_layers(model, skip)[0]
@@ -117,6 +124,10 @@ def _layers(
         check_finite(layer.weight, layer.name)
         one = replace(one, layer.name, low_rank_type(layer.module).like(layer.module, 1, fold))
     macs, one_macs = count_macs(model, inputs), count_macs(one, inputs)
+    if macs is None or one_macs is None:
+        if of == "macs":
+            raise ValueError("of: the multiply-adds of this model cannot be counted; wanted of='params'; got 'macs'")
+        macs, one_macs = {}, {}
     seen = None if calibration is None else Calibration(model, names, calibration, (fold,))
     chosen = []
     for layer in found:

@@ -77,7 +77,7 @@ def fuse(
     fused.recompile()
     if why := difference(reference, fused, inputs):
         raise ValueError(f"fuse: the fused model does not give the outputs of the model on the example inputs: {why}")
-    return fused.eval()  # eval() repacks the changed weights of low-rank layers
+    return set_mode(fused, False)  # which repacks the changed weights of low-rank layers
 
 
 # --- node predicates --------------------------------------------------------------------------------------------------

@@ -11,12 +11,14 @@ from torch import nn
 from .. import ranks as rank_rules
 from .._utils.copied import copied
 from .._utils.eval_mode import set_mode
+from .._utils.memory import distinct
 from .._utils.tables import text_table
 from ..folds import FOLDS, row_axes
 from ..nn.discovery import Layer, foldable_layers
 from ..nn.factorization import SVD
 from ..nn.holders import tied_weights, why_dense
-from ..nn.module_surgery import distinct, replace, to_channels_last
+from ..nn.lowrank import LowRank
+from ..nn.module_surgery import replace, to_channels_last
 from ..nn.registry import low_rank_type
 from ..nn.unwrap import without_wrappers
 from . import latency_model
@@ -295,8 +297,8 @@ def _report(model, small, layers, skipped, macs_before, macs, removed, notes, ga
 
 def _layer_report(layer: Layer, now: nn.Module, macs_before, macs, removed, notes, gains) -> LayerReport:
     (params_before, bytes_before), (params, bytes_) = _size(layer.module), _size(now)
-    rank = getattr(now, "rank", None)
-    full = min(Layer(layer.name, layer.module).matrix(getattr(now, "fold", "paper")).shape[-2:])
+    rank, fold = (now.rank, now.fold) if isinstance(now, LowRank) else (None, "paper")
+    full = min(Layer(layer.name, layer.module).matrix(fold).shape[-2:])
     return LayerReport(
         layer.name, type(layer.module).__name__, params_before, params, _count(macs_before, layer.name),
         _count(macs, layer.name), bytes_before, bytes_, rank, full, removed.get(layer.name, 0),

@@ -8,8 +8,9 @@ from types import CellType, FunctionType, MethodType
 
 from torch import Tensor, nn
 
+from .._utils.memory import span
 from .lowrank import LowRank
-from .module_surgery import has_memory, plain_attributes, why_irreplaceable
+from .module_surgery import plain_attributes, why_irreplaceable
 from .registry import LOW_RANK
 from .unwrap import wrapped_module
 
@@ -54,12 +55,12 @@ def tied_weights(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
     uses: dict[int, list[tuple[int, int, int, str]]] = {}
     for owner, module in model.named_modules():
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            storage, start, end = _span(tensor)
+            storage, start, end = span(tensor)
             uses.setdefault(storage, []).append((start, end, id(module), f"{owner}.{name}".lstrip(".")))
     tied = {}
     for name in names:
         layer = model.get_submodule(name)
-        storage, start, end = _span(layer.weight)
+        storage, start, end = span(layer.weight)
         others = (other for a, b, module, other in uses[storage] if module != id(layer) and a < end and start < b)
         if other := next(others, None):
             tied[name] = other
@@ -140,11 +141,3 @@ def _reachable(value: object) -> Iterator[nn.Module | Tensor]:
             left.append(value.__self__)
         elif isinstance(value, FunctionType):
             left += [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
-
-
-def _span(tensor: Tensor) -> tuple[int, int, int]:
-    """Memory of a tensor: its storage, first byte and end; a tensor without one has a storage of its own."""
-    if not has_memory(tensor):
-        return id(tensor), 0, 1
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.untyped_storage().data_ptr(), tensor.data_ptr(), tensor.data_ptr() + extent * tensor.element_size()

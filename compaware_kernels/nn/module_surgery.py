@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..folds import CONVS, TRANSPOSED
 
-__all__ = ["NORMS", "copy_requires_grad", "distinct", "has_memory", "is_plain", "is_shared", "keep_inputs",
+__all__ = ["NORMS", "copy_requires_grad", "is_plain", "is_shared", "keep_inputs",
            "keep_outputs", "plain_attributes", "replace", "resized", "sizes", "to_channels_last", "why_fixed",
            "why_irreplaceable"]  # fmt: skip
 
@@ -109,17 +108,6 @@ def is_shared(model: nn.Module, module: nn.Module) -> bool:
     """Whether another module of ``model`` shares a parameter that ``module`` owns."""
     own = {id(p) for p in module.parameters(recurse=False)}
     return any(id(p) in own for m in model.modules() if m is not module for p in m.parameters(recurse=False))
-
-
-def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The tensors, those of the same memory only once."""
-    return list({(t.data_ptr(), t.numel()) if has_memory(t) else id(t): t for t in tensors}.values())
-
-
-def has_memory(tensor: Tensor) -> bool:
-    """Whether the values lie at the tensor's ``data_ptr()``; not if it is meta, sparse, empty or a DTensor."""
-    plain = tensor.layout is torch.strided and not tensor.is_meta and not is_traceable_wrapper_subclass(tensor)
-    return plain and tensor.numel() > 0
 
 
 def why_irreplaceable(module: nn.Module, parts: Collection[str] = ()) -> str:

@@ -1,4 +1,4 @@
-"""A model in eval mode for a while."""
+"""A model in training or eval mode, for good or for a while."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-__all__ = ["eval_mode", "layer_by_layer"]
+__all__ = ["eval_mode", "layer_by_layer", "set_mode"]
+
+
+def set_mode(model: nn.Module, training: bool) -> nn.Module:
+    """The model, put into training or eval mode; of exported programs, which refuse that, only the flag is set."""
+    try:
+        return model.train(training)
+    except NotImplementedError:
+        for module in model.modules():
+            module.training = training
+        return model
 
 
 @contextmanager
@@ -16,7 +26,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put the model into eval mode; afterwards every module has the mode that it had, whatever is raised."""
     modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
+        set_mode(model, False)
         yield
     finally:
         for module, training in modes:

@@ -79,10 +79,10 @@ def rules_by_pattern(ranks: RankRule | Mapping[str, RankRule] | None, names: Seq
     """Rank rules by layer name pattern (fnmatch): a single rule applies to every layer, None to no layer.
 
     Raises:
-        ValueError: a pattern matches none of the layers' ``names``.
+        ValueError: a pattern matches none of the layers' ``names``; not if there are none, where nothing can match.
     """
     rules = dict(ranks) if isinstance(ranks, Mapping) else {} if ranks is None else {"*": ranks}
-    require_matches(list(rules), names, "ranks")
+    require_matches(list(rules) if names else [], names, "ranks")
     return rules
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,12 +9,15 @@ from typing import Any
 from torch import nn
 
 from .. import ranks as rank_rules
+from .._utils.copied import copied
+from .._utils.eval_mode import set_mode
 from .._utils.tables import text_table
 from ..folds import FOLDS, row_axes
 from ..nn.discovery import Layer, foldable_layers
 from ..nn.factorization import SVD
-from ..nn.module_surgery import replace, to_channels_last
-from ..nn.registry import low_rank_type, why_dense
+from ..nn.holders import tied_weights, why_dense
+from ..nn.module_surgery import distinct, replace, to_channels_last
+from ..nn.registry import low_rank_type
 from ..nn.unwrap import without_wrappers
 from . import latency_model
 from .arguments import ExampleInputs, Inputs, RankRule, rank_of, rule_of, rules_by_pattern
@@ -24,7 +26,7 @@ from .comparison import difference
 from .dead_neurons import remove_dead_neurons
 from .macs import count_macs
 
-__all__ = ["CompressReport", "LayerReport", "compress"]
+__all__ = ["CompressReport", "LayerReport", "compress", "fixed_layers"]
 
 
 @dataclass
@@ -139,11 +141,11 @@ def compress(
             raise ValueError(f"{layer.name}: its weight contains NaN or Inf; nothing was compressed")
 
     macs_before = count_macs(model, inputs)
-    small, removed, notes = copy.deepcopy(model).eval(), {}, {}
+    small, removed, notes = set_mode(copied(model), False), {}, {}
     if remove_dead:
         small, removed, notes = remove_dead_neurons(small, inputs, tuple(skip))
     seen = None if calibration is None else Calibration(small, [layer.name for layer in layers], calibration, folds)
-    dense = copy.deepcopy(small)
+    dense = copied(small)
     if goal == "speed":
         small = _channels_last(small, inputs)
     whole = {layer.name: small.get_submodule(layer.name) for layer in layers}
@@ -156,9 +158,21 @@ def compress(
         for name in gains:
             _note(notes, name, "put back: the whole model was measured to be no faster")
         small, gains = dense, {}
+    now = dict(small.named_modules())
     for name, module in model.named_modules():  # parents before children
-        small.get_submodule(name).train(module.training)
+        set_mode(now[name], module.training)
     return small, _report(model, small, layers, skipped, macs_before, count_macs(small, inputs), removed, notes, gains)
+
+
+def fixed_layers(model: nn.Module, names: Sequence[str], *, by_size: bool) -> dict[str, str]:
+    """Reasons by name of the layers that :func:`compress` leaves dense, whatever their rank.
+
+    Args:
+        by_size: of ``goal="size"``: factors of a weight that others keep would come on top of it.
+    """
+    tied = tied_weights(model, names) if by_size else {}
+    more = {name: f"shares its weight with {other}, which stays: factors would be more" for name, other in tied.items()}
+    return more | why_dense(model, names)
 
 
 def _factorize(
@@ -176,11 +190,12 @@ def _factorize(
     Returns the model and the speed-up of each replaced layer (None without inputs); ``notes`` gets the other reasons.
     """
     names, gains = [layer.name for layer in layers], {}
+    fixed = fixed_layers(model, names, by_size=inputs is None)
     seen = {} if inputs is None else latency_model.record(model, names, inputs)
     for name in names:
         dense, gain = model.get_submodule(name), None
         reason, candidates = _candidates(
-            model, name, dense, rule_of(rules, name), folds, inputs is not None, calibration
+            name, dense, rule_of(rules, name), fixed.get(name, ""), folds, inputs is not None, calibration
         )
         if inputs is None:
             choice = min(candidates, key=lambda c: _size(low_rank_type(dense).like(dense, c[1], c[0])), default=None)
@@ -198,10 +213,10 @@ def _factorize(
 
 
 def _candidates(
-    model: nn.Module,
     name: str,
     dense: nn.Module,
     rule: RankRule | None,
+    fixed: str,
     folds: Sequence[str],
     rounded: bool,
     calibration: Calibration | None,
@@ -209,8 +224,8 @@ def _candidates(
     """Candidate factorizations (fold, rank), each with the SVD of the folded weight; or why there is none."""
     if rule is None:
         return "no rank rule matches its name", {}
-    if reason := why_dense(model, name):
-        return reason, {}
+    if fixed:
+        return fixed, {}
     reason, found, shapes = "", {}, set()
     for fold in folds:
         M = Layer(name, dense).matrix(fold)
@@ -248,7 +263,7 @@ def _restore_costlier_layers(
 
 def _channels_last(model: nn.Module, inputs: Inputs) -> nn.Module:
     """Copy of the model with channels_last weights if its outputs stay the same, else the model itself."""
-    changed = to_channels_last(copy.deepcopy(model))
+    changed = to_channels_last(copied(model))
     return model if difference(model, changed, inputs) else changed
 
 
@@ -283,8 +298,8 @@ def _count(macs: dict[str, int] | None, name: str) -> int | None:
 
 
 def _size(module: nn.Module) -> tuple[int, int]:
-    """Number of parameters and of their bytes; a shared parameter counts once."""
-    parameters = list(module.parameters())
+    """Number of parameters and of their bytes; shared memory counts once."""
+    parameters = distinct(module.parameters())
     return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
 
 

@@ -9,7 +9,6 @@ refused; finally both models are compared on the example inputs, as a check, not
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -19,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from .._utils.copied import copied
+from .._utils.eval_mode import set_mode
 from ..folds import CONVS
 from ..nn.discovery import Layer, foldable_layers
 from ..nn.module_surgery import NORMS, is_plain, is_shared, keep_inputs, keep_outputs, replace, why_fixed
@@ -76,7 +77,7 @@ def remove_dead_neurons(
     if not dead:
         return model, {}, {}
     inputs = Inputs.of(example_inputs, example_kwargs)
-    reference, small = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
+    reference, small = (set_mode(copied(model), False) for _ in range(2))
     try:
         graph, shapes = trace(reference, inputs)
     except Exception as error:  # tracing runs user code, which may raise anything: report it, keep the neurons

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import operator
 from collections.abc import Mapping, Sequence
@@ -11,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from .._utils.copied import copied
+from .._utils.eval_mode import set_mode
 from ..folds import CONVS, TRANSPOSED
 from ..nn.conv import LowRankConv2d
 from ..nn.discovery import Layer
 from ..nn.lowrank import MODULES, LowRank
 from ..nn.module_surgery import NORMS, is_plain, is_shared, resized, sizes, to_channels_last
 from ..nn.registry import LOW_RANK
+from ..nn.unwrap import without_wrappers
 from .arguments import ExampleInputs, Inputs
 from .comparison import difference
 from .fx_trace import is_in_place, trace
@@ -58,13 +60,15 @@ def fuse(
         TypeError: example_inputs is a tensor instead of a tuple.
         ValueError: torch.fx cannot trace the model, or the fused model gives other outputs.
     """
-    inputs, reference = Inputs.of(example_inputs, example_kwargs), copy.deepcopy(model).eval()
+    inputs, reference = Inputs.of(example_inputs, example_kwargs), set_mode(copied(without_wrappers(model)), False)
+    if isinstance(reference, LowRank):  # a leaf of the graph, which needs a parent
+        reference = nn.Sequential(reference)
     try:
         graph, _ = trace(reference, inputs)
     except Exception as error:  # tracing runs user code, which may raise anything
         why = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"fuse: torch.fx cannot trace the model: {why}") from error
-    fused = fx.GraphModule(copy.deepcopy(reference), graph)
+    fused = fx.GraphModule(copied(reference), graph)
     for change in (_remove_identity, _fold_norm, _fuse_epilogue):
         for node in list(fused.graph.nodes):
             if node.op == "call_module":

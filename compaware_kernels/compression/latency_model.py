@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .._utils.eval_mode import layer_by_layer
 from ..nn.conv import LowRankConv2d
 from ..nn.lowrank import LowRank
-from ..nn.registry import LOW_RANK
+from ..nn.registry import low_rank_type
 from .arguments import ExampleInputs, Inputs
 
 __all__ = ["Device", "choose", "fastest", "measure", "measure_device", "predict", "record", "seconds"]
@@ -134,7 +134,7 @@ def choose(
     Returns:
         the candidate, or None; its speed-up (dense time / its time); and the reason as text.
     """
-    low_rank = [LOW_RANK[type(dense)].like(dense, rank, fold).eval() for fold, rank in candidates]
+    low_rank = [low_rank_type(dense).like(dense, rank, fold).eval() for fold, rank in candidates]
     layers = [copy.deepcopy(dense).eval(), *low_rank]
     taken = measure(layers, x) if measured else [predict(layer, x, y) for layer in layers]
     best = min(range(len(candidates)), key=lambda i: taken[1 + i])

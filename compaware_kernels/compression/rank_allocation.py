@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import heapq
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,15 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from .. import ranks
+from .._utils.copied import copied
+from .._utils.eval_mode import set_mode
 from ..folds import row_axes
 from ..nn.discovery import foldable_layers
 from ..nn.factorization import singular_values
 from ..nn.module_surgery import replace
-from ..nn.registry import low_rank_type, why_dense
+from ..nn.registry import low_rank_type
 from ..nn.unwrap import without_wrappers
 from ..ops.validation import check_finite
 from .arguments import ExampleInputs, Inputs
 from .calibration import Calibration
+from .compress import fixed_layers
 from .macs import count_macs
 
 __all__ = ["allocate"]
@@ -114,8 +116,10 @@ def _layers(
     calibration: Iterable[ExampleInputs] | None,
 ) -> list[_Layer]:
     """Cost-error curves of all layers that :func:`compress` may factorize: ranks cheaper than dense, and dense."""
-    found = [layer for layer in foldable_layers(model, skip)[0] if not why_dense(model, layer.name)]
-    names, one = [layer.name for layer in found], copy.deepcopy(model).eval()
+    found = foldable_layers(model, skip)[0]
+    fixed = fixed_layers(model, [layer.name for layer in found], by_size=True)
+    found = [layer for layer in found if layer.name not in fixed]
+    names, one = [layer.name for layer in found], set_mode(copied(model), False)
     for layer in found:
         check_finite(layer.weight, layer.name)
         one = replace(one, layer.name, low_rank_type(layer.module).like(layer.module, 1, fold))

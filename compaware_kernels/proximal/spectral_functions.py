@@ -142,7 +142,7 @@ class FirmThreshold(Spectral):
         return (torch.minimum(s - self.tau, s / self.slope) / (s - below).clamp_min(1e-300)).clamp(0.5, 1.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WeightedThreshold(Spectral):
     """``max(s_i - w_i, 0)`` with ``w_1 <= w_2 <= ...``: the proximal operator of ``sum_i w_i sigma_i(W)``.
 
@@ -152,6 +152,11 @@ class WeightedThreshold(Spectral):
     """
 
     weights: Tensor  # [k] fp64, ascending
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, WeightedThreshold) and torch.equal(self.weights, other.weights)
+
+    __hash__ = None
 
     @property
     def floor(self) -> float:

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .._utils.uninterrupted import uninterrupted
+from ..distributed.dtensor import distribute_bias
 from ..folds import row_axes
 from ..nn.discovery import Layer, foldable_layers, require_matches
 from ..nn.unwrap import data_parallel_group, reshard, unwrapped, unwrapped_optimizer
@@ -21,6 +23,7 @@ from .layer_record import LayerRecord, center_weight, write_back
 from .penalties import PENALTIES, Settings, thresholds
 from .replicas import MODES
 from .report import ProximalReport, layer_spectrum
+from .residuals import Residuals
 
 __all__ = ["ProximalStep"]
 
@@ -73,11 +76,18 @@ class ProximalStep:
             broadcasts it; ``"replicated"``: every rank shrinks all layers; ``"auto"``: the faster of both, measured.
             Sharded weights (DTensor: FSDP2's ``fully_shard``, tensor parallel) are shrunk without gathering, by small
             all-reduces; with ``"owner"``, one rank gathers each layer, shrinks it and scatters it back.
+        error_feedback: bf16 and fp16 weights keep what rounding cuts off of each proximal step and get it back in the
+            next one, so that small steps accumulate as in fp32 instead of vanishing. It takes two bytes per such
+            weight, kept in :meth:`state_dict`, and four during a step; on a CPU a step takes about a tenth longer.
+            Without it a step that is too small for the dtype warns, once.
 
     Attributes:
         layers: the layers that are shrunk.  skipped: name -> reason, for all others that have weights.
         steps: optimizer steps counted.  applied: proximal steps taken.
         warm: warm start of the singular value thresholding of each layer, see :class:`WarmState`.
+        residuals: int16, of the weights and biases in half precision, see
+            :mod:`compaware_kernels.proximal.error_feedback`. They count in ulps of the present weights: those of
+            weights that were loaded since change them by at most half an ulp.
 
     Raises:
         ValueError: negative or infinite strength, unknown fold, order or division, gamma <= 1, every < 1, warmup < 0, a
@@ -106,6 +116,7 @@ class ProximalStep:
         center: nn.Module | None = None,
         process_group: dist.ProcessGroup | None = None,
         division: str = "auto",
+        error_feedback: bool = True,
     ):
         if not (every == "epoch" or (isinstance(every, int) and every >= 1)):
             raise ValueError(f"every: wanted 'epoch' or a number of optimizer steps >= 1; got {every!r}")
@@ -135,13 +146,14 @@ class ProximalStep:
             )
         self.centers = None if center is None else _centers(unwrapped(center), self.layers, self.strengths)
         self.steps = self.applied = 0
-        self.warm = WarmState()
+        self.warm, self.error_feedback, self.residuals = WarmState(), error_feedback, Residuals()
         ranks, settings = process_group or data_parallel_group(model), Settings(self.order, gamma)
         self._coordinator = Coordinator(ranks, division, settings)
         self._coordinator.warn_if_not_distributed(self.layers)
         self._hook = self.optimizer.register_step_post_hook(self._after_optimizer_step)
 
     @torch.compiler.disable
+    @uninterrupted
     def _after_optimizer_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         """Count an optimizer step, and take the proximal step after every k of them."""
         overflow = getattr(optimizer, "found_inf", None)  # set by GradScaler; fused optimizers skip the step themselves
@@ -167,11 +179,13 @@ class ProximalStep:
         self._hook.remove()
 
     @torch.compiler.disable
+    @uninterrupted
     @torch.no_grad()
     def step(self) -> None:
         """Take one proximal step on every layer; a collective call where weights are sharded or replicated.
 
-        All or nothing: on an error no weight is changed. On a GPU nothing is synchronized: the device finds NaN or Inf
+        All or nothing: on an error no weight is changed. Signals, as that of Ctrl-C, are handled when the step has
+        ended; a second one does not end it sooner. On a GPU nothing is synchronized: the device finds NaN or Inf
         and then changes no weight, and a later step raises.
 
         Raises:
@@ -186,7 +200,7 @@ class ProximalStep:
         try:
             self._coordinator.shrink(records, self.warm)
             write_back(records)
-        except Exception as error:
+        except BaseException as error:
             self.warm.load_state_dict(before)
             if isinstance(error, RuntimeError) and dist.is_available() and dist.is_initialized():
                 raise RuntimeError(
@@ -203,7 +217,8 @@ class ProximalStep:
             taus = {penalty: tau for penalty, tau in self._taus(layer.name, rows, bias, lr).items() if tau > 0}
             if taus:
                 bias = bias if any(PENALTIES[penalty].with_bias for penalty in taus) else None
-                records.append(LayerRecord.of(layer, rows, bias, center, self.fold, taus))
+                residuals = self.residuals if self.error_feedback else None
+                records.append(LayerRecord.of(layer, rows, bias, center, self.fold, taus, residuals))
         return records
 
     def thresholds(self) -> dict[str, dict[str, float]]:
@@ -247,28 +262,43 @@ class ProximalStep:
     def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint, besides those of the model and the optimizer: resuming is then bitwise reproducible.
 
-        Two numbers and a text: for ``torch.save`` (loads with ``weights_only=True``) and, if the ProximalStep itself is
-        in the dictionary, for ``torch.distributed.checkpoint``. A copy that later steps do not change, equal on all
-        ranks, and loadable with any number of ranks. A collective call if sharded weights have owners.
+        Two numbers, a text, and with weights in half precision their residuals: for ``torch.save`` (loads with
+        ``weights_only=True``) and, if the ProximalStep itself is in the dictionary, for
+        ``torch.distributed.checkpoint``. A copy that later steps do not change, equal on all ranks (residuals of
+        sharded weights: DTensors), and loadable with any number of ranks. A collective call if sharded weights have
+        owners.
         """
         self._coordinator.collect_bases(self.warm)
-        return {"steps": self.steps, "applied": self.applied, "warm": to_text(self.warm.state_dict())}
+        state = {"steps": self.steps, "applied": self.applied, "warm": to_text(self.warm.state_dict())}
+        self._reshard()
+        for layer, bias, _ in self._trained() if self.error_feedback else ():  # a template has those of every layer
+            rows, strengths = layer.rows.detach(), self.strengths[layer.name]
+            used = [PENALTIES[penalty] for penalty, strength in strengths.items() if strength]
+            if used:
+                self.residuals.of(f"{layer.name}.weight", rows)
+            if bias is not None and any(penalty.with_bias for penalty in used):
+                self.residuals.of(f"{layer.name}.bias", distribute_bias(bias.detach(), rows))
+        return state | ({"residuals": {key: E.clone() for key, E in self.residuals.items()}} if self.residuals else {})
 
+    @uninterrupted
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`.
+        """Restore :meth:`state_dict`. Residuals that are missing, as in a state of fp32 weights, start at 0.
 
         Raises:
-            ValueError: ``state`` has other entries or types; nothing has changed.
+            ValueError: ``state`` has other entries or types, negative numbers, or residuals of other layers or shapes;
+                nothing has changed.
         """
         wanted = {"steps": int, "applied": int, "warm": str}
         if (
             not isinstance(state, Mapping)
-            or state.keys() != wanted.keys()
-            or any(not isinstance(state[key], kind) for key, kind in wanted.items())
+            or state.keys() - {"residuals"} != wanted.keys()
+            or any(not isinstance(state[key], kind) or isinstance(state[key], bool) for key, kind in wanted.items())
+            or not all(0 <= state[key] < 1 << 63 for key in ("steps", "applied"))
         ):
             raise ValueError(f"state: wanted a ProximalStep state with {', '.join(wanted)}; got {state!r:.200}")
+        residuals = Residuals.loaded(state.get("residuals", {}), self.layers)
         self.warm.load_state_dict(from_text(state["warm"]))
-        self.steps, self.applied = state["steps"], state["applied"]
+        self.steps, self.applied, self.residuals = state["steps"], state["applied"], residuals
 
 
 def _check_order(order: Sequence[str], strengths: Mapping[str, Strength]) -> None:

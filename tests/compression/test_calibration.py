@@ -151,13 +151,14 @@ def test_model_is_left_as_it_was():
 
 
 def test_shared_weights_are_kept():
-    """The head is factorized; the embedding that shares its weight is not."""
+    """Factors would be stored besides the embedding, which shares the head's weight and stays."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 50, bias=False))
     model[1].weight = model[0].weight
     words = torch.arange(50)
-    small, _ = ck.compress(model, ck.ranks.fixed(4), (words,), goal="size", calibration=[(words,)])
-    assert small[1].rank == 4 and torch.equal(small[0].weight, model[0].weight)
+    small, report = ck.compress(model, ck.ranks.fixed(4), (words,), goal="size", calibration=[(words,)])
+    assert small[1].weight is small[0].weight and torch.equal(small[0].weight, model[0].weight)
+    assert report.params == report.params_before and "shares its weight with 0.weight" in report.layers[0].reason
 
 
 def test_training_modes_are_restored_per_module():

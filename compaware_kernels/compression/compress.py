@@ -25,8 +25,11 @@ from .calibration import Calibration, WeightedSVD
 from .comparison import difference
 from .dead_neurons import remove_dead_neurons
 from .macs import count_macs
+from .reads import weights_read
 
 __all__ = ["CompressReport", "LayerReport", "compress", "fixed_layers"]
+
+READ = "the model reads its weight, for which the product of the factors is formed each time"
 
 
 @dataclass
@@ -94,7 +97,10 @@ def compress(
 
     Dead neurons (all weights zero) are removed first, where that is exact (:mod:`.dead_neurons`). Then each layer's
     folded matrix ``[G, m, n]`` is truncated to the rank r given by its rule and replaced by two factors, unless they
-    would be no smaller: ``r >= m n / (m + n)``, or no fewer multiply-adds on the example inputs.
+    would be no smaller: ``r >= m n / (m + n)``, or no fewer multiply-adds on the example inputs. The low-rank layer
+    takes over the dense one's hooks, buffers and attributes. A layer that cannot be replaced without a change of
+    something else stays dense: one with a forward of its own, one that others hold, and, with ``goal="size"``, one
+    whose weight is tied to another's, as it would be stored besides. The report has the reason.
 
     With ``goal="speed"`` a layer is factorized only if that also makes it faster on the device, thread count and
     shapes of the example inputs: predicted by :mod:`.latency_model`, or measured with ``measure=True``, which also
@@ -135,7 +141,8 @@ def compress(
     model, folds = without_wrappers(model), FOLDS if fold == "auto" else (fold,)
     row_axes(folds[0], 0)
     layers, skipped = foldable_layers(model, skip)
-    rules = rules_by_pattern(ranks, [layer.name for layer in layers])
+    names = [layer.name for layer in layers]
+    rules, fixed = rules_by_pattern(ranks, names), fixed_layers(model, names, by_size=goal == "size")
     for layer in layers:
         if not layer.weight.isfinite().all():
             raise ValueError(f"{layer.name}: its weight contains NaN or Inf; nothing was compressed")
@@ -144,12 +151,15 @@ def compress(
     small, removed, notes = set_mode(copied(model), False), {}, {}
     if remove_dead:
         small, removed, notes = remove_dead_neurons(small, inputs, tuple(skip))
-    seen = None if calibration is None else Calibration(small, [layer.name for layer in layers], calibration, folds)
-    dense = copied(small)
+    seen = None if calibration is None else Calibration(small, names, calibration, folds)
+    dense, read = copied(small), weights_read(small, [name for name in names if name not in fixed], inputs)
     if goal == "speed":
+        fixed |= dict.fromkeys(read, READ)
         small = _channels_last(small, inputs)
     whole = {layer.name: small.get_submodule(layer.name) for layer in layers}
-    small, gains = _factorize(small, layers, rules, folds, inputs if goal == "speed" else None, measure, notes, seen)
+    small, gains = _factorize(
+        small, layers, rules, fixed, folds, inputs if goal == "speed" else None, measure, notes, seen
+    )
     if not gains:
         small = dense
     elif goal == "size":
@@ -158,6 +168,8 @@ def compress(
         for name in gains:
             _note(notes, name, "put back: the whole model was measured to be no faster")
         small, gains = dense, {}
+    for name in read & gains.keys():
+        _note(notes, name, READ)
     now = dict(small.named_modules())
     for name, module in model.named_modules():  # parents before children
         set_mode(now[name], module.training)
@@ -179,6 +191,7 @@ def _factorize(
     model: nn.Module,
     layers: list[Layer],
     rules: Mapping[str, RankRule],
+    fixed: Mapping[str, str],
     folds: Sequence[str],
     inputs: Inputs | None,
     measure: bool,
@@ -190,7 +203,6 @@ def _factorize(
     Returns the model and the speed-up of each replaced layer (None without inputs); ``notes`` gets the other reasons.
     """
     names, gains = [layer.name for layer in layers], {}
-    fixed = fixed_layers(model, names, by_size=inputs is None)
     seen = {} if inputs is None else latency_model.record(model, names, inputs)
     for name in names:
         dense, gain = model.get_submodule(name), None

@@ -77,7 +77,7 @@ def remove_dead_neurons(
     if not dead:
         return model, {}, {}
     inputs = Inputs.of(example_inputs, example_kwargs)
-    reference, small = (set_mode(copied(model), False) for _ in range(2))
+    reference, small = set_mode(copied(model), False), set_mode(copied(model), False)
     try:
         graph, shapes = trace(reference, inputs)
     except Exception as error:  # tracing runs user code, which may raise anything: report it, keep the neurons

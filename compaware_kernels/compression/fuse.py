@@ -60,9 +60,8 @@ def fuse(
         TypeError: example_inputs is a tensor instead of a tuple.
         ValueError: torch.fx cannot trace the model, or the fused model gives other outputs.
     """
-    inputs, reference = Inputs.of(example_inputs, example_kwargs), set_mode(copied(without_wrappers(model)), False)
-    if isinstance(reference, LowRank):  # a leaf of the graph, which needs a parent
-        reference = nn.Sequential(reference)
+    inputs, reference = Inputs.of(example_inputs, example_kwargs), copied(without_wrappers(model))
+    reference = set_mode(nn.Sequential(reference) if isinstance(reference, LowRank) else reference, False)
     try:
         graph, _ = trace(reference, inputs)
     except Exception as error:  # tracing runs user code, which may raise anything
@@ -78,7 +77,7 @@ def fuse(
     fused.recompile()
     if why := difference(reference, fused, inputs):
         raise ValueError(f"fuse: the fused model does not give the outputs of the model on the example inputs: {why}")
-    return fused.eval()  # eval() repacks the changed weights of low-rank layers
+    return set_mode(fused, False)  # which repacks the changed weights of low-rank layers
 
 
 # --- node predicates --------------------------------------------------------------------------------------------------

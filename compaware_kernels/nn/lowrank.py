@@ -73,6 +73,8 @@ class LowRank(nn.Module, ABC):
         """Why ``forward`` runs the factors one after the other on this input; "" if one fused kernel runs both."""
         if torch.compiler.is_exporting() or torch.jit.is_tracing() or not isinstance(x, Tensor):
             return "traced or exported: standard ops only"
+        if x.is_nested:
+            return "a nested tensor"
         first, second = self._modules["first"], self._modules["second"]
         if type(first) is not self.dense or type(second) is not self.dense:
             return "a factor is no plain layer"
@@ -125,8 +127,10 @@ class LowRank(nn.Module, ABC):
     @property
     def weight(self) -> Tensor:
         """Dense weight, the product of the factors, formed when it is used; its dtype, device and shape are not."""
-        # A compiler drops a product of which only the dtype is read, and has no use for a class of tensors of its own.
-        return self.product() if torch.compiler.is_compiling() else FactoredWeight(self)
+        # A compiler drops a product of which only the dtype is read, and has no use for a class of tensors of its own;
+        # under torch.fx the factors are proxies.
+        traced = torch.compiler.is_compiling() or not isinstance(self.first.weight, Tensor)
+        return self.product() if traced else FactoredWeight(self)
 
     @property
     def bias(self) -> nn.Parameter | None:

@@ -1,8 +1,9 @@
 """Foreign architectures: every function of compression on models that nobody wrote for it.
 
-``python -m tests.compression.foreign [NUMBER or NAMES or PATTERNS]`` runs all, the first NUMBER of each family, or those
-named (``timm.*``), and ends with a table of failures; exit code 1 if there is one. Models have random weights; nothing is
-downloaded. A model that a function cannot take is no failure if the error says so in the words of :data:`REFUSALS`.
+``python -m tests.compression.foreign [NUMBER or NAMES or PATTERNS]`` runs all, the first NUMBER of each family, or
+those named (``timm.*``), and ends with a table of failures; exit code 1 if there is one. Models have random weights;
+nothing is downloaded. A model that a function cannot take is no failure if the error says so in the words of
+:data:`REFUSALS`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from compaware_kernels.compression.macs import count_macs
 from compaware_kernels.folds import from_matrix
 from compaware_kernels.nn.discovery import Layer
 from compaware_kernels.nn.lowrank import LowRank
-from compaware_kernels.nn.registry import LOW_RANK
+from compaware_kernels.nn.unwrap import without_wrappers
 
 from .foreign_models import CASES
 
@@ -49,7 +50,6 @@ class Subject:
         self.name, self.build = name, CASES[name]
         self.model, self.inputs = self.fresh()
         self.wanted = run(self.model, self.inputs)
-        self.keys = self.model.state_dict().keys() if not isinstance(self.model, torch.jit.ScriptModule) else None
 
     def fresh(self) -> tuple[nn.Module, Inputs]:
         """The model anew, with the same weights, in eval mode; and its inputs."""
@@ -62,7 +62,7 @@ class Subject:
 
     def by_hand(self, report: ck.CompressReport) -> nn.Module:
         """The dense model whose factorized layers have truncated weights of the same ranks."""
-        model, _ = self.fresh()
+        model = without_wrappers(self.fresh()[0])
         for row in report.layers:
             if row.rank:
                 module = model.get_submodule(row.name)
@@ -137,7 +137,7 @@ def check_to_plain(s: Subject) -> None:
 def check_to_dense(s: Subject) -> None:
     dense = ck.to_dense(s.small)
     close(run(dense, s.inputs), run(s.small, s.inputs))
-    assert s.keys is None or dense.state_dict().keys() == s.keys
+    assert dense.state_dict().keys() == without_wrappers(s.model).state_dict().keys()
 
 
 def check_save_and_load(s: Subject) -> None:
@@ -174,9 +174,11 @@ def check_gradients(s: Subject) -> None:
     for name in low.keys() & dense.keys():
         error = float((low[name] - dense[name]).norm() / dense[name].norm().clamp_min(1e-6))
         assert error < (0.2 if dense[name].dtype in (torch.float16, torch.bfloat16) else 0.02), f"{name}: {error:.1e}"
-    for row in s.report.layers:
-        reached = not row.rank or f"{row.name}.weight" not in dense or f"{row.name}.first.weight" in low
-        assert reached, f"{row.name}: no gradient"
+    missing = [row.name for row in s.report.layers
+               if row.rank and f"{row.name}.weight" in dense and f"{row.name}.first.weight" not in low]  # fmt: skip
+    trained = dict(s.model.named_parameters())
+    missing = [name for name in missing if trained[f"{name}.weight"].requires_grad]
+    assert not missing, f"no gradient: {missing}"
 
 
 def check_training(s: Subject) -> None:
@@ -215,7 +217,11 @@ def check_budget(s: Subject) -> None:
             patterns = list(rules)
             rows = [row for row in report.layers if any(fnmatchcase(row.name, pattern) for pattern in patterns)]
             before, after = (sum(getattr(row, f"{of}{when}") for row in rows) for when in ("_before", ""))
-            biases = sum(s.model.get_submodule(row.name).weight.shape[0] for row in rows) if of == "params" else 0
+            biases = (
+                sum(without_wrappers(s.model).get_submodule(row.name).weight.shape[0] for row in rows)
+                if of == "params"
+                else 0
+            )
             assert after <= 0.6 * before + biases, f"{of}: {before} -> {after}"
 
 

@@ -18,13 +18,13 @@ __all__ = ["CASES"]
 # Sizes under all the names that configurations of transformers use for them.
 SIZES = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "emb_dim", "attention_hidden_size",
-                     "word_embed_proj_dim", "rotary_dim_", "projection_dim"), 32),
+                     "word_embed_proj_dim", "projection_dim"), 32),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "decoder_layers",
                      "num_decoder_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads",
                      "decoder_attention_heads"), 4),
-    **dict.fromkeys(("intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim", "d_inner",
-                     "n_inner"), 64),
+    **dict.fromkeys(("intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim",
+                     "d_inner", "n_inner"), 64),
     "num_key_value_heads": 2, "vocab_size": 99, "max_position_embeddings": 64, "n_positions": 64, "image_size": 32,
     "patch_size": 8, "d_kv": 8, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     "decoder_start_token_id": 1, "type_vocab_size": 2, "num_experts": 4, "num_local_experts": 4,
@@ -48,8 +48,8 @@ TRANSFORMERS: dict[str, tuple[str, dict]] = {
     "xlnet": (TEXT, {}),
     **{name: (CAUSAL, {}) for name in (
         "biogpt", "bloom", "codegen", "cohere", "falcon", "gemma", "gemma2", "gpt2", "gpt_bigcode", "gpt_neox", "gptj",
-        "granite", "llama", "mistral", "mixtral", "olmo", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "stablelm",
-        "starcoder2", "xglm",
+        "granite", "llama", "mistral", "mixtral", "olmo", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3",
+        "stablelm", "starcoder2", "xglm",
     )},
     "gpt_neo": (CAUSAL, {"attention_types": [[["global", "local"], 1]]}),
     "mamba": (CAUSAL, {"state_size": 4}),
@@ -88,8 +88,6 @@ def of_transformers(name: str) -> tuple[nn.Module, dict]:
     kind, changes = TRANSFORMERS[name]
     known = transformers.AutoConfig.for_model(name)
     sizes = {key: value for key, value in SIZES.items() if key in known.attribute_map or hasattr(known, key)}
-    if kind in ("clip", "whisper", "speech", IMAGE):
-        sizes.pop("vocab_size" if kind == "clip" else "", None)
     config = transformers.AutoConfig.for_model(name, **{**sizes, **changes})
     auto = getattr(transformers, kind if kind.startswith("Auto") else "AutoModel")
     model = auto.from_config(config)
@@ -118,20 +116,22 @@ TIMM: dict[str, dict] = {
     )},
     **{name: {"img_size": 64} for name in (
         "beit_base_patch16_224", "cait_xxs24_224", "deit_tiny_distilled_patch16_224", "eva02_tiny_patch14_224",
-        "gmixer_12_224", "mixer_s32_224", "pit_ti_224", "resmlp_12_224", "swin_tiny_patch4_window7_224", "tnt_s_legacy_patch16_224",
-        "vit_tiny_patch16_224", "xcit_nano_12_p16_224", "crossvit_tiny_240", "convit_tiny", "visformer_tiny", "gmlp_ti16_224",
+        "gmixer_12_224", "mixer_s32_224", "pit_ti_224", "resmlp_12_224", "swin_tiny_patch4_window7_224",
+        "tnt_s_legacy_patch16_224", "vit_tiny_patch16_224", "xcit_nano_12_p16_224", "crossvit_tiny_240", "convit_tiny",
+        "visformer_tiny", "gmlp_ti16_224",
         "efficientformer_l1", "efficientformerv2_s0", "coat_tiny", "tiny_vit_5m_224", "volo_d1_224", "hiera_tiny_224",
     )},
-    **dict.fromkeys((
+    **{name: {} for name in (
         "convmixer_768_32", "cs3darknet_s", "cspdarknet53", "davit_tiny", "densenet121", "dla46_c", "dpn48b",
         "edgenext_xx_small", "efficientvit_b0", "efficientvit_m0", "fastvit_t8", "focalnet_tiny_srf", "fbnetc_100",
         "gcresnet33ts", "ghostnet_050", "halonet26t", "hardcorenas_a", "hgnetv2_b0", "hrnet_w18_small",
         "inception_next_atto", "lcnet_035", "levit_128s", "mambaout_femto", "mnasnet_small", "mobilenetv3_small_050",
         "mobilenetv4_conv_small_035", "mobileone_s0", "mobilevit_xxs", "mobilevitv2_050", "nf_regnet_b0", "nf_resnet26",
-        "poolformerv2_s12", "pvt_v2_b0", "regnetx_002", "regnety_002", "repghostnet_050", "repvit_m0_9", "res2net50_14w_8s",
+        "poolformerv2_s12", "pvt_v2_b0", "regnetx_002", "regnety_002", "repghostnet_050", "repvit_m0_9",
+        "res2net50_14w_8s",
         "resnest14d", "resnet10t", "rexnet_100", "selecsls42", "skresnet18", "starnet_s1", "swiftformer_xs",
         "tf_efficientnet_b0", "tinynet_e", "xception41",
-    ), {}),
+    )},
 }  # fmt: skip
 
 TINY = {  # fewer or narrower blocks than the smallest one published
@@ -169,8 +169,8 @@ def of_timm(name: str) -> tuple[nn.Module, tuple]:
 
 
 TORCHVISION: dict[str, int] = {
-    "alexnet": 64, "efficientnet_b0": 64, "googlenet": 64, "mnasnet0_5": 64, "mobilenet_v2": 64, "mobilenet_v3_small": 64,
-    "regnet_y_400mf": 64, "resnet18": 64, "shufflenet_v2_x0_5": 64, "squeezenet1_1": 64,
+    "alexnet": 64, "efficientnet_b0": 64, "googlenet": 64, "mnasnet0_5": 64, "mobilenet_v2": 64,
+    "mobilenet_v3_small": 64, "regnet_y_400mf": 64, "resnet18": 64, "shufflenet_v2_x0_5": 64, "squeezenet1_1": 64,
 }  # fmt: skip
 
 

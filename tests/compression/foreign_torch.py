@@ -196,6 +196,7 @@ def lazy():
 
 def exported():
     inner = torch.export.export(nn.Sequential(lin(), nn.ReLU()).eval(), (rows(),)).module()
+    inner.train = inner.eval = lambda *_: inner  # they raise: an exported program has no modes
     return Net(lambda m, x: m.b(m.a(x)), a=inner, b=lin()), (rows(),)
 
 
@@ -247,6 +248,10 @@ class Doubled(nn.Module):
 def modes(net):
     net.train()
     net.a.eval()
+
+
+def nested():
+    return two(run=lambda m, x: m.b(m.a(torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged)))), (rows(),)
 
 
 def list_in(m, batch):
@@ -314,14 +319,16 @@ CASES: dict[str, Callable[[], tuple[nn.Module, object]]] = {
     "reads the weight": lambda: (two(run=lambda m, x: F.linear(m.a(x), m.b.weight)), (rows(),)),
     "weight decay in forward": lambda: (two(run=lambda m, x: m.b(m.a(x)) + m.a.weight.square().sum()), (rows(),)),
     "reads in_features": lambda: (two(run=lambda m, x: m.b(m.a(x)) / math.sqrt(m.b.in_features)), (rows(),)),
-    "reads the stride": lambda: (Net(lambda m, x: m.a(x)[..., :: m.a.stride[0]], a=nn.Conv1d(8, 8, 3)), (image(2, 8, 9),)),
+    "reads the stride": lambda: (Net(lambda m, x: m.a(x)[..., :: m.a.stride[0]], a=nn.Conv1d(8, 8, 3)),
+                                 (image(2, 8, 9),)),
     "output size": lambda: (UNet(), (image(),)),
     "complex": complex_rows,
     "bf16": lambda: (two().bfloat16(), (rows().bfloat16(),)),
     "fp64": lambda: (two().double(), (rows().double(),)),
     "quantized beside": quantized_beside,
     "reflected padding": lambda: (nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), (image(),)),
-    "causal, dilated": lambda: (Net(lambda m, x: m.a(F.pad(x, (4, 0))), a=nn.Conv1d(8, 8, 3, dilation=2)), (image(2, 8, 9),)),
+    "causal, dilated": lambda: (Net(lambda m, x: m.a(F.pad(x, (4, 0))), a=nn.Conv1d(8, 8, 3, dilation=2)),
+                                (image(2, 8, 9),)),
     "no batch axis": lambda: (nn.Conv2d(8, 8, 3), (image(8, 9, 10),)),
     "groups": lambda: (nn.Conv2d(8, 16, 3, groups=2), (image(),)),
     "depthwise": lambda: (nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 16, 1)), (image(),)),
@@ -341,6 +348,5 @@ CASES: dict[str, Callable[[], tuple[nn.Module, object]]] = {
     "plain list of layers": list_of_layers,
     "residual blocks": lambda: (nn.Sequential(Block(), Block()), (rows(2, 3, 24),)),
     "mixed modes": lambda: (two(modes), (rows(),)),
-    "nested tensors": lambda: (two(run=lambda m, x: m.b(m.a(torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged)))),
-                               (rows(),)),
+    "nested tensors": nested,
 }  # fmt: skip

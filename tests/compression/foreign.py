@@ -40,6 +40,8 @@ REFUSALS = (
     r"fuse: torch\.fx cannot trace the model",
     r"fuse: .* the model itself gives other outputs in every call",
     r"budget: rank 1 everywhere needs",
+    r"optimizer: wanted the weight of a Linear or convolution of this model; got none: nothing to shrink",
+    r"CheckpointError: .*: save the model before it is quantized",
 )
 
 
@@ -171,8 +173,9 @@ def check_gradients(s: Subject) -> None:
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         model.zero_grad()
     low, dense = gradients
+    largest = max((float(g.norm()) for g in dense.values()), default=0)
     for name in low.keys() & dense.keys():
-        error = float((low[name] - dense[name]).norm() / dense[name].norm().clamp_min(1e-6))
+        error = float((low[name] - dense[name]).norm() / dense[name].norm().clamp_min(1e-2 * largest + 1e-6))
         assert error < (0.2 if dense[name].dtype in (torch.float16, torch.bfloat16) else 0.02), f"{name}: {error:.1e}"
     missing = [row.name for row in s.report.layers
                if row.rank and f"{row.name}.weight" in dense and f"{row.name}.first.weight" not in low]  # fmt: skip
@@ -188,11 +191,7 @@ def check_training(s: Subject) -> None:
     if not parameters:
         return
     optimizer = torch.optim.SGD(parameters, lr=1e-3)
-    try:
-        prox = ck.ProximalStep(model.train(), optimizer, nuclear=0.1)
-    except ValueError as error:
-        assert "no layer" in str(error) or "matches no" in str(error) or "none of" in str(error), error
-        return
+    prox = ck.ProximalStep(model.train(), optimizer, nuclear=0.1)
     value = loss(model, inputs)
     if isinstance(value, Tensor):
         value.backward()

@@ -128,8 +128,8 @@ class LowRank(nn.Module, ABC):
     def weight(self) -> Tensor:
         """Dense weight, the product of the factors, formed when it is used; its dtype, device and shape are not."""
         # A compiler drops a product of which only the dtype is read, and has no use for a class of tensors of its own;
-        # under torch.fx the factors are proxies.
-        traced = torch.compiler.is_compiling() or not isinstance(self.first.weight, Tensor)
+        # torch.jit.trace records reads of the shape, and under torch.fx the factors are proxies.
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(self.first.weight, Tensor)
         return self.product() if traced else FactoredWeight(self)
 
     @property

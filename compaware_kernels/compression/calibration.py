@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._utils.eval_mode import layer_by_layer
+from .._utils.progress import tracked
 from ..folds import CONVS, row_axes
 from ..nn.discovery import Layer
 from ..nn.factorization import SVD, singular_values
@@ -95,6 +96,7 @@ class Calibration:
         names: layers to calibrate; a layer whose forward is not that of Linear or a convolution gets C = I.
         batches: inputs of the model, ``[(x,), ...]``: each a tuple of positional ones, or a mapping of keywords.
         folds: folds whose moments :meth:`spectrum` and :meth:`svd` will need.
+        progress: whether to show a progress bar on stderr; None: if that is a terminal.
 
     Raises:
         ValueError: no batch; NaN or Inf in a layer's input.  TypeError: a batch is neither a tuple nor a mapping.
@@ -106,6 +108,7 @@ class Calibration:
         names: Sequence[str],
         batches: Iterable[Sequence[object] | Mapping[str, object]],
         folds: Sequence[str],
+        progress: bool | None = None,
     ):
         self._moments: dict[tuple[str, str], _Moments] = {}
         self._folds, count = folds, 0
@@ -117,7 +120,7 @@ class Calibration:
         ]  # fmt: skip
         try:
             with layer_by_layer(model), torch.no_grad():
-                for count, batch in enumerate(batches, 1):  # noqa: B007
+                for count, batch in enumerate(tracked(batches, "calibrate", progress), 1):  # noqa: B007
                     if not isinstance(batch, (Sequence, Mapping)) or isinstance(batch, str):
                         raise TypeError(f"calibration: wanted {WANTED}; got one of {type(batch).__name__}")
                     Inputs.of(batch).run(model)
@@ -158,7 +161,7 @@ def columns(module: nn.Module, x: Tensor, fold: str) -> Iterator[Tensor]:
     """
     if isinstance(module, nn.Linear):
         for part in x.unbind() if x.is_nested else (x,):
-            yield from part.reshape(1, -1, part.shape[-1]).split(ROWS, dim=1)
+            yield from part.reshape(1, part[..., :1].numel(), part.shape[-1]).split(ROWS, dim=1)
         return
     axes = x.ndim - 2 if x.ndim > len(module.kernel_size) + 1 else x.ndim - 1
     x = x if x.ndim == axes + 2 else x[None]

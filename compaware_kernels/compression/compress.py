@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import ranks as rank_rules
 from .._utils.copied import copied
 from .._utils.eval_mode import set_mode
 from .._utils.memory import distinct
+from .._utils.progress import tracked
 from .._utils.tables import text_table
 from ..folds import FOLDS, row_axes
 from ..nn.discovery import Layer, foldable_layers
@@ -94,6 +95,7 @@ def compress(
     remove_dead: bool = True,
     calibration: Iterable[ExampleInputs] | None = None,
     example_kwargs: Mapping[str, object] | None = None,
+    progress: bool | None = None,
 ) -> tuple[nn.Module, CompressReport]:
     """Compress a model: remove dead neurons and factorize layers by truncated SVD.  The model itself is not changed.
 
@@ -128,6 +130,7 @@ def compress(
             truncation then minimize the error of layer outputs instead of weights
             (:mod:`compaware_kernels.compression.calibration`).
         example_kwargs: keyword arguments of the model beside ``example_inputs``; calibration inputs bring their own.
+        progress: whether to show a progress bar on stderr if it takes long; None: if that is a terminal.
 
     Returns:
         the compressed model, and a :class:`CompressReport`.
@@ -153,14 +156,15 @@ def compress(
     small, removed, notes = set_mode(copied(model), False), {}, {}
     if remove_dead:
         small, removed, notes = remove_dead_neurons(small, inputs, tuple(skip))
-    seen = None if calibration is None else Calibration(small, names, calibration, folds)
+    wanted = [name for name in names if name not in fixed and rule_of(rules, name)]
+    seen = None if calibration is None else Calibration(small, wanted, calibration, folds, progress)
     dense, read = copied(small), weights_read(small, [name for name in names if name not in fixed], inputs)
     if goal == "speed":
         fixed |= dict.fromkeys(read, READ)
         small = _channels_last(small, inputs)
     whole = {layer.name: small.get_submodule(layer.name) for layer in layers}
     small, gains = _factorize(
-        small, layers, rules, fixed, folds, inputs if goal == "speed" else None, measure, notes, seen
+        small, layers, rules, fixed, folds, inputs if goal == "speed" else None, measure, notes, seen, progress
     )
     if not gains:
         small = dense
@@ -199,6 +203,7 @@ def _factorize(
     measure: bool,
     notes: dict[str, str],
     calibration: Calibration | None,
+    progress: bool | None,
 ) -> tuple[nn.Module, dict[str, float | None]]:
     """Replace layers of ``model`` by low-rank ones; given ``inputs``, only those that become faster on them.
 
@@ -206,17 +211,18 @@ def _factorize(
     """
     names, gains = [layer.name for layer in layers], {}
     seen = {} if inputs is None else latency_model.record(model, names, inputs)
-    for name in names:
-        dense, gain = model.get_submodule(name), None
-        reason, candidates = _candidates(
-            name, dense, rule_of(rules, name), fixed.get(name, ""), folds, inputs is not None, calibration
-        )
+    for name in tracked(names, "factorize", progress):
+        dense, gain, why = model.get_submodule(name), None, fixed.get(name, "")
+        if inputs is not None and not why:
+            why = "" if name in seen else "the example inputs do not reach it"
+            why = why or ("" if measure else _never_faster(dense, folds, *seen[name]))
+        reason, candidates = _candidates(name, dense, rule_of(rules, name), why, folds, inputs is not None, calibration)
         if inputs is None:
             choice = min(candidates, key=lambda c: _size(low_rank_type(dense).like(dense, c[1], c[0])), default=None)
-        elif candidates and name in seen:
+        elif candidates:
             choice, gain, reason = latency_model.choose(dense, list(candidates), *seen[name], measure)
         else:
-            choice, reason = None, reason or "the example inputs do not reach it"
+            choice = None
         if reason:
             _note(notes, name, reason)
         if choice:
@@ -226,11 +232,19 @@ def _factorize(
     return model, gains
 
 
+def _never_faster(dense: nn.Module, folds: Sequence[str], x: Tensor, y: Tensor) -> str:
+    """Why no rank is predicted to make a layer with this input and output faster, so that it needs no SVD; else ""."""
+    limits = {fold: rank_rules.break_even(*Layer("", dense).matrix(fold).shape[-2:]) for fold in folds}
+    least = [(fold, 8 if limit >= 8 else 1) for fold, limit in limits.items()]
+    choice, _, reason = latency_model.choose(dense, least, x, y, measured=False)
+    return "" if choice else f"even {reason}"
+
+
 def _candidates(
     name: str,
     dense: nn.Module,
     rule: RankRule | None,
-    fixed: str,
+    why: str,
     folds: Sequence[str],
     rounded: bool,
     calibration: Calibration | None,
@@ -238,8 +252,8 @@ def _candidates(
     """Candidate factorizations (fold, rank), each with the SVD of the folded weight; or why there is none."""
     if rule is None:
         return "no rank rule matches its name", {}
-    if fixed:
-        return fixed, {}
+    if why:
+        return why, {}
     reason, found, shapes = "", {}, set()
     for fold in folds:
         M = Layer(name, dense).matrix(fold)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import ranks
 from .._utils.copied import copied
 from .._utils.eval_mode import set_mode
+from .._utils.progress import tracked
 from ..folds import row_axes
 from ..nn.discovery import foldable_layers
 from ..nn.factorization import singular_values
@@ -59,6 +60,7 @@ def allocate(
     skip: Sequence[str] = (),
     calibration: Iterable[ExampleInputs] | None = None,
     example_kwargs: Mapping[str, object] | None = None,
+    progress: bool | None = None,
 ) -> dict[str, ranks.Rule]:
     """Rank allocation under a budget for the whole model, as rules for ``ck.compress(ranks=..., goal="size")``.
 
@@ -78,8 +80,9 @@ def allocate(
     to an unused rest of the budget; the rest is spent greedily, on the best error decrease per cost.
 
     Args:
-        model, example_inputs, example_kwargs, fold, skip, calibration: as for :func:`compaware_kernels.compress`,
-            which must be called with the same; with calibration inputs, errors are those of layer outputs.
+        model, example_inputs, example_kwargs, fold, skip, calibration, progress: as for
+            :func:`compaware_kernels.compress`, which must be called with the same; with calibration inputs, errors are
+            those of layer outputs.
         budget: share (0 to 1] of the dense cost of all layers that can be factorized.
         of: cost, ``macs`` (multiply-adds on the example inputs) or ``params``.
 
@@ -99,7 +102,7 @@ def allocate(
         raise ValueError(f"wanted of=macs or params, by={' or '.join(_WAYS)}; got of={of!r}, by={by!r}")
     if not (isinstance(budget, (int, float)) and 0 < budget <= 1):
         raise ValueError(f"budget: wanted a share of the dense cost, above 0 and up to 1; got {budget!r}")
-    layers = _layers(without_wrappers(model), inputs, of, fold, skip, calibration)
+    layers = _layers(without_wrappers(model), inputs, of, fold, skip, calibration, progress)
     dense, least = (sum(float(layer.costs[i]) for layer in layers) for i in (-1, 0))
     if budget * dense < least:
         raise ValueError(f"budget: rank 1 everywhere needs {least / dense:.4g} of the dense {of}; got {budget}")
@@ -114,30 +117,32 @@ def _layers(
     fold: str,
     skip: Sequence[str],
     calibration: Iterable[ExampleInputs] | None,
+    progress: bool | None,
 ) -> list[_Layer]:
     """Cost-error curves of all layers that :func:`compress` may factorize: ranks cheaper than dense, and dense."""
     found = foldable_layers(model, skip)[0]
     fixed = fixed_layers(model, [layer.name for layer in found], by_size=True)
     found = [layer for layer in found if layer.name not in fixed]
-    names, one = [layer.name for layer in found], set_mode(copied(model), False)
+    names, small = [layer.name for layer in found], set_mode(copied(model), False)
     for layer in found:
         check_finite(layer.weight, layer.name)
-        one = replace(one, layer.name, low_rank_type(layer.module).like(layer.module, 1, fold))
-    macs, one_macs = count_macs(model, inputs), count_macs(one, inputs)
+        small = replace(small, layer.name, low_rank_type(layer.module).like(layer.module, 1, fold))
+    macs, one_macs = count_macs(model, inputs), count_macs(small, inputs)
     if macs is None or one_macs is None:
         if of == "macs":
             raise ValueError("of: the multiply-adds of this model cannot be counted; wanted of='params'; got 'macs'")
         macs, one_macs = {}, {}
-    seen = None if calibration is None else Calibration(model, names, calibration, (fold,))
+    seen = None if calibration is None else Calibration(model, names, calibration, (fold,), progress)
     chosen = []
-    for layer in found:
+    for layer in tracked(found, "singular values", progress):
         M = layer.matrix(fold)
         G, m, n = M.shape
         limit, cost, each = ranks.break_even(m, n), G * m * n, G * (m + n)
-        if dense := macs.get(layer.name):
-            limit = min(limit, math.ceil(dense / one_macs[layer.name]) - 1)
-        if of == "macs":
-            cost, each = dense, one_macs[layer.name] if dense else 0
+        dense, one = macs.get(layer.name), one_macs.get(layer.name)
+        if dense and one:
+            limit = min(limit, math.ceil(dense / one) - 1)
+        if of == "macs":  # without a count, the example inputs do not reach the layer
+            cost, each = dense if one else 0, one
         if cost:
             s = seen.spectrum(layer.name, fold, M) if seen else singular_values(M)
             chosen.append(_cost_error_curve(layer.name, s, cost, each, limit))

@@ -291,3 +291,25 @@ def test_each_matrix_is_decomposed_once(fold, matrices, calibrated, monkeypatch)
     assert [r.rank for r in report.layers] == [2, 2]
     wanted = {"svd": matrices + 2 * calibrated, "eigh": 0, "svdvals": 0}
     assert {name: calls.count(name) for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("fold", ["paper", "auto"])
+def test_no_svd_of_layers_that_no_rank_makes_faster(fold, monkeypatch):
+    """Nor of those that the example inputs do not reach."""
+    calls, real = [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: (calls.append(1), real(*a, **k))[1])
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8 * 4, 10))
+    _, report = ck.compress(model, ck.ranks.fixed(2), (torch.randn(2, 4, 4, 4),), fold=fold)
+    assert not calls and all(row.reason.startswith("even rank ") for row in report.layers)
+    aside = Aside()
+    _, report = ck.compress(aside, ck.ranks.fixed(2), (torch.randn(2, 8),), measure=True)
+    assert report.layers[1].reason == "the example inputs do not reach it" and len(calls) == 1
+
+
+class Aside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.a(x)

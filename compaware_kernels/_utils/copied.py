@@ -20,7 +20,7 @@ def copied(model: nn.Module) -> nn.Module:
     the same data.
     """
     with _DetachedCopies():
-        return copy.deepcopy(model, _in_shared_storages(model))
+        return copy.deepcopy(model, _in_shared_storages(model) | _not_strided(model))
 
 
 class _DetachedCopies(TorchFunctionMode):
@@ -46,3 +46,9 @@ def _in_shared_storages(model: nn.Module) -> dict[int, Tensor]:
                 new.set_(storage, old.storage_offset(), old.shape, old.stride())
                 memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
     return memo
+
+
+def _not_strided(model: nn.Module) -> dict[int, Tensor]:
+    """Copies by ``id`` of the parameters of a sparse or mkldnn layout, which deepcopy cannot copy."""
+    found = (p for p in model.parameters() if not nn.parameter.is_lazy(p) and p.layout is not torch.strided)
+    return {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in found}

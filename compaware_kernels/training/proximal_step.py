@@ -141,9 +141,9 @@ class ProximalStep:
         for penalty, spec in strengths.items():
             require_matches(list(spec) if isinstance(spec, Mapping) else [], names, penalty)
         if not self._trained():
-            raise ValueError(
-                "optimizer: wanted the weight of a Linear or convolution of this model; got none: nothing to shrink"
-            )
+            reasons = "".join(f"; {name}: {reason}" for name, reason in list(self.skipped.items())[:3])
+            raise ValueError("optimizer: wanted the weight of a Linear or convolution of this model; got none: nothing "
+                             f"to shrink{reasons}")  # fmt: skip
         self.centers = None if center is None else _centers(unwrapped(center), self.layers, self.strengths)
         self.steps = self.applied = 0
         self.warm, self.error_feedback, self.residuals = WarmState(), error_feedback, Residuals()

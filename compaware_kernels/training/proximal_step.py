@@ -87,7 +87,7 @@ class ProximalStep:
         warm: warm start of the singular value thresholding of each layer, see :class:`WarmState`.
         residuals: int16, of the weights and biases in half precision, see
             :mod:`compaware_kernels.proximal.error_feedback`. They count in ulps of the present weights: those of
-            weights that were loaded since change them by at most half an ulp.
+            weights that were loaded since change them by at most half an ulp (parametrized weights: eight).
 
     Raises:
         ValueError: negative or infinite strength, unknown fold, order or division, gamma <= 1, every < 1, warmup < 0, a

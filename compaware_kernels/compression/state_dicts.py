@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..nn.unwrap import name_without_wrappers
+from .tensor_file import one_line
 
 __all__ = ["misfit", "read_into"]
 
@@ -68,7 +69,7 @@ def _prefix(wanted: Sequence[Sequence[str]], got: Mapping[str, object]) -> str:
     return next(covers, "")
 
 
-def read_into(model: nn.Module, path: Path, key: str | None = None) -> list[str]:
+def read_into(model: nn.Module, path: Path, key: str | None = None, of: str = "the model") -> list[str]:
     """Load the state dict of a training checkpoint into ``model``; no code in the file is executed.
 
     The file is of safetensors or ``torch.save``. The state dict may be nested ({"state_dict": ...}). The parts of names
@@ -77,6 +78,7 @@ def read_into(model: nn.Module, path: Path, key: str | None = None) -> list[str]
 
     Args:
         key: where in the file the state dict is, "model" or "ema.module"; default: the first that fits.
+        of: what errors call the model.
 
     Returns:
         what was done beyond this, as sentences.
@@ -97,14 +99,14 @@ def read_into(model: nn.Module, path: Path, key: str | None = None) -> list[str]
     where = min(problems, key=lambda where: (problems[where] != "", -len(own.keys() & matched[where][0].keys())))
     (state, done), at = matched[where], f" at {where!r}" * bool(where)
     if problems[where]:
-        raise ValueError(f"{path}: wanted the state dict of the model; got, of the one{at}, {problems[where]}")
+        raise ValueError(f"{path}: wanted a state dict of {of}; got one{at} with {problems[where]}")
     for name, T in state.items():
         if isinstance(T, Tensor) and T.isnan().any():
             raise ValueError(f"{path}: {name}: wanted numbers; got NaN")
     try:
         model.load_state_dict(state)
     except Exception as error:  # of a model's own set_extra_state, for example
-        raise ValueError(f"{path}: wanted the state dict of the model; got {type(error).__name__}: {error}") from error
+        raise ValueError(f"{path}: wanted a state dict of {of}; got {one_line(error)}") from error
     others = [repr(other) for other in problems if other != where and not problems[other]]
     done = [f"read the state dict{at}"] * bool(where) + done
     return done + [f"{' and '.join(others)} would fit, too (--key)"] * bool(others)
@@ -119,8 +121,7 @@ def _read(path: Path) -> object:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling damaged bytes raises anything
-        why = str(error).partition(". ")[0] or type(error).__name__
-        raise ValueError(f"{path}: wanted a readable state dict; got {why}") from error
+        raise ValueError(f"{path}: wanted a readable state dict; got {one_line(error).partition('. ')[0]}") from error
 
 
 def _state_dicts(content: object, where: str = "", depth: int = 0) -> Iterator[tuple[str, Mapping[str, object]]]:

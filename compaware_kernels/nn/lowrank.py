@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from ..folds import oriented, to_matrix
 from ..ops import backends
 from ..ops.lowrank import ACTIVATIONS, lowrank_pack
+from ..ops.transforms import is_transformed
 from .factored_weight import FactoredWeight
 from .factorization import SVD, factors
 from .module_surgery import copy_requires_grad, is_plain
@@ -85,8 +85,8 @@ class LowRank(nn.Module, ABC):
         V, U = first._parameters["weight"], second._parameters["weight"]
         if torch.is_grad_enabled() and (x.requires_grad or V.requires_grad or U.requires_grad):
             return "gradients are wanted, for which two steps keep the intermediate"
-        if forward_ad._current_level >= 0:
-            return "forward-mode derivatives are wanted"
+        if is_transformed():
+            return "under transforms of torch.func and in forward mode"
         if V.ndim == 4 and x.ndim != 4:
             return "no batch axis"
         backend, reason = backends.choose(self.op, x.device, x, V, U, self.groups, self.fold)
@@ -152,6 +152,11 @@ class LowRank(nn.Module, ABC):
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
         return self if self.training else self._pack()
+
+    def __prepare_scriptable__(self):
+        """Called by ``torch.jit.script``, which writes what this returns into the user's model."""
+        raise TypeError(f"torch.jit.script: wanted layers of torch; got {type(self).__name__}: "
+                        "script ck.to_plain(model), or trace or export the model as it is")  # fmt: skip
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_packed": None, "_packed_from": None}

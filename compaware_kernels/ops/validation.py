@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import UninitializedTensorMixin
 
 from .._utils.dtypes import DTYPES, compute_dtype
@@ -113,8 +113,8 @@ def check_apart(
 
 def check_finite(W: Tensor, name: str) -> None:
     """Raise ValueError if W contains NaN or Inf; no check where values cannot be read (:func:`has_values`)."""
-    if has_values(W) and W.numel() and not all_finite(W.detach()):
-        raise ValueError(f"{name}: contains {'NaN' if W.isnan().any() else 'Inf'}; nothing was changed")
+    if has_values(W) and W.numel() and not all_finite(values := _values(W)):
+        raise ValueError(f"{name}: contains {'NaN' if values.isnan().any() else 'Inf'}; nothing was changed")
 
 
 def check_weights(weights: Sequence[tuple[Tensor, str, bool]]) -> None:
@@ -151,21 +151,18 @@ def has_memory(t: Tensor) -> bool:
     return type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
-def _kind(t: Tensor) -> str:
-    functorch = torch._C._functorch.is_functorch_wrapped_tensor(t)
-    return "one inside a torch.func transform" if functorch else f"a {type(t).__name__}"
-
-
 def has_values(x: Tensor) -> bool:
-    """Whether control flow may depend on values of x: not under torch.compile tracing, nor under vmap."""
+    """Whether values of x can be read: not where torch.compile, make_fx or fake tensors trace."""
     if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
         return False
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(x):
-        if functorch.is_batchedtensor(x):
-            return False
-        x = functorch.get_unwrapped(x)
-    return True
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+
+
+def _values(x: Tensor) -> Tensor:
+    """The values of x, under vmap those of the whole batch: what one call refuses, vmap refuses."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x.detach()
 
 
 def all_finite(W: Tensor) -> bool:
@@ -177,20 +174,20 @@ def _clearly_finite(weights: Sequence[Tensor]) -> bool:
     """Whether one fused pass of 2-norms proves all weights finite; False proves nothing (norms may overflow)."""
     if not weights or not all(map(has_values, weights)) or len({W.device for W in weights}) > 1:
         return False
-    norms = torch._foreach_norm([W.detach() for W in weights])
+    norms = torch._foreach_norm([_values(W) for W in weights])
     return bool(torch.stack([norm.float() for norm in norms]).isfinite().all())
 
 
 def check_values(t: Tensor, what: str) -> None:
     """Raise ValueError unless all thresholds are finite and >= 0."""
-    if has_values(t) and not (t.isfinite() & (t >= 0)).all():
-        raise ValueError(f"{what}: wanted finite thresholds >= 0; got {t.tolist()}")
+    if has_values(t) and not ((values := _values(t)).isfinite() & (values >= 0)).all():
+        raise ValueError(f"{what}: wanted finite thresholds >= 0; got {values.tolist()}")
 
 
 def check_above_one(t: Tensor, what: str) -> None:
     """Raise ValueError unless all numbers are finite and > 1."""
-    if has_values(t) and not (t.isfinite() & (t > 1)).all():
-        raise ValueError(f"{what}: wanted finite numbers > 1; got {t.tolist()}")
+    if has_values(t) and not ((values := _values(t)).isfinite() & (values > 1)).all():
+        raise ValueError(f"{what}: wanted finite numbers > 1; got {values.tolist()}")
 
 
 def checked_tau(tau: float | Tensor, W: Tensor, what: str = "tau", check: Check = check_values) -> Tensor:

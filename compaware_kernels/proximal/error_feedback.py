@@ -28,23 +28,23 @@ from .record import Record
 __all__ = ["HALF", "check_residuals", "error_feedback", "residual", "spectrum_size", "warn_if_rounded_away", "widened"]
 
 HALF = (torch.bfloat16, torch.float16)
-STEPS = 1 << 16  # of a residual in an ulp
-MOST = (1 << 15) - 1  # below half an ulp: the weight of an unchanged X + E is the same, to the bit
+STEPS = 1 << 16  # of a residual in an ulp: E is less than half an ulp, the most that rounding cuts off
+MOST = (1 << 15) - 1  # so that W = round(W + E), to the bit
 LEAST_ULP = 2.0**-100  # of weights near 0 in bf16; fp32 cannot divide by smaller ones
 _warned: set[str] = set()  # what has been warned of
 _seen: set[str] = set()  # what has been looked at once on a GPU, where looking synchronizes
 
 
-def widened(W: Tensor, E: Tensor) -> Tensor:
-    """``W + E`` in fp32, in new memory; W half, E int16, of one shape. A DTensor if W is one."""
+def widened(W: Tensor, E: Tensor, steps: int = STEPS) -> Tensor:
+    """``W + E`` in fp32, in new memory; W half, E int16 in units of ``ulp(W) / steps``. A DTensor if W is one."""
     X = W.float()
-    local(X).add_(local(E) * (_ulp(local(W)) / STEPS))
+    local(X).add_(local(E) * (_ulp(local(W)) / steps))
     return X
 
 
-def residual(X: Tensor, W: Tensor) -> Tensor:
-    """Residual int16 of the fp32 result X that is stored as W, of a half dtype; at most half an ulp of W."""
-    return (X - W.float()).div_(_ulp(W)).mul_(STEPS).round_().clamp_(-MOST, MOST).to(torch.int16)
+def residual(X: Tensor, W: Tensor, steps: int = STEPS) -> Tensor:
+    """Residual int16 of the fp32 result X that is stored as W, of a half dtype, in units of ``ulp(W) / steps``."""
+    return (X - W.float()).div_(_ulp(W)).mul_(steps).round_().clamp_(-MOST, MOST).to(torch.int16)
 
 
 def _ulp(W: Tensor) -> Tensor:

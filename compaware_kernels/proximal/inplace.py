@@ -393,12 +393,15 @@ def sparse_group_shrink_(
     l1: float | Sequence[float] | Tensor,
     tau: float | Sequence[float] | Tensor,
     *,
+    residuals: Sequence[Tensor | None] | None = None,
     names: Sequence[str] | None = None,
 ) -> None:
     """Sparse group lasso shrinkage of a list of weights, in place: L1 by ``l1``, rows by ``tau``; all or nothing."""
     l1, tau = _checked(weights, l1, names, "l1"), _checked(weights, tau, names)
-    _check_apart(_records(weights, names), list(zip(l1.tolist(), tau.tolist(), strict=True)))
-    shrink_elements_and_rows_(weights, l1, tau)
+    records = _records(weights, names)
+    _check_apart(records, list(zip(l1.tolist(), tau.tolist(), strict=True)))
+    with _with_residuals(records, residuals, tau.tolist(), lambda record: len(record.weight)):
+        shrink_elements_and_rows_([record.weight for record in records], l1, tau)
 
 
 def _check_biases(biases, weights: Sequence[Tensor], names: Sequence[str] | None) -> None:

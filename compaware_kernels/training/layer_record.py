@@ -12,7 +12,7 @@ from ..nn import parametrization
 from ..nn.discovery import Layer
 from ..ops.validation import check_apart, check_finite, check_weight, check_weights, check_writable
 from ..proximal.cuda import backend as gpu
-from ..proximal.error_feedback import residual, widened
+from ..proximal.error_feedback import STEPS, residual, widened
 from ..proximal.record import Record
 from .residuals import Residuals
 
@@ -63,7 +63,7 @@ class LayerRecord(Record):
             E_bias = None if residuals is None or in_place else residuals.of(f"{layer.name}.bias", bias)
             bias = bias if E_bias is None else widened(bias, E_bias)
         if not in_place:
-            rows = rows.clone() if E is None else widened(rows, E)
+            rows = rows.clone() if E is None else widened(rows, E, _steps(layer))
         C = None if center is None else center_weight(layer, center)
         return cls(rows, layer.name, bias=bias, center=C, groups=layer.groups, fold=fold, layer=layer, taus=taus,
                    guarded=guarded, in_place=in_place, weight_residual=E, bias_residual=E_bias)  # fmt: skip
@@ -149,6 +149,11 @@ def write_back(records: Sequence[LayerRecord]) -> None:
         _keep_residuals(record)
 
 
+def _steps(layer: Layer) -> int:
+    """Steps of a weight's residual in an ulp. Parametrized weights come back with errors of a few ulps, not of half."""
+    return STEPS // 16 if layer.is_parametrized else STEPS
+
+
 def _check_overflow(records: Sequence[LayerRecord]) -> None:
     """Raise ValueError if a result in fp32 is beyond the largest number of its weight's dtype."""
     for record in records:
@@ -160,7 +165,7 @@ def _keep_residuals(record: LayerRecord) -> None:
     """Keep what rounding has cut off of the result, measured on what the layer holds now."""
     if record.weight_residual is not None:
         stored = local(record.layer.rows.detach())
-        local(record.weight_residual).copy_(residual(local(record.weight), stored))
+        local(record.weight_residual).copy_(residual(local(record.weight), stored, _steps(record.layer)))
     if record.bias_residual is not None:
         X = local(record.bias)
         local(record.bias_residual).copy_(residual(X, X.to(record.layer.module.bias.dtype)))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -15,11 +15,13 @@ from torch.optim import Optimizer
 from .._utils.uninterrupted import uninterrupted
 from ..distributed.dtensor import distribute_bias
 from ..folds import row_axes
-from ..nn.discovery import Layer, foldable_layers, require_matches
-from ..nn.unwrap import data_parallel_group, reshard, unwrapped, unwrapped_optimizer
+from ..nn.discovery import Layer, foldable_layers
+from ..nn.unwrap import data_parallel_group, optimizer_chain, reshard, unwrapped
 from ..proximal.warm_state import WarmState, from_text, to_text
 from .coordinator import Coordinator
+from .layer_finder import LayerFinder, Strength
 from .layer_record import LayerRecord, center_weight, write_back
+from .optimizer_hooks import StepHooks, attached
 from .penalties import PENALTIES, Settings, thresholds
 from .replicas import MODES
 from .report import ProximalReport, layer_spectrum
@@ -27,7 +29,6 @@ from .residuals import Residuals
 
 __all__ = ["ProximalStep"]
 
-Strength = float | Mapping[str, float]
 NO_CHANGE = "no weight was changed"
 
 
@@ -87,7 +88,7 @@ class ProximalStep:
         warm: warm start of the singular value thresholding of each layer, see :class:`WarmState`.
         residuals: int16, of the weights and biases in half precision, see
             :mod:`compaware_kernels.proximal.error_feedback`. They count in ulps of the present weights: those of
-            weights that were loaded since change them by at most half an ulp.
+            weights that were loaded since change them by at most half an ulp (parametrized weights: eight).
 
     Raises:
         ValueError: negative or infinite strength, unknown fold, order or division, gamma <= 1, every < 1, warmup < 0, a
@@ -127,40 +128,68 @@ class ProximalStep:
         if division not in MODES:
             raise ValueError(f"division: wanted one of {', '.join(MODES)}; got {division!r}")
         row_axes(fold, 2)
-        self.optimizer, self.every, self.scale_by_lr = unwrapped_optimizer(optimizer), every, scale_by_lr
+        self.optimizer, self.every, self.scale_by_lr = optimizer_chain(optimizer)[-1], every, scale_by_lr
         self.order, self.fold, self.warmup = tuple(PENALTIES if order is None else order), fold, warmup
         self.model, self.center = unwrapped(model), center
         self._reshard()
-        self.layers, self.skipped = foldable_layers(self.model, skip, training=True)
-        names = [layer.name for layer in self.layers]
-        strengths = {"nuclear": nuclear, "firm": firm, "group": group, "l1": l1}
-        _check_order(self.order, strengths)
-        self.strengths = {
-            name: {penalty: _strength(spec, name, penalty) for penalty, spec in strengths.items()} for name in names
-        }
-        for penalty, spec in strengths.items():
-            require_matches(list(spec) if isinstance(spec, Mapping) else [], names, penalty)
+        self._finder = LayerFinder(self.model, skip, {"nuclear": nuclear, "firm": firm, "group": group, "l1": l1})
+        self._finder.check_order(self.order)
+        self._find_layers()
         if not self._trained():
             reasons = "".join(f"; {name}: {reason}" for name, reason in list(self.skipped.items())[:3])
             raise ValueError("optimizer: wanted the weight of a Linear or convolution of this model; got none: nothing "
                              f"to shrink{reasons}")  # fmt: skip
-        self.centers = None if center is None else _centers(unwrapped(center), self.layers, self.strengths)
         self.steps = self.applied = 0
         self.warm, self.error_feedback, self.residuals = WarmState(), error_feedback, Residuals()
         ranks, settings = process_group or data_parallel_group(model), Settings(self.order, gamma)
         self._coordinator = Coordinator(ranks, division, settings)
         self._coordinator.warn_if_not_distributed(self.layers)
-        self._hook = self.optimizer.register_step_post_hook(self._after_optimizer_step)
+        self._warn_of_others()
+        self._outer, self._warned = optimizer, False
+        self._hooks: StepHooks | None = self._attach()
 
-    @torch.compiler.disable
-    @uninterrupted
-    def _after_optimizer_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        """Count an optimizer step, and take the proximal step after every k of them."""
+    def _attach(self) -> StepHooks:
+        return StepHooks(self._outer, self, self._counts, self._after_optimizer_step)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_hooks": self._hooks is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, of copies of the model and the optimizer, is attached to that optimizer if the original is."""
+        vars(self).update(state)
+        self._hooks = self._attach() if state["_hooks"] else None
+
+    def _find_layers(self) -> None:
+        """Find the layers, again if modules of the model have been replaced or added."""
+        if self._finder.is_current():
+            return
+        self.layers, self.skipped, self.strengths = self._finder.find()
+        self.centers = None if self.center is None else _centers(unwrapped(self.center), self.layers, self.strengths)
+
+    def _warn_of_others(self) -> None:
+        """Warn of other ProximalSteps on the optimizer that have the same penalties on the same weights."""
+        mine = self._penalized()
+        for other in attached(self.optimizer):
+            if both := sorted({mine[key] for key in mine.keys() & other._penalized().keys()}):
+                warnings.warn(f"optimizer: another ProximalStep on it shrinks {', '.join(both)} by the same penalties, "
+                              "so it is done twice: remove() the other one if this one replaces it",
+                              stacklevel=3)  # fmt: skip
+
+    def _penalized(self) -> dict[tuple[int, str], str]:
+        """Name of the layer by weight and penalty."""
+        return {(id(p), penalty): layer.name for layer in self.layers for p in layer.parameters
+                for penalty, strength in self.strengths[layer.name].items() if strength}  # fmt: skip
+
+    def _counts(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> bool:
+        """Whether a step of the optimizer has moved weights."""
         overflow = getattr(optimizer, "found_inf", None)  # set by GradScaler; fused optimizers skip the step themselves
         if overflow is not None and bool(overflow):
-            return
-        if kwargs == {"closure": None} and not any(group["lr"] for group in optimizer.param_groups):
-            return  # torch.distributed.checkpoint initializes an optimizer's state by such a step; no weight changes
+            return False
+        # torch.distributed.checkpoint initializes an optimizer's state by such a step; no weight changes
+        return kwargs != {"closure": None} or any(group["lr"] for group in optimizer.param_groups)
+
+    def _after_optimizer_step(self) -> None:
+        """Count an optimizer step, and take the proximal step after every k of them."""
         if self.every != "epoch" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"every: wanted 'epoch' and calls of step(), because a CUDA graph replays "
                                f"optimizer steps without their hooks; got {self.every}")  # fmt: skip
@@ -175,8 +204,10 @@ class ProximalStep:
                 reshard(model)
 
     def remove(self) -> None:
-        """Remove the hook from the optimizer: its steps are no longer counted and take no proximal steps."""
-        self._hook.remove()
+        """Remove the hooks from the optimizer: its steps are no longer counted and take no proximal steps."""
+        if self._hooks:
+            self._hooks.remove()
+            self._hooks = None
 
     @torch.compiler.disable
     @uninterrupted
@@ -195,7 +226,10 @@ class ProximalStep:
                 leaves the others waiting until the timeout of the process group.
         """
         self._reshard()
+        self._find_layers()
         records = self._records()
+        if not records:
+            self._warn_of_no_change()
         before = self.warm.state_dict()
         try:
             self._coordinator.shrink(records, self.warm)
@@ -221,9 +255,22 @@ class ProximalStep:
                 records.append(LayerRecord.of(layer, rows, bias, center, self.fold, taus, residuals))
         return records
 
+    def _warn_of_no_change(self) -> None:
+        """Warn, once, of a step that changes no layer, unless that is because the learning rates are 0 for now."""
+        trained = self._trained()
+        penalized = any(any(by.values()) for by in self.strengths.values())
+        if self._warned or not penalized or any(any(self.strengths[layer.name].values()) for layer, _, _ in trained):
+            return
+        self._warned = True
+        why = ("the optimizer trains only layers without a penalty" if trained else
+               "the optimizer trains none of the model's weights: they are frozen, or were replaced after it was made "
+               "(as by model.double() under torch.__future__.set_overwrite_module_params_on_conversion)")  # fmt: skip
+        warnings.warn(f"proximal step: no layer was changed; {why}", stacklevel=3)
+
     def thresholds(self) -> dict[str, dict[str, float]]:
         """Thresholds of the next proximal step, layer -> penalty -> tau, for the current learning rates."""
         self._reshard()
+        self._find_layers()
         return {layer.name: self._taus(layer.name, layer.rows, bias, lr) for layer, bias, lr in self._trained()}
 
     def _taus(self, name: str, rows: Tensor, bias: Tensor | None, lr: float) -> dict[str, float]:
@@ -301,15 +348,6 @@ class ProximalStep:
         self.steps, self.applied, self.residuals = state["steps"], state["applied"], residuals
 
 
-def _check_order(order: Sequence[str], strengths: Mapping[str, Strength]) -> None:
-    """Raise ValueError for an unknown or repeated penalty, or one that has a strength and is missing."""
-    if len(set(order)) != len(order) or not set(order) <= set(PENALTIES):
-        raise ValueError(f"order: wanted some of {', '.join(PENALTIES)}, each at most once; got {tuple(order)}")
-    for penalty, spec in strengths.items():
-        if penalty not in order and (any(spec.values()) if isinstance(spec, Mapping) else spec):
-            raise ValueError(f"order: wanted {penalty} in it, which has a strength; got {tuple(order)}")
-
-
 def _centers(center: nn.Module, layers: list[Layer], strengths: Mapping[str, Mapping[str, float]]) -> dict[str, Layer]:
     """Layers of ``center`` by name; raises ValueError if they do not match the model's or a penalty has no center."""
     fixed = [name for name, penalty in PENALTIES.items() if not penalty.can_be_centered]
@@ -326,15 +364,3 @@ def _centers(center: nn.Module, layers: list[Layer], strengths: Mapping[str, Map
         if any(p is q for p in layer.parameters for q in other.parameters):
             raise ValueError(f"center: wanted a copy made before training; got the model's own weight for {layer.name}")
     return found
-
-
-def _strength(spec: Strength, name: str, penalty: str) -> float:
-    """Strength of a penalty for one layer: the number, or that of the first matching name pattern, else 0."""
-    value = (
-        next((v for pattern, v in spec.items() if fnmatchcase(name, pattern)), 0.0)
-        if isinstance(spec, Mapping)
-        else spec
-    )
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{penalty}: wanted a finite strength >= 0; got {value!r} for {name}")
-    return float(value)

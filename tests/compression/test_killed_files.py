@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import random
 import time
 
@@ -33,7 +34,7 @@ def adapter(path, version):
 
 
 def folder(path, version):
-    """What export_lora ends with, a thousand times a second."""
+    """What export_lora ends with, hundreds of times a second."""
     with atomic_folder(path) as new:
         for name in "ab":
             (new / name).write_text(str(version))
@@ -60,8 +61,14 @@ def read(path):
 WRITERS = {"save": (save, loaded), "export_lora": (adapter, loaded_adapter), "folder": (folder, read)}
 
 
+def slow_rename(*paths, rename=os.replace):
+    rename(*paths)
+    time.sleep(0.002)
+
+
 def work(name, path, first, counter):
     torch.set_num_threads(1)
+    os.replace = slow_rename  # so that processes are killed after a rename that is not the last
     write, _ = WRITERS[name]
     for version in range(first, first + 100_000):
         write(path, version)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from .memory import has_memory, span
 
 __all__ = ["copied"]
+
+MODULE_STATE = vars(nn.Module())
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -19,8 +21,21 @@ def copied(model: nn.Module) -> nn.Module:
     Parameters in one storage stay in one: ``copy.deepcopy`` keeps a tied parameter, but separates two parameters of
     the same data.
     """
+    memo: dict[int, object] = {**_in_shared_storages(model), **_not_strided(model)}
     with _DetachedCopies():
-        return copy.deepcopy(model, _in_shared_storages(model) | _not_strided(model))
+        new = copy.deepcopy(model, memo)
+        for module in model.modules():
+            if isinstance(module, fx.GraphModule):
+                _complete(memo[id(module)], module, memo)
+    return new
+
+
+def _complete(new: fx.GraphModule, old: fx.GraphModule, memo: dict[int, object]) -> None:
+    """Give a copy what torch.fx does not copy: the name of its class, hooks, attributes of a subclass."""
+    type(new).__name__ = type(old).__name__
+    for name, value in vars(old).items():
+        if name not in vars(new) or (name in MODULE_STATE and "hooks" in name):
+            vars(new)[name] = copy.deepcopy(value, memo)
 
 
 class _DetachedCopies(TorchFunctionMode):

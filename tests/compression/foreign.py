@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import compaware_kernels as ck
 from compaware_kernels._utils.tables import text_table
 from compaware_kernels.compression.arguments import Inputs
-from compaware_kernels.compression.comparison import _tensors
+from compaware_kernels.compression.comparison import output_tensors
 from compaware_kernels.compression.compress import READ
 from compaware_kernels.compression.macs import count_macs
 from compaware_kernels.folds import from_matrix
@@ -93,7 +93,7 @@ def run(model: nn.Module, inputs: Inputs, grad: bool = False) -> list[Tensor]:
     """Floating-point tensors in the model's outputs."""
     torch.manual_seed(1)
     with torch.set_grad_enabled(grad):
-        found = list(_tensors(inputs.cloned().run(model), set()))
+        found = list(output_tensors(inputs.cloned().run(model), set()))
     parts = [part for tensor in found for part in (tensor.unbind() if tensor.is_nested else [tensor])]
     return [part for part in parts if part.is_floating_point() or part.is_complex()]
 

@@ -104,7 +104,8 @@ class Task:
         """
         self.norm = self.norm_of(jacobi.difference(self.W, self.center))
         if not math.isfinite(self.norm):
-            raise ValueError(f"{self.label}: wanted singular values that fp64 can hold; got larger ones; {UNCHANGED}")
+            wanted = "singular values that fp64 can hold"
+            raise ValueError(f"{self.label}: wanted {wanted}; got larger numbers; {UNCHANGED}")
         self.exponent = unit_exponent(self.norm)
         if self.exponent:
             self.function, self.norm = self.function.scaled(self.exponent), self.norm_of(self.scaled_difference())

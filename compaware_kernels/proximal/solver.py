@@ -26,6 +26,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .._utils.autocast import without_autocast
 from .._utils.dtypes import compute_dtype
 from ..distributed.dtensor import MatrixSharding
 from ..distributed.row_sharded import RowSharded
@@ -312,6 +313,7 @@ def seed_of(state_seed: int, call: int, key: str) -> int:
 # --- all layers -----------------------------------------------------------------------------------------------------
 
 
+@without_autocast()
 def shrink_(
     records: Sequence[Record],
     functions: Sequence[Spectral],  # one per record

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 from torch import fx, nn
 
-from ..nn.lowrank import LowRank
-from ..nn.module_surgery import replace
+from .._utils.copied import copied
+from ..nn.lowrank import FACTORS, LowRank
+from ..nn.module_surgery import replace, why_irreplaceable
 
 __all__ = ["to_dense", "to_plain"]
 
@@ -43,9 +43,11 @@ def to_dense(model: nn.Module) -> nn.Module:
 
 def _convert(model: nn.Module, plain: Callable[[LowRank], nn.Module]) -> nn.Module:
     _require_no_residuals(model)
-    model = copy.deepcopy(model)
+    model = copied(model)
     for name, module in list(model.named_modules()):  # named_modules yields a layer with several names once
         if isinstance(module, LowRank):
+            if reason := why_irreplaceable(module, FACTORS):
+                raise ValueError(f"{name}: wanted a layer that can be replaced; it has {reason}")
             model = replace(model, name, plain(module).train(module.training))
     return model
 

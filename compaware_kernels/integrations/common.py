@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from ..compression.arguments import RankRule
+from ..compression.arguments import ExampleInputs, RankRule
 from ..compression.checkpoint import save
 from ..compression.compress import CompressReport
 from ..compression.compress import compress as compress_model
@@ -43,7 +43,7 @@ class Compression:
         save_to: str | Path | None = None,
         ranks: RankRule | Mapping[str, RankRule] | None = None,
         compress: Mapping[str, Any] | None = None,
-        example_inputs: Sequence[object] | None = None,
+        example_inputs: ExampleInputs | None = None,
         **options: Any,
     ):
         if not (log_every in ("epoch", None) or (isinstance(log_every, int) and log_every >= 1)):
@@ -128,7 +128,8 @@ class Compression:
         skipped = {name for name, reason in self.proxes[0].skipped.items() if reason == "skipped by name"}
         options = {"skip": [name for name, _ in model.named_modules() if name_without_wrappers(name) in skipped]}
         device = next(model.parameters()).device
-        inputs = tuple(self.example_inputs or positional_inputs(model, batch))
+        inputs = self.example_inputs or positional_inputs(model, batch)
+        inputs = dict(inputs) if isinstance(inputs, Mapping) else tuple(inputs)
         inputs = tree_map_only(Tensor, lambda x: x.to(device), inputs)
         small, self.compress_report = compress_model(model, self.ranks, inputs, **options | self.compress_options)
         save(small, self.save_to)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 
 import torch.distributed as dist
@@ -10,6 +9,8 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
+
+from .._utils.copied import copied
 
 __all__ = [
     "data_parallel_group",
@@ -52,7 +53,7 @@ def without_wrappers(model: nn.Module) -> nn.Module:
     model = unwrapped(model)
     if all(wrapped_module(module) is None for module in model.modules()):
         return model
-    model = copy.deepcopy(model)
+    model = copied(model)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             while child is not None and (found := wrapped_module(child)) is not None:

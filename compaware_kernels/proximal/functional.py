@@ -1,10 +1,16 @@
-"""Proximal operators, functional form: differentiable, batched over ``[..., m, n]``, traceable by torch.compile.
+"""Proximal operators, functional form: differentiable, batched over ``[..., m, n]``, traceable.
+
+In W and in the thresholds they have first and second derivatives, in reverse and in forward mode (``svt`` and
+``firm_svt`` no third, the others any), and all transforms of ``torch.func``: ``grad``, ``vjp``, ``jvp``, ``jacrev``,
+``jacfwd``, ``hessian``, ``vmap``.  Where a threshold is met exactly there is no derivative; it counts as below, and as
+above at zero.  ``torch.compile``, ``torch.export``, ``make_fx`` and fake tensors trace each as one op.
 
 Every function raises:
 
 * ``TypeError``: not a tensor, or not fp64, fp32, bf16 or fp16;
 * ``ValueError``: fewer axes than a matrix has, a threshold that is negative, not finite or of the wrong shape, a
-  ``gamma`` that is not finite or not above 1, NaN or Inf in W.  Values are not checked while ``torch.compile`` traces.
+  ``gamma`` that is not finite or not above 1, NaN or Inf in W; under ``vmap``, in any of the batch.  Values are not
+  checked while a compiler traces.
 """
 
 from __future__ import annotations
@@ -16,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .._utils.dtypes import compute_dtype
-from ..ops.svt import differentiable_svt
+from ..ops.svt import svt as svt_op
 from ..ops.validation import (
     check_above_one,
     checked,
@@ -50,13 +56,13 @@ def svt(W: Tensor, tau: float | Tensor, *, return_info: bool = False) -> Tensor 
     Returns:
         ``P`` ``[..., m, n]`` in the dtype of W, and the info if asked for.
 
-    Twice differentiable in W and tau, with finite gradients at repeated and at zero singular values; the third
-    derivative raises NotImplementedError.
+    Twice differentiable in W and tau, in both modes, with finite gradients at repeated and at zero singular values; the
+    third derivative raises NotImplementedError.
 
     Source: Cai, Candes & Shen, SIAM J. Optim. 20(4), 2010, theorem 2.1; Alvarez & Salzmann, NIPS 2017, 3.2.
     """
     W, tau = checked(W, tau)
-    P, s = differentiable_svt(W, tau)
+    P, s = svt_op(W, tau)
     return (P, _svt_info(s.detach(), W, tau.detach())) if return_info else P
 
 
@@ -106,7 +112,7 @@ def _sum_of_svt(W: Tensor, pieces: Sequence[tuple[Tensor, Tensor]]) -> tuple[Ten
     X, batch = W.to(compute_dtype(W.dtype)), W.shape[:-2]
     weights, taus = (torch.stack([x.expand(batch) for x in each]) for each in zip(*pieces, strict=True))
     taus = taus.clamp_max(torch.finfo(taus.dtype).max)
-    P, s = differentiable_svt(X.expand(len(taus), *X.shape), taus)
+    P, s = svt_op(X.expand(len(taus), *X.shape), taus)
     return (weights[..., None, None] * P).sum(0).to(W.dtype), (weights[..., None] * s).sum(0)
 
 

@@ -2,11 +2,14 @@
 
 Every function raises, before anything is changed:
 
-* ``TypeError``: not a list of tensors, or not fp64, fp32, bf16 or fp16; a state that is not a :class:`WarmState`;
+* ``TypeError``: not a list of tensors, or not dense fp64, fp32, bf16 or fp16; a threshold that is not a real number; a
+  state that is not a :class:`WarmState`;
 * ``ValueError``: fewer axes than a matrix has, a threshold that is negative, not finite or of the wrong shape, a
   ``gamma`` that is not finite or not above 1, NaN or Inf in a weight (named by its layer), a tolerance that is not
   a positive number, a center that does not match its weight, a state or a center under ``torch.compile``.  Values are
-  not checked while ``torch.compile`` traces.
+  not checked while ``torch.compile`` traces;
+* ``ValueError``: a weight that cannot be written (on the meta device, made in inference mode, expanded) or that shares
+  memory with another one.  The same weight may be in the list twice, with the same arguments.
 """
 
 from __future__ import annotations
@@ -21,8 +24,10 @@ from .. import folds
 from .._utils.uninterrupted import uninterrupted
 from ..distributed.collectives import synchronize_errors
 from ..distributed.dtensor import communication_device, local, process_groups
+from ..ops.memory import overlapping_pairs, view_of
 from ..ops.validation import (
     check_above_one,
+    check_apart,
     check_center,
     checked_list,
     one_per_weight,
@@ -241,6 +246,31 @@ def _check_on_all_ranks(check, weights: Sequence[Tensor]):
     return synchronize_errors(check, process_groups(weights, replicas=False), communication_device(weights))
 
 
+def _check_apart(records: Sequence[Record], parameters: Sequence[object]) -> None:
+    """:func:`check_apart` of the local weights and biases; parameters: of the operator, one per record."""
+    biased = [i for i, record in enumerate(records) if record.bias is not None]
+    owners = [*range(len(records)), *biased]
+    tensors = [record.weight for record in records] + [records[i].bias for i in biased]
+    labels = [record.label for record in records] + [f"bias of {records[i].label}" for i in biased]
+
+    def arguments(i: int) -> tuple:
+        record = records[owners[i]]
+        others = [view_of(local(t)) for t in (record.center, record.bias) if t is not None]
+        return parameters[owners[i]], record.groups, others
+
+    def check() -> None:
+        check_apart(_local_shards(tensors), labels, lambda i, j: arguments(i) == arguments(j))
+
+    _check_on_all_ranks(check, tensors)
+
+
+def _unshared(center: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """The centers; those that share memory with a weight, which is going to change, as copies."""
+    pairs = overlapping_pairs([local(t) for t in (*weights, *center)])
+    shared = {j - len(weights) for i, j in pairs if i < len(weights) <= j}
+    return [C.clone() if i in shared else C for i, C in enumerate(center)]
+
+
 def _local_shards(weights: Sequence[Tensor]) -> Sequence[Tensor]:
     """Local shards of the weights; a single tensor, which the checks refuse, is passed through."""
     return weights if isinstance(weights, Tensor) else [local(W) for W in weights]
@@ -256,7 +286,9 @@ def _shrink(
         raise TypeError(f"state: wanted a WarmState; got {type(state).__name__}")
     if center is not None:
         _check_on_all_ranks(lambda: check_center(_local_shards(center), _local_shards(weights), names), weights)
+        center = _unshared(center, weights)
     records = _records(weights, names, fold=fold, groups=groups, center=center)
+    _check_apart(records, functions)
     taus = [0.0 if ball or function.ramp is None else function.floor for function in functions]
     with _with_residuals(records, residuals, taus, spectrum_size):
         infos = solver.shrink_(records, functions, tol=tol, state=state, ball=ball)
@@ -332,6 +364,7 @@ def group_shrink_(
     _check_biases(biases, weights, names)
     tau = _checked(weights, tau, names)
     records = _records(weights, names, bias=biases)
+    _check_apart(records, tau.tolist())
     with _with_residuals(records, residuals, tau.tolist(), lambda record: len(record.weight)):
         shrink_neurons_(records, tau)
 
@@ -348,6 +381,7 @@ def soft_threshold_(
     """Elementwise soft-thresholding of every tensor, in place; arguments and errors as :func:`svt_`, all or nothing."""
     tau = _checked(weights, tau, names, axes=0)
     records = _records(weights, names)
+    _check_apart(records, tau.tolist())
     with _with_residuals(records, residuals, tau.tolist(), lambda record: record.weight.numel()):
         shrink_elements_([record.weight for record in records], tau)
 
@@ -365,6 +399,7 @@ def sparse_group_shrink_(
     """Sparse group lasso shrinkage of a list of weights, in place: L1 by ``l1``, rows by ``tau``; all or nothing."""
     l1, tau = _checked(weights, l1, names, "l1"), _checked(weights, tau, names)
     records = _records(weights, names)
+    _check_apart(records, list(zip(l1.tolist(), tau.tolist(), strict=True)))
     with _with_residuals(records, residuals, tau.tolist(), lambda record: len(record.weight)):
         shrink_elements_and_rows_([record.weight for record in records], l1, tau)
 

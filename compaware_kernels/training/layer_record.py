@@ -11,7 +11,7 @@ from ..distributed.dtensor import distribute_bias, is_dtensor, local, placed, re
 from ..folds import oriented
 from ..nn import parametrization
 from ..nn.discovery import Layer
-from ..ops.validation import check_finite, check_weight, check_weights
+from ..ops.validation import check_apart, check_finite, check_weight, check_weights, check_writable
 from ..proximal.cuda import backend as gpu
 from ..proximal.error_feedback import STEPS, residual, widened
 from ..proximal.record import Record
@@ -98,6 +98,11 @@ class LayerRecord(Record):
         return [local(t) for t in (self.weight, self.bias) if t is not None]
 
     @property
+    def written(self) -> list[Tensor]:
+        """The layer's parameters that :func:`write_back` changes."""
+        return self.layer.parameters + ([] if self.bias is None else [self.layer.module.bias])
+
+    @property
     def keys(self) -> list[str]:
         """Keys of the layer's bases in a WarmState, one per group."""
         return [f"{self.key}.{g}" for g in range(self.groups)]
@@ -120,12 +125,17 @@ def check_records(records: Sequence[LayerRecord]) -> None:
 
     Raises:
         TypeError: a dtype that the operators do not support; with the layer's name.
-        ValueError: NaN or Inf in a weight, bias or center; with the layer's name.
+        ValueError: NaN or Inf in a weight, bias or center, or a parameter that cannot be written in place
+            or shares memory with another layer's; with the layer's name.
     """
     check_weights([(part, r.layer.name, not r.guarded) for r in records for part in r.results])
     for record in records:
         if record.center is not None:
             check_weight(local(record.center), f"center of {record.layer.name}")
+    written = [(local(p), record.layer.name) for record in records for p in record.written]
+    for parameter, name in written:
+        check_writable(parameter, name)
+    check_apart([parameter for parameter, _ in written], [name for _, name in written])
 
 
 def write_back(records: Sequence[LayerRecord]) -> None:

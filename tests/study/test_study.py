@@ -1,5 +1,6 @@
 """Study runs: interrupted at any moment, nothing is trained twice and nothing is lost."""
 
+import glob
 import json
 import math
 import os
@@ -153,6 +154,40 @@ def wait(until, seconds):
     while not until():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "when"), [(signal.SIGINT, "starting"), (signal.SIGINT, "training"), (signal.SIGTERM, "training")]
+)
+def test_interrupted(what, when, config, tmp_path):
+    """As Ctrl-C does, which every process of the terminal gets: all end, and one line says how to go on."""
+    out = tmp_path / "out"
+    config.write_text(TINY.replace("epochs = 2", "epochs = 4000", 1))
+    words = [sys.executable, "-m", "compaware_kernels", "study", str(config), "--out", str(out), "--processes", "2"]
+    with subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        wait((out / "study.json").exists, 120)
+        if when == "starting":
+            wait(lambda: len(children(process.pid)) >= 2, 60)
+        else:
+            wait(lambda: list(out.glob("runs/**/*.running")), 120)
+        if what == signal.SIGINT:
+            os.killpg(process.pid, what)
+        else:
+            process.send_signal(what)
+        process.wait(15)
+        wait(lambda: not alive(process.pid), 15)
+        error = process.stderr.read().decode()
+    assert process.returncode == 1
+    assert error.splitlines()[-1] == (
+        "compaware: error: interrupted, 0 of 7 trainings are done; the same command goes on from there"
+    )
+    assert "Traceback" not in error
+
+
+def children(pid):
+    """Ids of the process's children."""
+    return [child for path in glob.glob(f"/proc/{pid}/task/*/children") for child in open(path).read().split()]
 
 
 @pytest.mark.slow

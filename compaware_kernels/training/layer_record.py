@@ -77,6 +77,8 @@ class LayerRecord(Record):
             bias = bias if E_bias is None else widened(bias, E_bias)
         if not in_place:
             rows = rows.clone() if E is None else widened(rows, E, _steps(layer))
+        if guarded and E is not None:
+            rows = residuals.same_copy(layer.name, rows)
         C = None if center is None else center_weight(layer, center)
         return cls(rows, layer.name, bias=bias, center=C, groups=layer.groups, fold=fold, layer=layer, taus=taus,
                    guarded=guarded, in_place=in_place, weight_residual=E, bias_residual=E_bias, average=average,

@@ -31,7 +31,7 @@ def results(module: str, first: int, count: int) -> Iterator[Result]:
     """One result per seed, in order; after a crash another child goes on with the next seed."""
     end = first + count
     while first < end:
-        command = [sys.executable, "-m", __name__, module, str(first), str(end)]
+        command = [sys.executable, "-m", "tests.fuzz.driver", module, str(first), str(end)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
             for line in child.stdout:
                 if line.startswith(MARK):

@@ -24,6 +24,7 @@ from functools import cache
 
 import torch
 
+from .._utils.autocast import without_autocast
 from ..distributed.row_sharded import RowSharded
 from ..ops.validation import check_finite
 from . import gram as dense
@@ -169,6 +170,7 @@ def seed_of(state_seed: int, call: int, key: str) -> int:
 # --- all layers -----------------------------------------------------------------------------------------------------
 
 
+@without_autocast()
 def shrink_(
     records: Sequence[Record],
     functions: Sequence[Spectral],  # one per record

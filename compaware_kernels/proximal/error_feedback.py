@@ -90,7 +90,7 @@ def error_feedback(records: Sequence[Record], residuals: Sequence[Tensor | None]
     halves = [(record, record.weight, E) for record, E in zip(records, residuals or (), strict=bool(residuals))
               if E is not None]  # fmt: skip
     for record, W, E in halves:
-        record.weight = widened(W, E)
+        record.weight, record.stored_as = widened(W, E), W.dtype
     yield
     for record, W, E in halves:
         W.copy_(record.weight)

@@ -41,6 +41,7 @@ class Group:
     function: Spectral
     center: Tensor | None
     label: str  # name of the weight in error messages
+    stored_as: torch.dtype | None = None  # if the result is rounded to a narrower dtype later
     # results
     s: Tensor | None = None  # fp64 [..., k], singular values of the result
     rank: Tensor | None = None  # int64 [...]
@@ -74,7 +75,8 @@ def compute(groups: Sequence[Group], tol: float, ball: bool) -> None:
     """Compute the results of all groups, one batched SVD per shape, dtype and device; weights stay unchanged."""
     alike = defaultdict(list)
     for entry in groups:
-        alike[entry.W.shape[-2:], entry.W.dtype, entry.W.device, entry.center is None].append(entry)
+        key = entry.W.shape[-2:], entry.W.dtype, entry.stored_as, entry.W.device, entry.center is None
+        alike[key].append(entry)
     for members in alike.values():
         _compute_alike(members, tol, ball)
 
@@ -111,9 +113,9 @@ def _compute_alike(groups: Sequence[Group], tol: float, ball: bool) -> None:
         P = P + torch.cat([entry.center.reshape(-1, *P.shape[1:]).to(dtype) for entry in groups])
     half = 2 * storage(groups[0].W.dtype, 1.0, 0)  # two roundings: adding the center, storing the result
     stored = norms(P)
-    if float(stored.max()) > torch.finfo(groups[0].W.dtype).max:
-        fits = P.to(groups[0].W.dtype).isfinite().all(-1).all(-1)
-        _check(groups, counts, fits, f"a result that fits {groups[0].W.dtype}")
+    narrow = groups[0].stored_as or groups[0].W.dtype
+    if float(stored.max()) > torch.finfo(narrow).max:
+        _check(groups, counts, P.to(narrow).isfinite().all(-1).all(-1), f"a result that fits {narrow}")
     error += half * stored + storage(groups[0].W.dtype, 0.0, P[0].numel())
     new, method = new.cpu(), f"jacobi, fp{torch.finfo(dtype).bits}"
     parts = (_per_weight(each, groups, counts) for each in (P, new, (new > 0).sum(-1), error))

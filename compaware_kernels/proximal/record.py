@@ -28,6 +28,7 @@ class Record:
     center: Tensor | None = None  # shape and placement of weight
     groups: int = 1
     fold: str | None = "paper"
+    stored_as: torch.dtype | None = field(default=None, init=False)  # if the result is rounded to another dtype later
     shards: MatrixSharding | None = field(default=None, init=False)  # sharding of the matrix over ranks
     target: Tensor = field(init=False)  # [..., m, n], contiguous; updated in place by the operator
     target_center: Tensor | None = field(default=None, init=False)  # [..., m, n], the center of target

@@ -200,7 +200,7 @@ def _shrink_by_routes(records, functions, tol: float, state: WarmState | None, b
     work: list[jacobi.Group | list[Task]] = []
     for record, function in zip(records, functions, strict=True):
         if record.shards is None and tuple(record.target.shape[-2:]) in small:
-            work.append(jacobi.Group(record.target, function, record.target_center, record.label))
+            work.append(jacobi.Group(record.target, function, record.target_center, record.label, record.stored_as))
         else:
             work.append(_tasks(record, function, tol, state))
     groups = [entry for entry in work if isinstance(entry, jacobi.Group)]
@@ -226,17 +226,19 @@ def _tasks(record: Record, function: Spectral, tol: float, state: WarmState | No
     """One task per matrix of a weight ``[..., m, n]``."""
     W, center, key, tol = record.target, record.target_center, record.key, function.tolerance(tol)
     m, n = W.shape[-2:]
+    stored_as = record.stored_as or W.dtype
     if record.shards is not None:
         X, local_shapes = record.shards.to_row_shards(W[0])
         C = None if center is None else record.shards.to_row_shards(center[0])[0]
-        tasks = [Task(X, function, C, f"{key}.0", record.label, tol, shards=record.shards, local_shapes=local_shapes)]
+        sharded = {"shards": record.shards, "local_shapes": local_shapes}
+        tasks = [Task(X, function, C, f"{key}.0", record.label, stored_as, tol, **sharded)]
     elif not W.numel():
         return []
     else:
         matrices = W.reshape(-1, m, n)
         centers = [None] * len(matrices) if center is None else center.reshape(-1, m, n)
         pairs = enumerate(zip(matrices, centers, strict=True))
-        tasks = [Task(M, function, C, f"{key}.{j}", record.label, tol) for j, (M, C) in pairs]
+        tasks = [Task(M, function, C, f"{key}.{j}", record.label, stored_as, tol) for j, (M, C) in pairs]
     for task in tasks:
         _recall(task, state)
     return tasks

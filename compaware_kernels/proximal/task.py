@@ -30,6 +30,7 @@ class Task:
     center: Tensor | None
     key: str  # key in the warm state
     label: str  # name of the weight in error messages
+    stored_as: torch.dtype  # dtype whose range the result must fit: that of W, or a narrower one
     tol: float  # tolerance of the matrix; that of f(W) is up to ``slope`` times as large
     basis: Tensor | None = None  # [n, k] from the warm state; after :func:`.solver.compute`, the new one
     seed: int = 0
@@ -96,18 +97,18 @@ class Task:
 
 
 def check_fits(task: Task, ball: bool) -> None:
-    """Raise ValueError if a number of the result is beyond the range of the dtype of the weight."""
+    """Raise ValueError if a number of the result is beyond the range of the dtype that it is stored in."""
     largest = task.function.floor if ball else float(task.s[0]) if len(task.s) else 0.0  # singular value
     bound = 1.01 * rescale(largest, -task.exponent) + (0.0 if task.center is None else task.norm_of(task.center))
-    if bound <= torch.finfo(task.W.dtype).max:
+    if bound <= torch.finfo(task.stored_as).max:
         return
     trial = replace(task, W=task.W.clone())
     _store(trial, ball)
-    beyond = torch.tensor(float(not trial.W.isfinite().all()), device=task.W.device)
+    beyond = torch.tensor(float(not trial.W.to(task.stored_as).isfinite().all()), device=task.W.device)
     if task.shards is not None:
         RowSharded(task.W, 0, task.shards.groups).all_reduce(beyond)
     if beyond:
-        raise ValueError(f"{task.label}: wanted a result that fits {task.W.dtype}; got larger numbers; {UNCHANGED}")
+        raise ValueError(f"{task.label}: wanted a result that fits {task.stored_as}; got larger numbers; {UNCHANGED}")
 
 
 def write(task: Task, ball: bool) -> None:

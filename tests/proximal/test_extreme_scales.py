@@ -58,6 +58,12 @@ def test_a_result_beyond_the_range_is_refused(dtype, shape):
     assert torch.equal(A, before[0]) and torch.equal(W, before[1])
     assert now["calls"] == was["calls"] and now["bases"].keys() == was["bases"].keys()
     assert all(torch.equal(V, was["bases"][key]) for key, V in now["bases"].items())
+    if dtype != torch.float32:
+        residuals, W = [None, torch.zeros_like(W, dtype=torch.int16)], W.clone()
+        with pytest.raises(ValueError, match=rf"^weights\[1\]: wanted a result that fits {dtype}"):
+            tau = 1.01 * float(torch.linalg.svdvals(W.double())[1])  # all but the largest go: as the truncation
+            ck.firm_svt_([A, W], tau, 1.0001, state=state, residuals=residuals)
+        assert torch.equal(A, before[0]) and torch.equal(W, before[1]) and not residuals[1].any()
     (info,) = ck.spectral_ball_([W], LARGEST[dtype])  # its entries are at most the radius
     assert W.isfinite().all() and info.error_bound < math.inf
 

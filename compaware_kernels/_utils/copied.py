@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from .memory import has_memory, span
 
 __all__ = ["copied"]
+
+MODULE_STATE = vars(nn.Module())
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -19,8 +21,21 @@ def copied(model: nn.Module) -> nn.Module:
     Parameters in one storage stay in one: ``copy.deepcopy`` keeps a tied parameter, but separates two parameters of
     the same data.
     """
+    memo: dict[int, object] = {**_in_shared_storages(model), **_not_strided(model)}
     with _DetachedCopies():
-        return copy.deepcopy(model, _in_shared_storages(model))
+        new = copy.deepcopy(model, memo)
+        for module in model.modules():
+            if isinstance(module, fx.GraphModule):
+                _complete(memo[id(module)], module, memo)
+    return new
+
+
+def _complete(new: fx.GraphModule, old: fx.GraphModule, memo: dict[int, object]) -> None:
+    """Give a copy what torch.fx does not copy: the name of its class, hooks, attributes of a subclass."""
+    type(new).__name__ = type(old).__name__
+    for name, value in vars(old).items():
+        if name not in vars(new) or (name in MODULE_STATE and "hooks" in name):
+            vars(new)[name] = copy.deepcopy(value, memo)
 
 
 class _DetachedCopies(TorchFunctionMode):
@@ -46,3 +61,9 @@ def _in_shared_storages(model: nn.Module) -> dict[int, Tensor]:
                 new.set_(storage, old.storage_offset(), old.shape, old.stride())
                 memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
     return memo
+
+
+def _not_strided(model: nn.Module) -> dict[int, Tensor]:
+    """Copies by ``id`` of the parameters of a sparse or mkldnn layout, which deepcopy cannot copy."""
+    found = (p for p in model.parameters() if not nn.parameter.is_lazy(p) and p.layout is not torch.strided)
+    return {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in found}

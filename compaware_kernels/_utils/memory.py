@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = ["distinct", "has_memory", "span"]
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether the values lie at the tensor's ``data_ptr()``; not if it is meta, sparse, empty or a DTensor."""
+    """Whether the values lie at the tensor's ``data_ptr()``; not if it is meta, sparse, empty, lazy or a DTensor."""
+    if nn.parameter.is_lazy(tensor):
+        return False
     plain = tensor.layout is torch.strided and not tensor.is_meta and not is_traceable_wrapper_subclass(tensor)
     return plain and tensor.numel() > 0
 

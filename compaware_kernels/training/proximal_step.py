@@ -143,9 +143,9 @@ class ProximalStep:
         self._finder.check_order(self.order)
         self._find_layers()
         if not self._trained():
-            raise ValueError(
-                "optimizer: wanted the weight of a Linear or convolution of this model; got none: nothing to shrink"
-            )
+            reasons = "".join(f"; {name}: {reason}" for name, reason in list(self.skipped.items())[:3])
+            raise ValueError("optimizer: wanted the weight of a Linear or convolution of this model; got none: nothing "
+                             f"to shrink{reasons}")  # fmt: skip
         self.steps = self.applied = self._steps_at_last = 0
         self.warm, self.error_feedback, self.residuals = WarmState(), error_feedback, Residuals()
         ranks, settings = process_group or data_parallel_group(model), Settings(self.order, gamma)

@@ -63,6 +63,7 @@ lora-study: .venv/built
 # 20,000 seeded cases that try to break the error bounds; tests run the first 400.
 hunt: .venv/built
 	$(BIN)/python -m tests.proximal.hunt 20000
+	$(BIN)/python -m tests.fuzz.files 10000
 
 lint: .venv/pins
 	$(BIN)/ruff check .

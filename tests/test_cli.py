@@ -241,7 +241,8 @@ def test_demo_on_idx_files_writes_report_results_and_models(tmp_path, command_li
     done = run("demo", "--data", tmp_path, "--seeds", 1, "--epochs", 1, "--tune-epochs", 1, "--out", out)
     assert done.returncode == 0, done.stderr
     page = (out / "report.html").read_text()
-    assert page.count("<svg") == 5 and "<script" not in page and "<link" not in page
+    layers = len(STATE) // 2  # a spectrum of each, and their legend
+    assert page.count("<svg") == 4 + layers + 1 and "<script" not in page and "<link" not in page
     assert "Measured time" not in page and "Zeros free" not in page  # neither is part of the demo
     results = json.loads((out / "results.json").read_text())
     assert [record["key"]["arm"] for record in results["records"]] == ["plain", "nuclear+group"]

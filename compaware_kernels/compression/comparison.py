@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from .arguments import Inputs
 
-__all__ = ["difference"]
+__all__ = ["difference", "output_tensors"]
 
 SEEDS = 0x5EED_C0DE, 0x5EED_CAFE  # of no user: noise that tracing has made a constant shall differ from a new draw
 TOLERANCE = 1e3  # relative error in eps; at most 1 / 16, which is 16 roundings of bf16
@@ -47,10 +47,10 @@ def _outputs(model: nn.Module, inputs: Inputs, seed: int) -> list[Tensor]:
     devices = {tensor.device for tensor in (*model.parameters(), *inputs.tensors()) if tensor.is_cuda}
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        return list(_tensors(inputs.cloned().run(model), set()))
+        return list(output_tensors(inputs.cloned().run(model), set()))
 
 
-def _tensors(output: object, seen: set[int]) -> Iterator[Tensor]:
+def output_tensors(output: object, seen: set[int]) -> Iterator[Tensor]:
     """All tensors and numbers in an output, in order; objects that are no pytree are searched by attribute."""
     for leaf in tree_leaves(output):
         if isinstance(leaf, Tensor):
@@ -61,7 +61,7 @@ def _tensors(output: object, seen: set[int]) -> Iterator[Tensor]:
             seen.add(id(leaf))
             slots = [field.name for field in dataclasses.fields(leaf)] if dataclasses.is_dataclass(leaf) else ()
             named = {name: getattr(leaf, name) for name in slots} | getattr(leaf, "__dict__", {})
-            yield from _tensors(list(named.values()), seen)
+            yield from output_tensors(list(named.values()), seen)
 
 
 def _same(wanted: list[Tensor], got: list[Tensor], eps: float) -> bool:

@@ -1,9 +1,10 @@
 """Latency model: predicted (roofline) or measured time of dense and low-rank layers on a device.
 
 ``seconds = overhead + max(multiply-adds / rate, bytes / bandwidth)``. Rate, bandwidth and overheads are measured on the
-device at first use (a tenth of a second). A low-rank layer in one kernel has one overhead and moves its input, output
-and weights once; in two steps it has two, and writes and reads the intermediate. Output columns are rounded up to
-multiples of 16, and each tap of the CPU kernel costs as much as 8 channels.
+device at first use, in a second: the fastest of probes so short that other programs on the machine leave some of them
+alone. A low-rank layer in one kernel has one overhead and moves its input, output and weights once; in two steps it has
+two, and writes and reads the intermediate. Output columns are rounded up to multiples of 16, and each tap of the CPU
+kernel costs as much as 8 channels.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from statistics import median
+from itertools import cycle
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,12 @@ from ..nn.lowrank import LowRank
 from ..nn.registry import low_rank_type
 from .arguments import ExampleInputs, Inputs
 
-__all__ = ["Device", "choose", "fastest", "measure", "measure_device", "predict", "record", "seconds"]
+__all__ = ["Device", "choose", "fastest", "measure", "measure_device", "predict", "record", "seconds", "times"]
 
 PREDICTED, MEASURED = 1.25, 1.05  # least speed-up for which a layer is factorized
 COLUMNS, TAP = 16, 8  # output columns per vector block; cost of a kernel tap, in channels
 ROUNDS, MOST, SECONDS = 7, 50, 0.2  # of a measurement: least and most rounds, and target time
+PROBES = 3  # of the device, of which the fastest counts
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,23 @@ class Device:
 
 
 def seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
-    """Median seconds of each call, in interleaved rounds, so that changes of machine speed affect all alike."""
+    """Least seconds of each call, in interleaved rounds: other programs on the machine change it less than a mean."""
+    return [min(taken) for taken in times(calls, device)]
+
+
+def times(calls: Sequence[Callable[[], object]], device: torch.device) -> list[list[float]]:
+    """Seconds of each call in each round, interleaved, so that changes of machine speed affect all alike."""
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times: list[list[float]] = [[] for _ in calls]
+    found: list[list[float]] = [[] for _ in calls]
     start = time.perf_counter()
-    while len(times[0]) < ROUNDS + 2 or (time.perf_counter() - start < SECONDS and len(times[0]) < MOST):
-        for call, taken in zip(calls, times, strict=True):
+    while len(found[0]) < ROUNDS + 2 or (time.perf_counter() - start < SECONDS and len(found[0]) < MOST):
+        for call, taken in zip(calls, found, strict=True):
             sync()
             begin = time.perf_counter()
             call()
             sync()
             taken.append(time.perf_counter() - begin)
-    return [median(taken[2:]) for taken in times]
+    return [taken[2:] for taken in found]
 
 
 @cache
@@ -68,13 +75,19 @@ def measure_device(device: torch.device, dtype: torch.dtype, threads: int) -> De
     place, last = {"device": device, "dtype": dtype}, torch.channels_last
     with torch.inference_mode():
         conv = nn.Conv2d(128, 128, 3, padding=1, **place).to(memory_format=last)
-        x = torch.randn(4, 128, 28, 28, **place).to(memory_format=last)
-        source, target = torch.zeros(2**23, **place), torch.zeros(2**23, **place)
+        size, part = ((threads, 128, 20, 20), 2**21) if device.type == "cpu" else ((4, 128, 28, 28), 2**23)
+        x = torch.randn(size, **place).to(memory_format=last)
+        source, target = (torch.zeros(2**23, **place).split(part) for _ in range(2))
+        parts = (a.copy_(b) for a, b in cycle(zip(target, source, strict=True)))  # in turn, so that no cache has them
         dense, tiny = nn.Conv2d(16, 16, 1, **place).eval(), torch.zeros(1, 16, 1, 1, **place)
         low_rank = LowRankConv2d.like(dense, 8).eval()
-        macs, moved = conv.weight.numel() * x[:, 0].numel(), _bytes(source, 2 * source.numel())
-        computed, copied = seconds((lambda: conv(x), lambda: target.copy_(source)), device)
-        overheads = seconds((lambda: dense(tiny), lambda: low_rank(tiny)), device)
+        macs, moved = conv.weight.numel() * x[:, 0].numel(), _bytes(source[0], 2 * source[0].numel())
+        probes = [
+            [*seconds((lambda: conv(x), lambda: next(parts)), device),
+             *seconds((lambda: dense(tiny), lambda: low_rank(tiny)), device)]
+            for _ in range(PROBES)
+        ]  # fmt: skip
+    computed, copied, *overheads = map(min, zip(*probes, strict=True))
     return Device(macs / computed, moved / copied, *overheads)
 
 
@@ -118,7 +131,7 @@ _measured: dict[tuple, list[float]] = {}  # device, threads, input and layers ->
 
 
 def measure(layers: Sequence[nn.Module], x: Tensor) -> list[float]:
-    """Median seconds of one call of each layer on ``x``; cached by device, threads, layers and input layout."""
+    """Least seconds of one call of each layer on ``x``; cached by device, threads, layers and input layout."""
     key = (x.device, torch.get_num_threads(), x.dtype, x.shape, x.stride(), *(repr(layer) for layer in layers))
     if key not in _measured:
         with torch.inference_mode():

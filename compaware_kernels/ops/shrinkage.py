@@ -52,8 +52,17 @@ def _soft(X: Tensor, t: Tensor) -> Tensor:
     return X - X.clamp(-t, t)  # this form propagates NaN
 
 
+def _row_norms(X: Tensor) -> Tensor:
+    """Norms ``[..., m, 1]`` of rows, each divided by a power of two first, so that no square over- or underflows."""
+    if not X.shape[-1]:
+        return X.new_zeros(*X.shape[:-1], 1)
+    largest = X.detach().abs().amax(-1, keepdim=True)
+    unit = torch.where((largest > 0) & largest.isfinite(), largest.log2().floor().exp2(), 1)
+    return torch.linalg.vector_norm(X / unit, dim=-1, keepdim=True) * unit
+
+
 def _group(X: Tensor, t: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(X, dim=-1, keepdim=True)
+    norm = _row_norms(X)
     return X * torch.where(t == 0, 1, torch.where(norm <= t, 0, 1 - t / norm))
 
 
@@ -73,7 +82,7 @@ def _soft_derivative(X: Tensor, t: Tensor) -> _Derivative:
 
 
 def _group_derivative(X: Tensor, t: Tensor) -> _Derivative:
-    norm = torch.linalg.vector_norm(X, dim=-1, keepdim=True)
+    norm = _row_norms(X)
     above = norm > t
     alive, length = above.to(X.dtype), torch.where(above, norm, 1)
     unit, kept = X / length * alive, t / length

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._utils.autocast import without_autocast
 from .._utils.dtypes import compute_dtype
 from .svt_autograd import svt_backward
 from .thresholds import fold, promote, sum_to_tau
@@ -17,9 +18,10 @@ __all__ = ["svt"]
 def svt(W: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
     """Prox of the nuclear norm: ``P`` ``[..., m, n]`` and its singular values ``[..., min(m, n)]``."""
     X, t = promote(W, tau)
-    U, s, Vh = torch.linalg.svd(X, full_matrices=False)
-    s = (s - t[..., 0]).clamp_min(0)
-    return ((U * s[..., None, :]) @ Vh).to(W.dtype), s
+    with without_autocast():
+        U, s, Vh = torch.linalg.svd(X, full_matrices=False)
+        s = (s - t[..., 0]).clamp_min(0)
+        return ((U * s[..., None, :]) @ Vh).to(W.dtype), s
 
 
 @svt.register_fake

@@ -33,6 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._utils.autocast import without_autocast
 from .transforms import register_derivatives, register_vmap
 
 __all__ = ["svt_backward", "svt_double_backward"]
@@ -134,8 +135,9 @@ def svt_backward(W: Tensor, tau: Tensor, G: Tensor, g: Tensor) -> tuple[Tensor, 
     Where a singular value is tau there is no derivative; it counts as below.
     """
     G, g = _expand(W, tau, G, g)
-    d = _svd(W, tau)
-    return _first(d, _split(d, G), g * d.alive)
+    with without_autocast():
+        d = _svd(W, tau)
+        return _first(d, _split(d, G), g * d.alive)
 
 
 def _first(d: _Svd, G: _Matrix, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,15 +168,16 @@ def svt_double_backward(
     steps: of g and of h above tau, and by tau of ``df / dtau``, which is -1 above tau.
     """
     G, g, H, h = _expand(W, tau, G, g, H, h)
-    d = _svd(W, tau)
-    G, H, g, h = _split(d, G), _split(d, H), g * d.alive, h * d.alive
+    with without_autocast():
+        d = _svd(W, tau)
+        G, H, g, h = _split(d, G), _split(d, H), g * d.alive, h * d.alive
 
-    core, left = _weigh(_step_weights(d.s, d.alive.to(d.s.dtype)), H)
-    by_tau = -(core * (G.S + G.K)).sum((-2, -1)) - (left * G.B).sum((-2, -1))
+        core, left = _weigh(_step_weights(d.s, d.alive.to(d.s.dtype)), H)
+        by_tau = -(core * (G.S + G.K)).sum((-2, -1)) - (left * G.B).sum((-2, -1))
 
-    by_g, by_h = _weigh(_step_weights(d.s, g), H), _weigh(_step_weights(d.s, h), G)
-    by_W = _join(d, *(x + y for x, y in zip(by_g, by_h, strict=True))) + d.tall(_second(d, G, H))
-    return by_W.contiguous(), by_tau, *_first(d, H, h), _second_of_values(d, G, H)
+        by_g, by_h = _weigh(_step_weights(d.s, g), H), _weigh(_step_weights(d.s, h), G)
+        by_W = _join(d, *(x + y for x, y in zip(by_g, by_h, strict=True))) + d.tall(_second(d, G, H))
+        return by_W.contiguous(), by_tau, *_first(d, H, h), _second_of_values(d, G, H)
 
 
 def _second_of_values(d: _Svd, G: _Matrix, H: _Matrix) -> Tensor:

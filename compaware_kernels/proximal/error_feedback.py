@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..distributed.dtensor import is_dtensor, local
+from ..ops.validation import check_apart, check_writable
 from .record import Record
 
 __all__ = ["HALF", "check_residuals", "error_feedback", "residual", "spectrum_size", "warn_if_rounded_away", "widened"]
@@ -59,7 +60,7 @@ def check_residuals(residuals: Sequence[Tensor | None], weights: Sequence[Tensor
 
     Raises:
         TypeError: not a list of tensors and None.
-        ValueError: another number, dtype, shape or device.
+        ValueError: another number, dtype, shape or device, or memory that is shared.
     """
     if isinstance(residuals, Tensor) or not all(E is None or isinstance(E, Tensor) for E in residuals):
         raise TypeError("residuals: wanted a list of int16 tensors or None, one per weight")
@@ -73,6 +74,10 @@ def check_residuals(residuals: Sequence[Tensor | None], weights: Sequence[Tensor
         if E.dtype != torch.int16 or E.shape != W.shape or E.device != W.device or is_dtensor(E) != is_dtensor(W):
             raise ValueError(f"residual of {name}: wanted torch.int16 {list(W.shape)} on {W.device}, distributed as "
                              f"the weight; got {E.dtype} {list(E.shape)} on {E.device}")  # fmt: skip
+    given = [(local(E), f"residual of {name}") for E, name in zip(residuals, names, strict=True) if E is not None]
+    for E, label in given:
+        check_writable(E, label)
+    check_apart([E for E, _ in given], [label for _, label in given])
 
 
 @contextmanager

@@ -10,6 +10,8 @@ Every function raises, before anything is changed:
   not checked while ``torch.compile`` traces;
 * ``ValueError``: a weight that cannot be written (on the meta device, made in inference mode, expanded) or that shares
   memory with another one.  The same weight may be in the list twice, with the same arguments.
+
+Signals that arrive within a call, as that of Ctrl-C, are handled when it has ended.
 """
 
 from __future__ import annotations

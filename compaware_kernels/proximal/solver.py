@@ -26,6 +26,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .._utils.autocast import without_autocast
 from .._utils.dtypes import compute_dtype
 from ..distributed.dtensor import MatrixSharding
 from ..distributed.row_sharded import RowSharded
@@ -104,7 +105,8 @@ class Task:
         """
         self.norm = self.norm_of(jacobi.difference(self.W, self.center))
         if not math.isfinite(self.norm):
-            raise ValueError(f"{self.label}: wanted singular values that fp64 can hold; got larger ones; {UNCHANGED}")
+            wanted = "singular values that fp64 can hold"
+            raise ValueError(f"{self.label}: wanted {wanted}; got larger numbers; {UNCHANGED}")
         self.exponent = unit_exponent(self.norm)
         if self.exponent:
             self.function, self.norm = self.function.scaled(self.exponent), self.norm_of(self.scaled_difference())
@@ -311,6 +313,7 @@ def seed_of(state_seed: int, call: int, key: str) -> int:
 # --- all layers -----------------------------------------------------------------------------------------------------
 
 
+@without_autocast()
 def shrink_(
     records: Sequence[Record],
     functions: Sequence[Spectral],  # one per record

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ..distributed.dtensor import distribute_bias, is_dtensor, local, placed, redistribute_like
+from ..folds import oriented
 from ..nn import parametrization
 from ..nn.discovery import Layer
 from ..ops.validation import check_apart, check_finite, check_weight, check_weights, check_writable
@@ -15,6 +16,7 @@ from ..proximal.cuda import backend as gpu
 from ..proximal.error_feedback import STEPS, residual, widened
 from ..proximal.record import Record
 from .residuals import Residuals
+from .schedule_free import Average
 
 __all__ = ["LayerRecord", "center_weight", "check_records", "write_back"]
 
@@ -33,6 +35,8 @@ class LayerRecord(Record):
     in_place: bool  # whether weight and bias are the layer's parameters themselves
     weight_residual: Tensor | None = None
     bias_residual: Tensor | None = None
+    average: Average | None = None  # of the weight, under a schedule-free optimizer
+    bias_average: Average | None = None
 
     @classmethod
     def of(
@@ -44,6 +48,8 @@ class LayerRecord(Record):
         fold: str,
         taus: dict[str, float],
         residuals: Residuals | None,
+        average: Average | None,
+        bias_average: Average | None,
     ) -> LayerRecord:
         """Record of a layer for one step.
 
@@ -54,8 +60,15 @@ class LayerRecord(Record):
             fold: see :mod:`compaware_kernels.folds`.
             taus: penalty -> threshold > 0.
             residuals: of the weights in half precision, which get one if they have none; None: no error feedback.
+            average, bias_average: under a schedule-free optimizer, of the weight and of the bias.
         """
-        guarded = center is None and gpu.on_gpu([rows]) and not layer.is_parametrized and not is_dtensor(rows)
+        if average is not None:
+            rows = oriented(average.x, type(layer.module), layer.groups)
+        if bias_average is not None:
+            bias = bias_average.x
+        residuals = residuals if average is None and bias_average is None else None
+        alone = center is None and average is None and bias_average is None
+        guarded = alone and gpu.on_gpu([rows]) and not layer.is_parametrized and not is_dtensor(rows)
         E = None if residuals is None else residuals.of(f"{layer.name}.weight", rows)
         E_bias, in_place = None, guarded and E is None
         if bias is not None:
@@ -64,9 +77,12 @@ class LayerRecord(Record):
             bias = bias if E_bias is None else widened(bias, E_bias)
         if not in_place:
             rows = rows.clone() if E is None else widened(rows, E, _steps(layer))
+        if guarded and E is not None:
+            rows = residuals.same_copy(layer.name, rows)
         C = None if center is None else center_weight(layer, center)
         return cls(rows, layer.name, bias=bias, center=C, groups=layer.groups, fold=fold, layer=layer, taus=taus,
-                   guarded=guarded, in_place=in_place, weight_residual=E, bias_residual=E_bias)  # fmt: skip
+                   guarded=guarded, in_place=in_place, weight_residual=E, bias_residual=E_bias, average=average,
+                   bias_average=bias_average)  # fmt: skip
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -137,9 +153,14 @@ def write_back(records: Sequence[LayerRecord]) -> None:
     _check_overflow(clones)
     try:
         for record in clones:
-            record.layer.set_rows(record.weight.to(record.layer.weight.dtype))
+            if record.average is None:
+                record.layer.set_rows(record.weight.to(record.layer.weight.dtype))
+            else:
+                record.average.move(oriented(record.weight, type(record.layer.module), record.groups))
         for record, bias in zip(clones, biases, strict=True):
-            if bias is not None:
+            if record.bias_average is not None:
+                record.bias_average.move(bias)
+            elif bias is not None:
                 record.layer.module.bias.copy_(bias)
     except BaseException:
         for parametrizations, state in undo:

@@ -41,37 +41,42 @@ TRANSFORMERS: dict[str, tuple[str, dict]] = {
         "ernie", "esm", "fnet", "ibert", "layoutlm", "mobilebert", "mpnet", "mra", "nystromformer", "rembert",
         "roberta", "roformer", "squeezebert", "xlm-roberta", "yoso",
     )},
-    "funnel": (TEXT, {"block_sizes": [1, 1], "d_head": 8}),
+    "funnel": (TEXT, {"block_sizes": [1, 1], "block_repeats": [1, 1], "d_head": 8, "num_hidden_layers": None}),
     "longformer": (TEXT, {"attention_window": 4}),
     "big_bird": (TEXT, {"attention_type": "original_full"}),
     "modernbert": (CAUSAL.replace("CausalLM", "MaskedLM"), {}),
-    "xlnet": (TEXT, {}),
+    "xlnet": (TEXT, {"d_head": 8}),
     **{name: (CAUSAL, {}) for name in (
-        "biogpt", "bloom", "codegen", "cohere", "falcon", "gemma", "gemma2", "gpt2", "gpt_bigcode", "gpt_neox", "gptj",
+        "biogpt", "bloom", "cohere", "gemma", "gemma2", "gpt2", "gpt_bigcode", "gpt_neox",
         "granite", "llama", "mistral", "mixtral", "olmo", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3",
         "stablelm", "starcoder2", "xglm",
     )},
     "gpt_neo": (CAUSAL, {"attention_types": [[["global", "local"], 1]]}),
+    "codegen": (CAUSAL, {"rotary_dim": 4}),
+    "falcon": (CAUSAL, {}),
+    "gptj": (CAUSAL, {"rotary_dim": 4}),
     "mamba": (CAUSAL, {"state_size": 4}),
     "mamba2": (CAUSAL, {"state_size": 4, "num_heads": 8, "head_dim": 8, "n_groups": 2}),
     "rwkv": (CAUSAL, {}),
     "mpt": (CAUSAL, {}),
     **{name: (SEQ2SEQ, {}) for name in ("bart", "blenderbot", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5",
                                         "led", "longt5", "switch_transformers")},
-    **{name: (IMAGE, {}) for name in ("beit", "deit", "dinov2", "vit", "vit_mae", "yolos", "data2vec-vision", "ijepa")},
+    **{name: (IMAGE, {}) for name in ("beit", "deit", "dinov2", "vit", "vit_mae", "data2vec-vision", "ijepa")},
     "convnext": (IMAGE, {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2}),
     "convnextv2": (IMAGE, {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2}),
     "resnet": (IMAGE, {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}),
     "regnet": (IMAGE, {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "groups_width": 8}),
-    "swin": (IMAGE, {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "patch_size": 2, "window_size": 4}),
+    "swin": (IMAGE, {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "patch_size": 2, "window_size": 4,
+                      "num_attention_heads": None}),
     "segformer": (IMAGE, {"hidden_sizes": [16, 32, 32, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 2],
                           "decoder_hidden_size": 16}),
     "mobilevit": (IMAGE, {"hidden_sizes": [24, 32, 40], "neck_hidden_sizes": [8, 16, 24, 32, 40, 48, 64],
                           "num_attention_heads": 4, "image_size": 64}),
+    "yolos": (IMAGE, {"image_size": [32, 32]}),
     "mobilenet_v2": (IMAGE, {"depth_multiplier": 0.25, "image_size": 64}),
     "poolformer": (IMAGE, {"hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1]}),
     "levit": (IMAGE, {"hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1],
-                      "key_dim": [8, 8, 8], "image_size": 64}),
+                      "key_dim": [8, 8, 8], "image_size": 64, "patch_size": 16}),
     "pvt_v2": (IMAGE, {"hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 2]}),
     "clip": ("clip", {"text_config": TOWER | {"vocab_size": 99, "max_position_embeddings": 16, "eos_token_id": 2},
                       "vision_config": TOWER | {"image_size": 32, "patch_size": 8}, "projection_dim": 16}),
@@ -87,8 +92,9 @@ def of_transformers(name: str) -> tuple[nn.Module, dict]:
 
     kind, changes = TRANSFORMERS[name]
     known = transformers.AutoConfig.for_model(name)
-    sizes = {key: value for key, value in SIZES.items() if key in known.attribute_map or hasattr(known, key)}
-    config = transformers.AutoConfig.for_model(name, **{**sizes, **changes})
+    sizes = {key: value for key, value in SIZES.items() if key in known.attribute_map or key in known.to_dict()}
+    sizes = {key: value for key, value in {**sizes, **changes}.items() if value is not None}
+    config = transformers.AutoConfig.for_model(name, **sizes)
     auto = getattr(transformers, kind if kind.startswith("Auto") else "AutoModel")
     model = auto.from_config(config)
     words = torch.arange(3, 11).reshape(2, 4)
@@ -97,7 +103,7 @@ def of_transformers(name: str) -> tuple[nn.Module, dict]:
         inputs["decoder_input_ids"] = words[:, :3]
     if kind in (IMAGE, "clip"):
         size = config.vision_config.image_size if kind == "clip" else changes.get("image_size", 32)
-        image = {"pixel_values": torch.randn(2, 3, size, size)}
+        image = {"pixel_values": torch.randn(2, 3, *(size if isinstance(size, list) else (size, size)))}
         inputs = image | (inputs if kind == "clip" else {})
     if kind == "whisper":
         inputs = {"input_features": torch.randn(2, 16, 20), "decoder_input_ids": words}

@@ -1,6 +1,6 @@
 """Search for violations of the SVT solver's error bounds and tolerance, over seeded random cases.
 
-    python -m tests.proximal.hunt 20000 --seed 0 [--family "tau +- 1 ulp"] [--op firm_svt_]
+    python -m tests.proximal.hunt 20000 --seed 0 [--family "tau +- 1 ulp"] [--op firm_svt_] [--extreme]
 
 ``case(seed)`` makes a case, ``check`` compares it with the fp64 truth. Whatever the matrix, the scale and the state:
 the bounds hold, the tolerance is met, ``s`` and ``rank`` are those of the result, a repeated call gives the same bits,
@@ -162,8 +162,8 @@ def _next(W: np.ndarray, how: str, rng) -> np.ndarray:
     }[how]
 
 
-def case(seed: int, family: str | None = None, wanted: str | None = None) -> Case:
-    """The case of this seed: the same on every machine."""
+def case(seed: int, family: str | None = None, wanted: str | None = None, extreme: bool = False) -> Case:
+    """The case of this seed: the same on every machine; ``extreme``: at the ends of the range of the dtype."""
     rng = np.random.default_rng(seed)
     op = str(rng.choice(["svt_", "spectral_ball_", "weighted_svt_", "truncate_", "svt"], p=[0.64, 0.1, 0.1, 0.1, 0.06]))
     op = op if wanted is None else wanted.replace("firm_", "")
@@ -181,7 +181,8 @@ def case(seed: int, family: str | None = None, wanted: str | None = None) -> Cas
     ranges = [(0, 0), (-3, 2), (-4, 2) if dtype == torch.float16 else (-30, 30), ends]
     which = rng.choice(4, p=[0.6, 0.15, 0.1, 0.15])
     scale = 10 ** rng.uniform(*ranges[which])
-    if which == 3 and rng.random() < 0.4:  # at the end of the range
+    if (which == 3 and rng.random() < 0.4) or extreme:  # at the end of the range
+        which = 3
         scale = 10 ** rng.choice([ends[0] + rng.uniform(0, 3), ends[1] - rng.uniform(0, 3)])
     largest = info.max if which == 3 else info.max / 16
     kwargs = {"tol": 10.0 ** -rng.choice([1, 2, 3, 3, 3, 4, 5, 6]), "fold": None}
@@ -192,20 +193,18 @@ def case(seed: int, family: str | None = None, wanted: str | None = None) -> Cas
         T = T.mT.contiguous().mT if layout < 0.1 else T
         return torch.cat([T, T], -1)[..., : T.shape[-1]] if 0.1 < layout < 0.2 else T
 
-    parameter, calls = [min(tau * scale, 1e308) for tau in taus], [A]
+    parameter, calls = [tau * min(scale, 1e308 / max(1, tau)) for tau in taus], [A]
     if rng.random() < 0.03:  # at the limits of the range
         parameter = [float(rng.choice([5e-324, 1e-310, 1e-45, 1e-40, 1e30, 1e39, 1e308])) for _ in taus]
     if op == "svt":  # thresholds are rounded to the dtype it computes in
         compute = torch.promote_types(dtype, torch.float32)
-        parameter = [float(torch.tensor(min(tau, torch.finfo(compute).max)).to(compute)) for tau in parameter]
+        parameter = [float(torch.tensor(min(tau, torch.finfo(compute).max), dtype=compute)) for tau in parameter]
     if op == "truncate_":
         parameter = [int(rng.integers(0, rng.choice([4, min(W.shape[-2:]) + 2]))) for W in A]
     if op == "weighted_svt_":
         rises = [np.cumsum(rng.random(min(W.shape[-2:]))) * rng.choice([0, 0, 1e-3, 0.1, 10]) for W in A]
-        parameter = [
-            torch.tensor(np.minimum(tau * (1 + rise), 1e308 / max(1, scale)) * scale)
-            for tau, rise in zip(taus, rises, strict=True)
-        ]
+        rises = [np.minimum(tau * (1 + rise), 1e308 / max(1, scale)) for tau, rise in zip(taus, rises, strict=True)]
+        parameter = [torch.tensor(rise * scale) for rise in rises]
     if op == "svt_" and rng.random() < 0.1:
         sizes = [rng.choice([1e-3, 1, 1e3]) * abs(W).max() for W in A]
         kwargs["center"] = [tensor(size * rng.standard_normal(W.shape)) for W, size in zip(A, sizes, strict=True)]
@@ -366,12 +365,14 @@ def check(case: Case, found: list[Measured] | None = None) -> tuple[bool, float,
     return not problems, min((got.ratio for got in found), default=math.inf), "; ".join(problems)
 
 
-def main(cases: int, seed: int = 0, family: str | None = None, op: str | None = None, show: int = 30) -> None:
+def main(
+    cases: int, seed: int = 0, family: str | None = None, op: str | None = None, extreme: bool = False, show: int = 30
+) -> None:
     """Check the cases of so many seeds; exit with 1 if anything does not hold."""
     torch.set_num_threads(1)
     count, ratio, use, bad = Counter(), defaultdict(lambda: math.inf), defaultdict(float), []
     for at in track(range(seed, seed + cases), "Hunting"):
-        made, found = case(at, family, op), []
+        made, found = case(at, family, op, extreme), []
         holds, _, message = check(made, found)
         for got in found:
             route = "several in one batch" if " + " in got.route else got.route

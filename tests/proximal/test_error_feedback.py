@@ -106,6 +106,7 @@ def test_mixed_dtypes():
         ([[0]], TypeError, "wanted a list"),
         ([torch.zeros(8, 8)], ValueError, r"residual of weights\[0\]: wanted torch.int16 \[8, 8\]"),
         ([torch.zeros(8, 7, dtype=torch.int16)], ValueError, "wanted torch.int16"),
+        ([torch.zeros(8, 1, dtype=torch.int16).expand(8, 8)], ValueError, "elements that share memory"),
     ],
 )
 def test_refused(residuals, error, words):

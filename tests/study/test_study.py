@@ -4,6 +4,7 @@ import glob
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -96,6 +97,8 @@ def test_from_the_command_to_the_report(tmp_path):
     assert "2 trainings, 2 left" in done.stdout and "nuclear+group" in done.stdout and "Written:" in done.stdout
     page, results = (out / "report.html").read_text(), json.loads((out / "results.json").read_text())
     assert page.count("<svg") >= 8 and "nan" not in page.lower()
+    outside = re.sub(r'<div class="(scroll|panels|narrow)">.*?</div>', "", page, flags=re.S)
+    assert "<table" not in outside and "<svg" not in outside  # on a phone all wide things scroll, shrink or stack
     assert (out / "curves.svg").read_text().startswith("<svg")
     assert len(results["records"]) == 2 and results["config"]["epochs"] == 1
     assert all(r["points"][0]["milliseconds"] > 0 for r in results["records"])

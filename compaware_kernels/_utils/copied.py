@@ -34,7 +34,8 @@ def _complete(new: fx.GraphModule, old: fx.GraphModule, memo: dict[int, object])
     """Give a copy what torch.fx does not copy: the name of its class, hooks, attributes of a subclass."""
     type(new).__name__ = type(old).__name__
     for name, value in vars(old).items():
-        if name not in vars(new) or (name in MODULE_STATE and "hooks" in name):
+        lost = name not in vars(new) and name != "_compiled_call_impl"  # which deepcopy of other modules drops, too
+        if lost or (name in MODULE_STATE and "hooks" in name):
             vars(new)[name] = copy.deepcopy(value, memo)
 
 

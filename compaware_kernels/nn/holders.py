@@ -20,6 +20,8 @@ READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # pass the weight
 # Methods by which a layer's class uses its weight, and those on which no output depends.
 USES = {"forward", "_conv_forward", "_output_padding", "__call__", "_call_impl", "__getattr__", "__getattribute__"}
 HARMLESS = {"extra_repr", "reset_parameters", "_get_name"}
+# Attributes of a module that hold nothing else than its children, or (of ``module.compile()``) are not copied with it.
+LEFT_OUT = {"_modules", "_parameters", "_buffers", "_compiled_call_impl"}
 
 
 def why_dense(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
@@ -115,7 +117,7 @@ def _held(model: nn.Module) -> dict[int, str]:
     held = {}
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
-            if attribute not in ("_modules", "_parameters", "_buffers"):
+            if attribute not in LEFT_OUT:
                 for found in _reachable(value):
                     held.setdefault(id(found), f"{name}.{attribute}".lstrip("."))
     return held

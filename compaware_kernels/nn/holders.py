@@ -70,7 +70,7 @@ def tied_weights(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
 
 
 def kind_of(kind: type) -> str:
-    """Name of a class: ``nn.Linear`` for one of torch.nn, else with its module, as another library's may be alike."""
+    """Name of a class with its module, ``nn`` for those of torch.nn: another library's may be called the same."""
     return f"nn.{kind.__name__}" if getattr(nn, kind.__name__, None) is kind else f"{kind.__module__}.{kind.__name__}"
 
 

@@ -11,9 +11,8 @@ from torch.nn.modules.module import _WrappedHook
 
 from ..folds import CONVS, TRANSPOSED
 
-__all__ = ["NORMS", "copy_requires_grad", "is_plain", "is_shared", "keep_inputs",
-           "keep_outputs", "plain_attributes", "replace", "resized", "sizes", "to_channels_last", "why_fixed",
-           "why_irreplaceable"]  # fmt: skip
+__all__ = ["NORMS", "copy_requires_grad", "is_plain", "is_shared", "keep_inputs", "keep_outputs", "plain_attributes",
+           "replace", "resized", "short_name", "sizes", "to_channels_last", "why_fixed", "why_irreplaceable"]  # fmt: skip
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 STATE_KEYS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
@@ -87,9 +86,15 @@ def keep_inputs(module: nn.Module, keep: Tensor, constant: Tensor) -> nn.Module:
     return new
 
 
+def short_name(kind: type) -> str:
+    """Name of a class; with its module if torch.nn has another one of this name."""
+    alone = getattr(nn, kind.__name__, kind) is kind
+    return kind.__name__ if alone else f"{kind.__module__}.{kind.__name__}"
+
+
 def why_fixed(module: nn.Module) -> str:
     """Why this layer cannot be resized; "" for a plain Linear, ungrouped convolution or batch norm."""
-    kind = f"a {type(module).__name__}"
+    kind = f"a {short_name(type(module))}"
     if type(module) not in (nn.Linear, *CONVS, *NORMS):  # a subclass may do anything in its forward
         return kind
     if getattr(module, "groups", 1) > 1:

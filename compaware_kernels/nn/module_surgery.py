@@ -12,7 +12,8 @@ from torch.nn.modules.module import _WrappedHook
 from ..folds import CONVS, TRANSPOSED
 
 __all__ = ["NORMS", "copy_requires_grad", "is_plain", "is_shared", "keep_inputs", "keep_outputs", "plain_attributes",
-           "replace", "resized", "short_name", "sizes", "to_channels_last", "why_fixed", "why_irreplaceable"]  # fmt: skip
+           "replace", "resized", "short_name", "sizes", "to_channels_last", "why_fixed",
+           "why_irreplaceable"]  # fmt: skip
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 STATE_KEYS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}

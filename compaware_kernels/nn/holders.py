@@ -20,8 +20,6 @@ READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # pass the weight
 # Methods by which a layer's class uses its weight, and those on which no output depends.
 USES = {"forward", "_conv_forward", "_output_padding", "__call__", "_call_impl", "__getattr__", "__getattribute__"}
 HARMLESS = {"extra_repr", "reset_parameters", "_get_name"}
-# Attributes of a module that hold nothing else than its children, or (of ``module.compile()``) are not copied with it.
-LEFT_OUT = {"_modules", "_parameters", "_buffers", "_compiled_call_impl"}
 
 
 def why_dense(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
@@ -70,7 +68,7 @@ def tied_weights(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
 
 
 def kind_of(kind: type) -> str:
-    """Name of a class with its module, ``nn`` for those of torch.nn: another library's may be called the same."""
+    """Name of a class: ``nn.Linear`` for one of torch.nn, else with its module, as another library's may be alike."""
     return f"nn.{kind.__name__}" if getattr(nn, kind.__name__, None) is kind else f"{kind.__module__}.{kind.__name__}"
 
 
@@ -114,10 +112,11 @@ def _subclass(layer: nn.Module, own: set[str]) -> str:
 
 def _held(model: nn.Module) -> dict[int, str]:
     """Modules and tensors by ``id`` that plain attributes hold, also in containers and functions -> the attribute."""
+    own = ("_modules", "_parameters", "_buffers", "_compiled_call_impl")  # the last: module.compile(), left by copies
     held = {}
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
-            if attribute not in LEFT_OUT:
+            if attribute not in own:
                 for found in _reachable(value):
                     held.setdefault(id(found), f"{name}.{attribute}".lstrip("."))
     return held

@@ -42,9 +42,14 @@ def _complete(new: fx.GraphModule, old: fx.GraphModule, memo: dict[int, object])
 class _DetachedCopies(TorchFunctionMode):
     """Deep copies of tensors that an operation computed are detached; ``copy.deepcopy`` refuses them otherwise."""
 
+    def __init__(self):
+        super().__init__()
+        self.alive: list[Tensor] = []  # the memo of deepcopy goes by id, which another tensor would get
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is Tensor.__deepcopy__ and not args[0].is_leaf:
-            args = (args[0].detach(), *args[1:])
+            self.alive.append(args[0].detach())
+            args = (self.alive[-1], *args[1:])
         return func(*args, **(kwargs or {}))
 
 

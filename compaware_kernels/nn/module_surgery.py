@@ -174,6 +174,9 @@ def _take_over(old: nn.Module, new: nn.Module) -> None:
     new._is_full_backward_hook = old._is_full_backward_hook
     if isinstance(getattr(old, "weight", None), Tensor) and isinstance(getattr(new, "weight", None), Tensor):
         copy_requires_grad(old, new)
+    mine, theirs = (getattr(module, "second", module) for module in (old, new))
+    if (mine is old) != (theirs is new) and _same_kind(getattr(mine, "bias", None), getattr(theirs, "bias", None)):
+        theirs.bias = mine.bias  # to or from a low-rank layer: a bias that others share stays shared
     for name, parameter in old._parameters.items():
         if not hasattr(new, name) and name not in ("weight", "bias"):
             new.register_parameter(name, parameter)
@@ -183,6 +186,13 @@ def _take_over(old: nn.Module, new: nn.Module) -> None:
     for name, value in plain_attributes(old).items():
         if name not in own_attributes:
             vars(new).setdefault(name, value)
+
+
+def _same_kind(a: object, b: object) -> bool:
+    """Whether both are parameters of the same shape and dtype on the same device."""
+    if not (isinstance(a, nn.Parameter) and isinstance(b, nn.Parameter)):
+        return False
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
 def to_channels_last(model: nn.Module) -> nn.Module:

@@ -34,16 +34,22 @@ def _complete(new: fx.GraphModule, old: fx.GraphModule, memo: dict[int, object])
     """Give a copy what torch.fx does not copy: the name of its class, hooks, attributes of a subclass."""
     type(new).__name__ = type(old).__name__
     for name, value in vars(old).items():
-        if name not in vars(new) or (name in MODULE_STATE and "hooks" in name):
+        lost = name not in vars(new) and name != "_compiled_call_impl"  # which deepcopy of other modules drops, too
+        if lost or (name in MODULE_STATE and "hooks" in name):
             vars(new)[name] = copy.deepcopy(value, memo)
 
 
 class _DetachedCopies(TorchFunctionMode):
     """Deep copies of tensors that an operation computed are detached; ``copy.deepcopy`` refuses them otherwise."""
 
+    def __init__(self):
+        super().__init__()
+        self.alive: list[Tensor] = []  # the memo of deepcopy goes by id, which another tensor would get
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is Tensor.__deepcopy__ and not args[0].is_leaf:
-            args = (args[0].detach(), *args[1:])
+            self.alive.append(args[0].detach())
+            args = (self.alive[-1], *args[1:])
         return func(*args, **(kwargs or {}))
 
 

@@ -52,6 +52,7 @@ KNOWN = {
     ("torch.reads the weight", "to_plain"): "shapes cannot be multiplied",
     ("torch.weight decay in forward", "to_plain"): "relative error",
     ("torch.nested tensors", "counts"): "unknown",
+    ("timm.beit_base_patch16_224", "to_plain"): "shapes cannot be multiplied",
     ("transformers.mamba", "to_plain"): "Expected size",
     ("transformers.wavlm", "to_plain"): "has no attribute 'bias'",
 }

@@ -112,10 +112,11 @@ def _subclass(layer: nn.Module, own: set[str]) -> str:
 
 def _held(model: nn.Module) -> dict[int, str]:
     """Modules and tensors by ``id`` that plain attributes hold, also in containers and functions -> the attribute."""
+    own = ("_modules", "_parameters", "_buffers", "_compiled_call_impl")  # the last: module.compile(), left by copies
     held = {}
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
-            if attribute not in ("_modules", "_parameters", "_buffers"):
+            if attribute not in own:
                 for found in _reachable(value):
                     held.setdefault(id(found), f"{name}.{attribute}".lstrip("."))
     return held

@@ -128,8 +128,8 @@ TIMM: dict[str, dict] = {
         "efficientformer_l1", "efficientformerv2_s0", "coat_tiny", "tiny_vit_5m_224", "volo_d1_224", "hiera_tiny_224",
     )},
     **{name: {} for name in (
-        "convmixer_768_32", "crossvit_tiny_240", "cs3darknet_s", "cspdarknet53", "davit_tiny", "densenet121", "dla46_c", "dpn48b",
-        "edgenext_xx_small", "efficientvit_b0", "efficientvit_m0", "fastvit_t8", "focalnet_tiny_srf", "fbnetc_100",
+        "convmixer_768_32", "crossvit_tiny_240", "cs3darknet_s", "cspdarknet53", "davit_tiny", "densenet121", "dla46_c",
+        "dpn48b", "edgenext_xx_small", "efficientvit_b0", "efficientvit_m0", "fastvit_t8", "focalnet_tiny_srf", "fbnetc_100",
         "gcresnet33ts", "ghostnet_050", "halonet26t", "hardcorenas_a", "hgnetv2_b0", "hrnet_w18_small",
         "inception_next_atto", "lcnet_035", "levit_128s", "mambaout_femto", "mnasnet_small", "mobilenetv3_small_050",
         "mobilenetv4_conv_small_035", "mobileone_s0", "mobilevit_xxs", "mobilevitv2_050", "nf_regnet_b0", "nf_resnet26",

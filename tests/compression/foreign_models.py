@@ -129,7 +129,8 @@ TIMM: dict[str, dict] = {
     )},
     **{name: {} for name in (
         "convmixer_768_32", "crossvit_tiny_240", "cs3darknet_s", "cspdarknet53", "davit_tiny", "densenet121", "dla46_c",
-        "dpn48b", "edgenext_xx_small", "efficientvit_b0", "efficientvit_m0", "fastvit_t8", "focalnet_tiny_srf", "fbnetc_100",
+        "dpn48b", "edgenext_xx_small", "efficientvit_b0", "efficientvit_m0", "fastvit_t8", "focalnet_tiny_srf",
+        "fbnetc_100",
         "gcresnet33ts", "ghostnet_050", "halonet26t", "hardcorenas_a", "hgnetv2_b0", "hrnet_w18_small",
         "inception_next_atto", "lcnet_035", "levit_128s", "mambaout_femto", "mnasnet_small", "mobilenetv3_small_050",
         "mobilenetv4_conv_small_035", "mobileone_s0", "mobilevit_xxs", "mobilevitv2_050", "nf_regnet_b0", "nf_resnet26",
@@ -164,7 +165,7 @@ def of_timm(name: str) -> tuple[nn.Module, tuple]:
     import timm
 
     options = TIMM[name] | TINY.get(name, {})
-    size = options.get("img_size", 240 if name.endswith("240") else 64)
+    size = options.get("img_size", {"crossvit_tiny_240": 240, "levit_128s": 224}.get(name, 64))
     size = size[0] if isinstance(size, tuple) else size
     model = timm.create_model(name, pretrained=False, num_classes=10, **options)
     if name.startswith("test_"):

@@ -249,7 +249,10 @@ def _check_on_all_ranks(check, weights: Sequence[Tensor]):
 
 
 def _check_apart(records: Sequence[Record], parameters: Sequence[object]) -> None:
-    """:func:`check_apart` of the local weights and biases; parameters: of the operator, one per record."""
+    """:func:`check_apart` of the local weights and biases; parameters: of the operator, one per record.
+
+    Weights that are tied on one rank are tied on all, so only biases need a collective call.
+    """
     biased = [i for i, record in enumerate(records) if record.bias is not None]
     owners = [*range(len(records)), *biased]
     tensors = [record.weight for record in records] + [records[i].bias for i in biased]
@@ -263,7 +266,7 @@ def _check_apart(records: Sequence[Record], parameters: Sequence[object]) -> Non
     def check() -> None:
         check_apart(_local_shards(tensors), labels, lambda i, j: arguments(i) == arguments(j))
 
-    _check_on_all_ranks(check, tensors)
+    _check_on_all_ranks(check, tensors) if biased else check()
 
 
 def _unshared(center: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:

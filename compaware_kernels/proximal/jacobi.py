@@ -66,7 +66,7 @@ def small_shapes(weights: Sequence[Tensor]) -> set[tuple[int, int]]:
     return {
         (m, n)
         for (m, n), count in counts.items()
-        if 0 < min(m, n) <= (SHORT if count >= MANY else ALONE) and max(m, n) <= LONG
+        if count and 0 < min(m, n) <= (SHORT if count >= MANY else ALONE) and max(m, n) <= LONG
     }
 
 

@@ -64,7 +64,11 @@ lora-study: .venv/built
 # tensors under transforms of torch.
 hunt: .venv/built
 	$(BIN)/python -m tests.proximal.hunt 20000
+<<<<<<< HEAD
 	$(BIN)/python -m tests.fuzz.ops 20000
+=======
+	$(BIN)/python -m tests.fuzz.files 10000
+>>>>>>> tensors
 
 lint: .venv/pins
 	$(BIN)/ruff check .

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 import sys
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
 
-from . import ranks
-from ._utils.atomic_write import write_text
 from ._utils.tables import text_table
-from .compression import checkpoint
-from .compression.compress import compress as compress_model
+from ._utils.version import __version__
+from .compression import command
 from .environment import info as gather_info
 from .ops import quarantine
 from .study import Stopped
@@ -46,6 +38,20 @@ def main() -> None:
         sys.exit(1)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"compaware {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True,
+                                          help="Print the version.")] = False,
+) -> None:  # fmt: skip
+    pass
+
+
 @app.command()
 def demo(
     data: Annotated[Path | None, typer.Option(help="Folder of IDX files (MNIST, Fashion-MNIST), gzipped or not. "
@@ -62,10 +68,11 @@ def demo(
 
     Prints a table, and writes an HTML report with curves of accuracy against size, the results and the networks.
     """
-    from .demo import command
+    from .demo import command as demo_command
 
     torch.set_num_threads(threads)
-    command.run(command.settings(data, seeds, epochs, tune_epochs, nuclear, group), out, _progress)
+    settings = demo_command.settings(data, seeds, epochs, tune_epochs, nuclear, group)
+    demo_command.run(settings, out, _progress)
 
 
 @app.command()
@@ -81,9 +88,9 @@ def study(
     Trains every method at every strength and seed, compresses all networks alike, fine-tunes and evaluates them. When
     it was interrupted or killed, running it again continues it. Writes a table, results as JSON and an HTML report.
     """
-    from .study import command
+    from .study import command as study_command
 
-    command.run(config, data, out, processes, _progress)
+    study_command.run(config, data, out, processes, _progress)
 
 
 @app.command()
@@ -128,10 +135,10 @@ def _selftest() -> int:
 @app.command()
 def compress(
     weights: Annotated[Path, typer.Argument(help="Trained weights: a .safetensors file, or a torch state dict (.pt).")],
-    model: Annotated[str, typer.Option(help="How to build the dense network: MODULE:FUNCTION without arguments. "
-                                            "The module is imported, so it runs: name only code you trust.")],
+    model: Annotated[str, typer.Option(help="How to build the dense network: MODULE:FUNCTION. The module is imported, "
+                                            "so it runs: name only code you trust.")],
     input: Annotated[str, typer.Option(help="Shape of one input, for example 1,3,224,224.")],
-    out: Annotated[Path, typer.Option(help="File for the compressed model (.safetensors).")],
+    out: Annotated[Path, typer.Option(help="File for the compressed model (.safetensors); its folder is made.")],
     rank: Annotated[str, typer.Option(help="Rank rule: energy:0.99, nuclear:0.9, threshold:1e-3, relative:0.05, "
                                            "fixed:16, share:0.25.")] = "energy:0.99",
     fold: Annotated[str, typer.Option(help="Convolutions as matrices: paper, spatial, input or auto.")] = "paper",
@@ -140,31 +147,21 @@ def compress(
     measure: Annotated[bool, typer.Option(help="Measure layers on this machine instead of predicting.")] = False,
     skip: Annotated[list[str] | None, typer.Option(help="Name pattern of layers to leave alone (repeatable).")] = None,
     report: Annotated[Path | None, typer.Option(help="Also write the report as JSON.")] = None,
+    key: Annotated[str | None, typer.Option(help="Where in the file the state dict is: model, or ema.module. "
+                                            "Default: the first that fits.")] = None,
+    model_args: Annotated[str, typer.Option(help="Arguments of FUNCTION, as Python literals: 10, width=0.5.")] = "",
 ) -> None:  # fmt: skip
     """Factorize the low-rank layers of a trained network, remove its dead neurons, and save the result.
 
-    Load it with ck.load(OUT, dense_model). Weights are read without executing code.
+    Weights are read without executing code. They may be nested ({"state_dict": ...}), and names may have prefixes
+    (module., _orig_mod.). Load the result with ck.load(OUT, dense_model).
     """
-    rule, shape = ranks.parse(rank), _shape(input)
-    network = _build(model)
-    state = _read_weights(weights)
-    try:
-        network.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{weights}: wanted a state dict of {model}; got {error}") from error
-    try:
-        with torch.no_grad():
-            network.eval()(torch.zeros(shape))
-    except (RuntimeError, IndexError) as error:
-        raise ValueError(f"--input: wanted a shape that {model} accepts; got {input}: {error}") from error
-    small, summary = compress_model(
-        network, rule, (torch.zeros(shape),), fold=fold, goal=goal, measure=measure, skip=skip or ()
-    )
-    checkpoint.save(small, out)
-    if report:
-        write_text(report, json.dumps(summary.to_dict(), indent=1))
-    print(summary)
-    print(f"\nWritten: {out}" + (f", {report}" if report else ""))
+    if not all(model.partition(":")[::2]):
+        raise typer.BadParameter(
+            f"wanted MODULE:FUNCTION, for example torchvision.models:resnet18; got {model!r}", param_hint="--model"
+        )
+    command.run(weights, model, _shape(input), out, rank=rank, fold=fold, goal=goal, measure=measure, skip=skip or (),
+                report=report, key=key, model_args=model_args)  # fmt: skip
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -178,37 +175,6 @@ def _shape(text: str) -> tuple[int, ...]:
             f"wanted whole numbers >= 1 separated by commas, 1,3,224,224; got {text!r}", param_hint="--input"
         )
     return shape
-
-
-def _build(spec: str) -> nn.Module:
-    """The network that MODULE:FUNCTION returns; also finds modules in the working directory."""
-    module, _, function = spec.partition(":")
-    if not module or not function:
-        raise typer.BadParameter(
-            f"wanted MODULE:FUNCTION, for example torchvision.models:resnet18; got {spec!r}", param_hint="--model"
-        )
-    sys.path.insert(0, os.getcwd())
-    factory = getattr(importlib.import_module(module), function, None)
-    network = factory() if callable(factory) else None
-    if not isinstance(network, nn.Module):
-        raise ValueError(
-            f"--model {spec}: wanted a function that returns a torch.nn.Module; got {type(network).__name__}"
-        )
-    return network
-
-
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """State dict of a .safetensors file or of one that ``torch.save`` wrote, read without executing code."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        return (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError, UnpicklingError) as error:
-        raise ValueError(f"{path}: wanted a readable state dict; got {error}") from error
 
 
 def _progress() -> Progress:

@@ -1,9 +1,10 @@
 """Latency model: predicted (roofline) or measured time of dense and low-rank layers on a device.
 
 ``seconds = overhead + max(multiply-adds / rate, bytes / bandwidth)``. Rate, bandwidth and overheads are measured on the
-device at first use (a tenth of a second). A low-rank layer in one kernel has one overhead and moves its input, output
-and weights once; in two steps it has two, and writes and reads the intermediate. Output columns are rounded up to
-multiples of 16, and each tap of the CPU kernel costs as much as 8 channels.
+device at first use, in a second: the fastest of probes so short that other programs on the machine leave some of them
+alone. A low-rank layer in one kernel has one overhead and moves its input, output and weights once; in two steps it has
+two, and writes and reads the intermediate. Output columns are rounded up to multiples of 16, and each tap of the CPU
+kernel costs as much as 8 channels.
 """
 
 from __future__ import annotations
@@ -14,20 +15,23 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from statistics import median
+from itertools import cycle
 
 import torch
 from torch import Tensor, nn
 
+from .._utils.eval_mode import layer_by_layer
 from ..nn.conv import LowRankConv2d
 from ..nn.lowrank import LowRank
-from ..nn.registry import LOW_RANK
+from ..nn.registry import low_rank_type
+from .arguments import ExampleInputs, Inputs
 
-__all__ = ["Device", "choose", "fastest", "measure", "measure_device", "predict", "record", "seconds"]
+__all__ = ["Device", "choose", "fastest", "measure", "measure_device", "predict", "record", "seconds", "times"]
 
 PREDICTED, MEASURED = 1.25, 1.05  # least speed-up for which a layer is factorized
 COLUMNS, TAP = 16, 8  # output columns per vector block; cost of a kernel tap, in channels
 ROUNDS, MOST, SECONDS = 7, 50, 0.2  # of a measurement: least and most rounds, and target time
+PROBES = 3  # of the device, of which the fastest counts
 
 
 @dataclass(frozen=True)
@@ -46,18 +50,23 @@ class Device:
 
 
 def seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
-    """Median seconds of each call, in interleaved rounds, so that changes of machine speed affect all alike."""
+    """Least seconds of each call, in interleaved rounds: other programs on the machine change it less than a mean."""
+    return [min(taken) for taken in times(calls, device)]
+
+
+def times(calls: Sequence[Callable[[], object]], device: torch.device) -> list[list[float]]:
+    """Seconds of each call in each round, interleaved, so that changes of machine speed affect all alike."""
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times: list[list[float]] = [[] for _ in calls]
+    found: list[list[float]] = [[] for _ in calls]
     start = time.perf_counter()
-    while len(times[0]) < ROUNDS + 2 or (time.perf_counter() - start < SECONDS and len(times[0]) < MOST):
-        for call, taken in zip(calls, times, strict=True):
+    while len(found[0]) < ROUNDS + 2 or (time.perf_counter() - start < SECONDS and len(found[0]) < MOST):
+        for call, taken in zip(calls, found, strict=True):
             sync()
             begin = time.perf_counter()
             call()
             sync()
             taken.append(time.perf_counter() - begin)
-    return [median(taken[2:]) for taken in times]
+    return [taken[2:] for taken in found]
 
 
 @cache
@@ -66,13 +75,19 @@ def measure_device(device: torch.device, dtype: torch.dtype, threads: int) -> De
     place, last = {"device": device, "dtype": dtype}, torch.channels_last
     with torch.inference_mode():
         conv = nn.Conv2d(128, 128, 3, padding=1, **place).to(memory_format=last)
-        x = torch.randn(4, 128, 28, 28, **place).to(memory_format=last)
-        source, target = torch.zeros(2**23, **place), torch.zeros(2**23, **place)
+        size, part = ((threads, 128, 20, 20), 2**21) if device.type == "cpu" else ((4, 128, 28, 28), 2**23)
+        x = torch.randn(size, **place).to(memory_format=last)
+        source, target = (torch.zeros(2**23, **place).split(part) for _ in range(2))
+        parts = (a.copy_(b) for a, b in cycle(zip(target, source, strict=True)))  # in turn, so that no cache has them
         dense, tiny = nn.Conv2d(16, 16, 1, **place).eval(), torch.zeros(1, 16, 1, 1, **place)
         low_rank = LowRankConv2d.like(dense, 8).eval()
-        macs, moved = conv.weight.numel() * x[:, 0].numel(), _bytes(source, 2 * source.numel())
-        computed, copied = seconds((lambda: conv(x), lambda: target.copy_(source)), device)
-        overheads = seconds((lambda: dense(tiny), lambda: low_rank(tiny)), device)
+        macs, moved = conv.weight.numel() * x[:, 0].numel(), _bytes(source[0], 2 * source[0].numel())
+        probes = [
+            [*seconds((lambda: conv(x), lambda: next(parts)), device),
+             *seconds((lambda: dense(tiny), lambda: low_rank(tiny)), device)]
+            for _ in range(PROBES)
+        ]  # fmt: skip
+    computed, copied, *overheads = map(min, zip(*probes, strict=True))
     return Device(macs / computed, moved / copied, *overheads)
 
 
@@ -116,7 +131,7 @@ _measured: dict[tuple, list[float]] = {}  # device, threads, input and layers ->
 
 
 def measure(layers: Sequence[nn.Module], x: Tensor) -> list[float]:
-    """Median seconds of one call of each layer on ``x``; cached by device, threads, layers and input layout."""
+    """Least seconds of one call of each layer on ``x``; cached by device, threads, layers and input layout."""
     key = (x.device, torch.get_num_threads(), x.dtype, x.shape, x.stride(), *(repr(layer) for layer in layers))
     if key not in _measured:
         with torch.inference_mode():
@@ -132,7 +147,7 @@ def choose(
     Returns:
         the candidate, or None; its speed-up (dense time / its time); and the reason as text.
     """
-    low_rank = [LOW_RANK[type(dense)].like(dense, rank, fold).eval() for fold, rank in candidates]
+    low_rank = [low_rank_type(dense).like(dense, rank, fold).eval() for fold, rank in candidates]
     layers = [copy.deepcopy(dense).eval(), *low_rank]
     taken = measure(layers, x) if measured else [predict(layer, x, y) for layer in layers]
     best = min(range(len(candidates)), key=lambda i: taken[1 + i])
@@ -143,16 +158,16 @@ def choose(
     return None, gain, f"rank {rank}, fold {fold}, would be {gain:.2g}x as fast ({how}; {wanted}x is wanted)"
 
 
-def fastest(models: Sequence[nn.Module], inputs: tuple) -> int:
+def fastest(models: Sequence[nn.Module], inputs: ExampleInputs | Inputs) -> int:
     """Index of the fastest model; 0 unless another is faster by more than noise (1.05x)."""
-    device = next((t.device for t in inputs if isinstance(t, Tensor)), torch.device("cpu"))
+    inputs = Inputs.of(inputs)
     with torch.inference_mode():
-        taken = seconds([lambda model=model: model(*inputs) for model in models], device)
+        taken = seconds([lambda model=model: inputs.run(model) for model in models], inputs.device())
     best = min(range(len(models)), key=taken.__getitem__)
     return best if taken[0] > MEASURED * taken[best] else 0
 
 
-def record(model: nn.Module, names: Sequence[str], inputs: tuple) -> dict[str, tuple[Tensor, Tensor]]:
+def record(model: nn.Module, names: Sequence[str], inputs: ExampleInputs | Inputs) -> dict[str, tuple[Tensor, Tensor]]:
     """Input and output of each named layer in one forward pass; of several calls of a layer, the first."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -161,8 +176,8 @@ def record(model: nn.Module, names: Sequence[str], inputs: tuple) -> dict[str, t
 
     handles = [model.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True) for name in names]
     try:
-        with torch.no_grad():
-            model(*inputs)
+        with layer_by_layer(model), torch.no_grad():
+            Inputs.of(inputs).cloned().run(model)
     finally:
         for handle in handles:
             handle.remove()

@@ -21,12 +21,13 @@ from .._utils.atomic_write import atomic_folder
 from .._utils.dtypes import compute_dtype
 from .._utils.tables import text_table
 from ..folds import CONVS, to_matrix
-from ..nn.discovery import require_matches
+from ..nn.discovery import require_matches, why_no_matrix
 from ..nn.factorization import SVD
-from ..nn.registry import read_by_parent
+from ..nn.holders import why_read_or_overridden
 from ..nn.unwrap import without_wrappers
 from ..ranks import break_even
 from .arguments import RankRule, rank_of, rule_of, rules_by_pattern
+from .tensor_file import CheckpointError, require_values, same_state, storable
 
 __all__ = ["LoraLayer", "LoraReport", "export_lora", "noise_floor"]
 
@@ -102,7 +103,9 @@ def export_lora(
     Args:
         model: the fine-tuned model.  base: the model before fine-tuning, of the same architecture.  Neither is changed.
             Wrappers (torch.compile, DistributedDataParallel, AveragedModel) are removed.
-        path: the folder to write; an existing adapter is replaced.
+        path: the folder to write; an existing adapter is replaced. On Linux no crash leaves it without a complete one;
+            a killed process leaves a hidden folder ``.compaware-...`` beside it. Elsewhere, one that is killed between
+            two renames leaves the old adapter and the new one there.
         ranks: a rule of :mod:`compaware_kernels.ranks`, or any function from singular values ``[1, k]`` to a rank; or
             rules by layer name pattern, first match wins. Rules see the singular values of ``W - C``, with those below
             :func:`noise_floor` set to 0. Default, also for layers without a match: the number of nonzero ones.
@@ -110,6 +113,8 @@ def export_lora(
             head.
 
     Raises:
+        CheckpointError: a tensor on the meta device or of a lazy layer; in what changed, or in a module to store whole,
+            state that is no tensor, or a tensor that safetensors does not store.
         ValueError: another architecture; NaN or Inf; a changed parameter that several modules share, or that belongs
             to the model itself or to a list (PEFT stores modules); names that are ambiguous to PEFT; a pattern that
             matches nothing; a rule that returns no rank.
@@ -156,12 +161,12 @@ def _changed(model: nn.Module, base: nn.Module) -> list[str]:
     """Names of the parameters and buffers of ``model`` that differ from those of ``base``."""
     ours, theirs = model.state_dict(), base.state_dict()
     for name in ours | theirs:
-        shapes = [list(state[name].shape) if name in state else "none" for state in (ours, theirs)]
+        shapes = [_shape(name, state[name]) if name in state else "none" for state in (ours, theirs)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"base: wanted the model's architecture: {name} is {shapes[0]} there; got {shapes[1]}")
-    changed = [name for name, W in ours.items() if not torch.equal(W, theirs[name].to(W))]
+    changed = [name for name, W in ours.items() if not _same(name, W, theirs[name])]
     for name in changed:
-        if not ours[name].isfinite().all():
+        if not storable(name, ours[name]).isfinite().all():
             raise ValueError(f"{name}: contains NaN or Inf")
     for each in (model, base):
         first: dict[int, str] = {}
@@ -172,32 +177,54 @@ def _changed(model: nn.Module, base: nn.Module) -> list[str]:
     return changed
 
 
+def _shape(name: str, value: object) -> list[int] | str:
+    """Shape of a state.  Raises CheckpointError for a tensor without values."""
+    if not isinstance(value, Tensor):
+        return "no tensor"
+    require_values(name, value)
+    return list(value.shape)
+
+
+def _same(name: str, ours: object, theirs: object) -> bool:
+    """Whether a state of the model is that of the base."""
+    if isinstance(ours, Tensor):
+        same = ours.layout == theirs.layout
+        ours, theirs = (T if T.layout == torch.strided else T.to_dense() for T in (ours, theirs))
+        return same and torch.equal(ours, theirs.to(ours))
+    if same_state(name, ours, theirs):
+        return True
+    raise CheckpointError(f"{name}: wanted tensors to change, which PEFT stores; got a changed {type(ours).__name__}")
+
+
 def _partition(
     model: nn.Module, changed: Sequence[str], whole: Sequence[str]
 ) -> tuple[list[str], list[str], dict[str, str]]:
     """Names of layers that get an adapter, of changed biases, and of modules to store whole (-> why)."""
-    modules, biases = dict(model.named_modules()), []
+    modules, biases, fixed = dict(model.named_modules()), [], why_read_or_overridden(model)
     stored_whole = {name: "asked for" for name in modules if name and any(fnmatchcase(name, p) for p in whole)}
     for key in changed:
         owner, parametrized, _ = key.partition(".parametrizations.")
         owner, _, leaf = (owner, "", "weight") if parametrized else key.rpartition(".")
         if not owner and leaf != "bias":
             raise ValueError(f"{key}: belongs to the model itself; PEFT stores only what belongs to a module in it")
-        why = _why_whole(modules, owner)
+        why = _why_whole(modules[owner], fixed)
         if leaf == "bias":
             biases.append(key)
         elif leaf != "weight" or why:
             stored_whole.setdefault(owner, f"its {leaf} changed; {why}".removesuffix("; "))
-    adapted = [name for name in modules if name and not _within(name, stored_whole) and not _why_whole(modules, name)]
+    adapted = [
+        name
+        for name, module in modules.items()
+        if name and not _within(name, stored_whole) and not _why_whole(module, fixed)
+    ]
     return adapted, biases, stored_whole
 
 
-def _why_whole(modules: Mapping[str, nn.Module], name: str) -> str:
+def _why_whole(module: nn.Module, fixed: Mapping[int, str]) -> str:
     """Why PEFT cannot adapt and merge the layer, so that it is stored whole; "" if it can."""
-    module, parent = modules[name], modules[name.rpartition(".")[0]]
     if type(module) not in (nn.Linear, *CONVS):
         return f"a {type(module).__name__} has no low-rank update"
-    if reason := read_by_parent(parent):
+    if reason := fixed.get(id(module)) or why_no_matrix(module.weight):
         return reason
     if isinstance(module, CONVS) and module.groups > 1:
         return "PEFT cannot merge grouped convolutions"
@@ -279,11 +306,18 @@ def _contents(
             tensors[f"{owner}.base_layer.bias" if f"{owner}.lora_A.weight" in tensors else name] = state[name]
             entries.append(LoraLayer(name, "bias", state[name].numel(), state[name].numel()))
     for name, why in stored_whole.items():
-        inside = {key: T for key, T in state.items() if key.startswith(f"{name}.")}
+        inside = {key: _tensor(key, T) for key, T in state.items() if key.startswith(f"{name}.")}
         size = sum(T.numel() for T in inside.values())
         entries.append(LoraLayer(name, type(model.get_submodule(name)).__name__, size, size, note=why))
         tensors |= inside
     return entries, {PREFIX + key: T for key, T in tensors.items()}
+
+
+def _tensor(name: str, value: object) -> Tensor:
+    """State of a module that is stored whole.  Raises CheckpointError if safetensors does not store it."""
+    if not isinstance(value, Tensor):
+        raise CheckpointError(f"{name}: wanted tensors only, in a module to store whole; got a {type(value).__name__}")
+    return storable(name, value)
 
 
 def _config(entries: Sequence[LoraLayer], stored_whole: list[str]) -> dict:

@@ -216,6 +216,7 @@ def checked_list(
     for W, name in zip(weights, names, strict=True):
         check_kind(W, name, axes)
         check_writable(W, name)
+    check_apart(weights, names)
     if finite:
         check_all_finite(weights, names)
     return one_per_weight(tau, len(weights), what)

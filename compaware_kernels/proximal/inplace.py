@@ -10,17 +10,20 @@ Every function raises, before anything is changed:
   not checked while ``torch.compile`` traces;
 * ``ValueError``: a weight that cannot be written (on the meta device, made in inference mode, expanded) or that shares
   memory with another one.  The same weight may be in the list twice, with the same arguments.
+
+Signals that arrive within a call, as that of Ctrl-C, are handled when it has ended.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import folds
+from .._utils.uninterrupted import uninterrupted
 from ..distributed.collectives import synchronize_errors
 from ..distributed.dtensor import communication_device, local, process_groups
 from ..ops.memory import overlapping_pairs, view_of
@@ -33,6 +36,7 @@ from ..ops.validation import (
 )
 from . import solver
 from .cuda import backend as gpu
+from .error_feedback import check_residuals, error_feedback, spectrum_size, warn_if_rounded_away
 from .record import Record
 from .shrinkage import shrink_elements_, shrink_elements_and_rows_, shrink_neurons_
 from .spectral_functions import FirmThreshold, SoftThreshold, Truncate, WeightedThreshold
@@ -51,6 +55,7 @@ __all__ = [
 ]
 
 
+@uninterrupted
 @torch.no_grad()
 def svt_(
     weights: Sequence[Tensor],
@@ -59,6 +64,7 @@ def svt_(
     state: WarmState | None = None,
     tol: float = 1e-3,
     center: Sequence[Tensor] | None = None,
+    residuals: Sequence[Tensor | None] | None = None,
     fold: str | None = "paper",
     groups: Sequence[int] | None = None,
     names: Sequence[str] | None = None,
@@ -79,6 +85,11 @@ def svt_(
         tol: tolerance of the result, relative to tau, in the spectral norm, before rounding to the dtype of the
             weight.  Estimated from random probes; ``error_bound`` of the report is the bound.
         center: ``C``, one tensor per weight (default: 0): the prox of ``tau ||W - C||_*``.
+        residuals: for many small steps on bf16 and fp16 weights: what rounding cuts off of a result is kept here and
+            added back at the next call, so that shrinkage below an ulp accumulates as in fp32. One tensor per weight,
+            kept by the caller, updated in place: ``torch.zeros_like(W, dtype=torch.int16)`` at first, None for fp32 and
+            fp64. Two bytes per number; during the call there is an fp32 copy of these weights. Report and error bound
+            are those of the weight with its residual, see :mod:`compaware_kernels.proximal.error_feedback`.
         groups: the convolutions' groups, one per layer (default: all 1).
         names: layer names, for error messages, the report and the state.
 
@@ -91,11 +102,12 @@ def svt_(
     """
     tau = _checked(weights, tau, names, finite=not gpu.on_gpu(weights))
     if torch.compiler.is_compiling():
-        return _traced("svt_", weights, [tau], state, tol, center, fold, groups, names)
+        return _traced("svt_", weights, [tau], state, tol, center, residuals, fold, groups, names)
     functions = [SoftThreshold(t) for t in tau.tolist()]
-    return _shrink(weights, functions, state, tol, fold, groups, names, center)
+    return _shrink(weights, functions, state, tol, fold, groups, names, center, residuals)
 
 
+@uninterrupted
 @torch.no_grad()
 def firm_svt_(
     weights: Sequence[Tensor],
@@ -105,6 +117,7 @@ def firm_svt_(
     state: WarmState | None = None,
     tol: float = 1e-3,
     center: Sequence[Tensor] | None = None,
+    residuals: Sequence[Tensor | None] | None = None,
     fold: str | None = "paper",
     groups: Sequence[int] | None = None,
     names: Sequence[str] | None = None,
@@ -124,11 +137,12 @@ def firm_svt_(
     tau = _checked(weights, tau, names, finite=not gpu.on_gpu(weights))
     gamma = _check_on_all_ranks(lambda: one_per_weight(gamma, len(weights), "gamma", check_above_one), weights)
     if torch.compiler.is_compiling():
-        return _traced("firm_svt_", weights, [tau, gamma], state, tol, center, fold, groups, names)
+        return _traced("firm_svt_", weights, [tau, gamma], state, tol, center, residuals, fold, groups, names)
     functions = [FirmThreshold(*each) for each in zip(tau.tolist(), gamma.tolist(), strict=True)]
-    return _shrink(weights, functions, state, tol, fold, groups, names, center)
+    return _shrink(weights, functions, state, tol, fold, groups, names, center, residuals)
 
 
+@uninterrupted
 def weighted_svt_(
     weights: Sequence[Tensor],
     sigma_weights: Sequence[Sequence[float] | Tensor],
@@ -167,6 +181,7 @@ def weighted_svt_(
     return _shrink(weights, functions, state, tol, fold, groups, names)
 
 
+@uninterrupted
 def truncate_(
     weights: Sequence[Tensor],
     rank: int | Sequence[int],
@@ -196,6 +211,7 @@ def truncate_(
     return _shrink(weights, [Truncate(r) for r in ranks], state, tol, fold, groups, names)
 
 
+@uninterrupted
 def spectral_ball_(
     weights: Sequence[Tensor],
     radius: float | Sequence[float] | Tensor,
@@ -233,7 +249,10 @@ def _check_on_all_ranks(check, weights: Sequence[Tensor]):
 
 
 def _check_apart(records: Sequence[Record], parameters: Sequence[object]) -> None:
-    """:func:`check_apart` of the local weights and biases; parameters: of the operator, one per record."""
+    """:func:`check_apart` of the local weights and biases; parameters: of the operator, one per record.
+
+    Weights that are tied on one rank are tied on all, so only biases need a collective call.
+    """
     biased = [i for i, record in enumerate(records) if record.bias is not None]
     owners = [*range(len(records)), *biased]
     tensors = [record.weight for record in records] + [records[i].bias for i in biased]
@@ -247,7 +266,7 @@ def _check_apart(records: Sequence[Record], parameters: Sequence[object]) -> Non
     def check() -> None:
         check_apart(_local_shards(tensors), labels, lambda i, j: arguments(i) == arguments(j))
 
-    _check_on_all_ranks(check, tensors)
+    _check_on_all_ranks(check, tensors) if biased else check()
 
 
 def _unshared(center: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
@@ -263,7 +282,9 @@ def _local_shards(weights: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 @torch.no_grad()
-def _shrink(weights, functions, state, tol, fold, groups, names, center=None, ball=False) -> list[SvtInfo]:
+def _shrink(
+    weights, functions, state, tol, fold, groups, names, center=None, residuals=None, ball=False
+) -> list[SvtInfo]:
     if not (isinstance(tol, float | int) and 0 < tol < math.inf):
         raise ValueError(f"tol: wanted a number > 0; got {tol!r}")
     if state is not None and not isinstance(state, WarmState):
@@ -273,10 +294,24 @@ def _shrink(weights, functions, state, tol, fold, groups, names, center=None, ba
         center = _unshared(center, weights)
     records = _records(weights, names, fold=fold, groups=groups, center=center)
     _check_apart(records, functions)
-    infos = solver.shrink_(records, functions, tol=tol, state=state, ball=ball)
+    taus = [0.0 if ball or function.ramp is None else function.floor for function in functions]
+    with _with_residuals(records, residuals, taus, spectrum_size):
+        infos = solver.shrink_(records, functions, tol=tol, state=state, ball=ball)
     if state:
         state.advance()
     return infos
+
+
+def _with_residuals(records: Sequence[Record], residuals, taus: Sequence[float], count: Callable[[Record], int]):
+    """:func:`.error_feedback`, checked; count: how many numbers of a record are shrunk by its tau."""
+    if residuals is not None:
+        weights, labels = [record.weight for record in records], [record.label for record in records]
+        _check_on_all_ranks(lambda: check_residuals(residuals, weights, labels), weights)
+    alone = [i for i in range(len(records)) if residuals is None or residuals[i] is None]
+    if not torch.compiler.is_compiling():
+        steps = [(records[i], taus[i], count(records[i])) for i in alone]
+        warn_if_rounded_away(steps, "residuals=[torch.zeros_like(W, dtype=torch.int16) ...] keeps what it cuts off")
+    return error_feedback(records, residuals)
 
 
 def _records(
@@ -291,10 +326,10 @@ def _records(
             for i, W in enumerate(weights)]  # fmt: skip
 
 
-def _traced(op: str, weights, parameters, state, tol, center, fold, groups, names) -> list[SvtInfo]:
-    """The step as one custom op ``compaware::<op>``, traceable by torch.compile; no state and no center."""
-    if state is not None or center is not None:
-        raise ValueError(f"{op}: state and center are not available inside torch.compile")
+def _traced(op: str, weights, parameters, state, tol, center, residuals, fold, groups, names) -> list[SvtInfo]:
+    """The step as one custom op ``compaware::<op>``, traceable by torch.compile; no state, center or residuals."""
+    if state is not None or center is not None or residuals is not None:
+        raise ValueError(f"{op}: state, center and residuals are not available inside torch.compile")
     mats = [record.matrices() for record in _records(weights, names, fold=fold, groups=groups)]
     spectra, bounds = getattr(torch.ops.compaware, op)(mats, *parameters, tol)
     for W, M in zip(weights, mats, strict=True):
@@ -311,12 +346,14 @@ def _traced(op: str, weights, parameters, state, tol, center, fold, groups, name
     return infos
 
 
+@uninterrupted
 @torch.no_grad()
 def group_shrink_(
     weights: Sequence[Tensor],
     tau: float | Sequence[float] | Tensor,
     *,
     biases: Sequence[Tensor | None] | None = None,
+    residuals: Sequence[Tensor | None] | None = None,
     names: Sequence[str] | None = None,
 ) -> None:
     """Group lasso shrinkage of the rows (neurons) ``W[o]`` of a list of weights ``[O, ...]``, in place.
@@ -325,6 +362,7 @@ def group_shrink_(
 
     Args:
         biases: per layer ``[O]``, of the dtype of the weight and sharded as its rows, or None.
+        residuals: as of :func:`svt_`; of the weights, not of the biases.
 
     Other arguments and errors as :func:`svt_`; all or nothing.
     """
@@ -332,31 +370,43 @@ def group_shrink_(
     tau = _checked(weights, tau, names)
     records = _records(weights, names, bias=biases)
     _check_apart(records, tau.tolist())
-    shrink_neurons_(records, tau)
+    with _with_residuals(records, residuals, tau.tolist(), lambda record: len(record.weight)):
+        shrink_neurons_(records, tau)
 
 
+@uninterrupted
 @torch.no_grad()
 def soft_threshold_(
-    weights: Sequence[Tensor], tau: float | Sequence[float] | Tensor, *, names: Sequence[str] | None = None
+    weights: Sequence[Tensor],
+    tau: float | Sequence[float] | Tensor,
+    *,
+    residuals: Sequence[Tensor | None] | None = None,
+    names: Sequence[str] | None = None,
 ) -> None:
     """Elementwise soft-thresholding of every tensor, in place; arguments and errors as :func:`svt_`, all or nothing."""
     tau = _checked(weights, tau, names, axes=0)
-    _check_apart(_records(weights, names), tau.tolist())
-    shrink_elements_(weights, tau)
+    records = _records(weights, names)
+    _check_apart(records, tau.tolist())
+    with _with_residuals(records, residuals, tau.tolist(), lambda record: record.weight.numel()):
+        shrink_elements_([record.weight for record in records], tau)
 
 
+@uninterrupted
 @torch.no_grad()
 def sparse_group_shrink_(
     weights: Sequence[Tensor],
     l1: float | Sequence[float] | Tensor,
     tau: float | Sequence[float] | Tensor,
     *,
+    residuals: Sequence[Tensor | None] | None = None,
     names: Sequence[str] | None = None,
 ) -> None:
     """Sparse group lasso shrinkage of a list of weights, in place: L1 by ``l1``, rows by ``tau``; all or nothing."""
     l1, tau = _checked(weights, l1, names, "l1"), _checked(weights, tau, names)
-    _check_apart(_records(weights, names), list(zip(l1.tolist(), tau.tolist(), strict=True)))
-    shrink_elements_and_rows_(weights, l1, tau)
+    records = _records(weights, names)
+    _check_apart(records, list(zip(l1.tolist(), tau.tolist(), strict=True)))
+    with _with_residuals(records, residuals, tau.tolist(), lambda record: len(record.weight)):
+        shrink_elements_and_rows_([record.weight for record in records], l1, tau)
 
 
 def _check_biases(biases, weights: Sequence[Tensor], names: Sequence[str] | None) -> None:

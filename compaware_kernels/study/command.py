@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from rich.progress import Progress
 
 from .._utils.tables import text_table
-from . import latency, report
+from . import Stopped, latency, report
 from .config import Config
 from .data import Source, load
 from .runs import Study
@@ -24,14 +25,26 @@ COLUMNS = ("arm", "multiply-adds at plain accuracy less {:g}", "of plain's", "pa
 def run(
     config: str, data: str | None, out: Path | None, processes: int | None, progress: Callable[[], Progress]
 ) -> None:
-    """Run the remaining training runs of a study, then write and print its results."""
+    """Run the remaining training runs of a study, then write and print its results.
+
+    Raises:
+        Stopped: interrupted by SIGINT (Ctrl-C) or SIGTERM, or see :class:`Study`.
+    """
     settings = Config.read(config)
     if data:
         settings = replace(settings, data=data)
     images = load(settings, settings.devices[0])  # fails on missing images before anything is written
     work = Study(settings, images.name, out or Path("out/study") / Path(config).stem)
-    with work.alone():
-        _run(work, images, processes or _processes(settings), progress)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
+    try:
+        with work.alone():
+            _run(work, images, processes or _processes(settings), progress)
+    except KeyboardInterrupt as error:
+        done = len(settings.keys) - len(work.left)
+        raise Stopped(f"interrupted, {done} of {len(settings.keys)} trainings are done; the same command goes on from "
+                      "there") from error  # fmt: skip
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(work: Study, images: Source, processes: int, progress: Callable[[], Progress]) -> None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,8 @@ def _time(structures: list[str], name: str, data: Source) -> dict[str, float]:
     for i in range(0, len(structures), some):
         networks = [_network(text, copy.deepcopy(dense), x) for text in structures[i : i + some]]
         with torch.inference_mode():
-            seconds += latency_model.seconds([partial(network, x) for network in networks], x.device)
+            times = latency_model.times([partial(network, x) for network in networks], x.device)
+        seconds += map(median, times)
     return {text: 1e3 * time for text, time in zip(structures, seconds, strict=True)}
 
 

@@ -124,27 +124,24 @@ def totals(record: Record, what: str) -> list[int]:
     return sums
 
 
-def spectra(arms: Arms, choice: Choice) -> Figure:
-    """Every layer's singular values at the end of training, of the network each arm would use."""
+def spectra(arms: Arms, choice: Choice) -> list[Figure]:
+    """Every layer's singular values at the end of training, of the network each arm would use, and a legend."""
     records = {arm: record for arm in arms if (record := chosen(arms, arm, choice))}
-    names = list(arms["plain"][0][0].spectra)
-    columns = min(4, len(names))
-    figure = Figure(figsize=(3.4 * columns, 3.0 * math.ceil(len(names) / columns)), layout="constrained")
-    grid = figure.subplots(math.ceil(len(names) / columns), columns, squeeze=False, sharey=True)
-    for ax in grid.flat[len(names) :]:
-        ax.set_visible(False)
-    for ax, name in zip(grid.flat, names, strict=False):
+    figures, labels = [], {}
+    for name in arms["plain"][0][0].spectra:
+        figures.append(figure := Figure(figsize=(3.4, 3.0), layout="constrained"))
+        ax = figure.subplots()
         for arm, record in records.items():
             if s := record.spectra.get(name):
                 color, line = STYLES[arm]
-                ax.plot(range(1, len(s) + 1), [max(v / s[0], 1e-4) if s[0] else 1e-4 for v in s], line, color=color,
-                        lw=2 if arm in OURS else 1.2, label=ARMS[arm].title)  # fmt: skip
-        ax.set(yscale="log", ylim=(0.8e-4, 1.5), xlabel="number", title=f"layer {name}")
+                (labels[ARMS[arm].title],) = ax.plot(
+                    range(1, len(s) + 1), [max(v / s[0], 1e-4) if s[0] else 1e-4 for v in s], line, color=color,
+                    lw=2 if arm in OURS else 1.2)  # fmt: skip
+        ax.set(yscale="log", ylim=(0.8e-4, 1.5), xlabel="number", ylabel="value / largest", title=f"layer {name}")
         ax.grid(alpha=0.25)
-    figure.axes[0].set_ylabel("singular value / largest")
-    figure.legend(*figure.axes[-1 if len(names) == grid.size else 0].get_legend_handles_labels(), fontsize=9,
-                  loc="outside right center", frameon=False)  # fmt: skip
-    return figure
+    figures.append(legend := Figure(figsize=(3.4, 3.0)))
+    legend.legend(labels.values(), labels, fontsize=9, loc="center", frameon=False)
+    return figures
 
 
 def sensitivity(records: Sequence[Record], values: dict[str, list[float]], rule: str) -> Figure | None:

@@ -42,7 +42,7 @@ def write(config: Config, data: Source, records: list[Record], folder: Path, tim
                  for c in choices(config)],
         others=svg(plots.curves(arms, best, ("params", "bytes"), chance)),
         latency=svg(plots.curves(arms, best, ("milliseconds",), chance)) if timed else None, images=latency.IMAGES,
-        over_time=svg(plots.over_time(arms, best)), spectra=svg(plots.spectra(arms, best)),
+        over_time=svg(plots.over_time(arms, best)), spectra=[svg(figure) for figure in plots.spectra(arms, best)],
         map=svg(figure) if figure else None, diverged=[str(r.key) for r in records if r.diverged], ours=plots.OURS,
         arms=[(arm, about(arm), "; ".join(Key(arm, tuple(s.items()), 0).setting for s in config.arms[arm]))
               for arm in arms],

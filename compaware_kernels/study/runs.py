@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -127,6 +128,7 @@ class Study:
 
         Raises:
             Stopped: some trainings failed, and why; the others were done first. Or another process does them.
+            KeyboardInterrupt: at once; what is being trained goes on from its last checkpoint.
         """
         with self.alone():
             self._run(processes, advance)
@@ -138,14 +140,17 @@ class Study:
         queue, begun = context.Queue(), context.Value("i", 0)
         listener = threading.Thread(target=lambda: [advance(key) for key in iter(queue.get, None)], daemon=True)
         listener.start()
+        others = multiprocessing.active_children()
         with ProcessPoolExecutor(processes, context, _start_worker, (self, queue, begun)) as pool:
-            jobs = {pool.submit(_train_in_worker, key): key for key in self.left}
             try:
+                with _interrupts_held():
+                    jobs = {pool.submit(_train_in_worker, key): key for key in self.left}
                 for job in as_completed(jobs):
                     if error := job.exception():
                         failures.append(f"{jobs[job]}: {type(error).__name__}: {error}")
-            except KeyboardInterrupt:
-                pool.shutdown(wait=False, cancel_futures=True)
+            except BaseException:  # the pool would wait for all jobs
+                for worker in set(multiprocessing.active_children()) - set(others):
+                    worker.kill()
                 raise
         queue.put(None)
         listener.join()
@@ -201,6 +206,16 @@ def read_json(path: Path) -> dict:
 # --- worker processes ----------------------------------------------------------------------------------------------
 
 _worker_state: tuple[Study, Source, object]
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Context in which Ctrl-C waits; processes that start in it never see one: their parent ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(study: Study, queue, begun) -> None:

@@ -161,6 +161,9 @@ void check(const char* op, const Operands& t, int64_t C, int64_t groups, const S
   for (const Tensor* A : {&t.V, &t.U, t.bias ? &*t.bias : &t.V, t.residual ? &*t.residual : &t.V})
     STD_TORCH_CHECK(A->scalar_type() == t.x.scalar_type(), op, ": wanted all in the dtype of x, ", t.x.scalar_type(),
                     "; got ", A->scalar_type());
+  for (const Tensor* A : {&t.x, &t.V, &t.U, t.bias ? &*t.bias : &t.V, t.residual ? &*t.residual : &t.V})
+    STD_TORCH_CHECK(A->numel() == 0 || A->const_data_ptr(), op,
+                    ": wanted tensors with values; got one whose memory was freed");
   Sizes first = sizes_of(t.V), second = sizes_of(t.U);
   first[1] = C / groups;
   second[1] = ranks / groups;

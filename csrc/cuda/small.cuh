@@ -5,26 +5,13 @@
 #include "portable.h"
 #include "ramp.cuh"
 #include "step.h"
+#include "storage.cuh"
 
 namespace compaware {
 
 constexpr int kSmallColumns = 78;  // upper bound of n, as (m + n) n fp64 numbers fit in kSmallBytes
 static_assert(16 * kSmallColumns * kSmallColumns <= kSmallBytes);
 static_assert(16 * (kSmallColumns + 1) * (kSmallColumns + 1) > kSmallBytes);
-
-// Bound of the rounding error of a stored number: relative to it, and absolute (subnormal numbers).
-struct Storage {
-  double relative, absolute;
-};
-
-CK_DEVICE Storage storage_of(int64_t dtype) {
-  switch (static_cast<DType>(dtype)) {
-    case DType::f64: return {0x1p-53, 0x1p-1074};
-    case DType::f32: return {0x1p-24, 0x1p-149};
-    case DType::f16: return {0x1p-11, 0x1p-24};
-    default: return {0x1p-8, 0x1p-133};
-  }
-}
 
 // Calls visit(i, j) for all elements; neighboring threads visit elements that are neighbors in memory.
 template <class F>
@@ -162,7 +149,7 @@ CK_DEVICE void report(const Small& job, const Scale& scale, const Spectrum& spec
   const double moved = (kLoss + double(job.n)) * unit * 1.01 * scale.norm * scale.f.slope;
   const double stored = storage.relative * (1.01 * sqrt(squares) + moved);
   if (threadIdx.x) return;
-  *job.error = scale.up(moved + stored) + sqrt(double(job.m * job.n)) * storage.absolute;
+  *job.error = storage.bound(scale.up(moved + stored), scale.up(scale.norm), job.m * job.n);
   *job.rank = rank;
   *job.method = method;
 }

@@ -11,6 +11,7 @@
 #include "portable.h"
 #include "ramp.cuh"
 #include "step.h"
+#include "storage.cuh"
 
 namespace compaware {
 
@@ -18,10 +19,6 @@ constexpr double kUnit32 = 5.9604644775390625e-8, kUnit64 = 1.1102230246251565e-
 constexpr int kSweeps = 5;            // of Jacobi rotations: angles end near 1e-9, which the error bound covers
 constexpr double kLost = 1e-7;        // of the largest singular value: smaller ones are roundoff
 constexpr double kDependent = 1e-12;  // of a squared norm: a column with a smaller pivot depends on those before it
-
-CK_DEVICE double roundoff(int64_t dtype) {
-  return dtype == int64_t(DType::f16) ? 4.8828125e-4 : dtype == int64_t(DType::bf16) ? 3.90625e-3 : kUnit32;
-}
 
 CK_DEVICE Ramp ramp(const Layer& layer) { return {*layer.tau, *layer.slope}; }
 
@@ -343,10 +340,12 @@ ck_judge(const compaware::Layer* layers, const double* lows, double tol) {
     stored += s * s;
     if (threadIdx.x == 0) layer.s[j] = s;
   }
-  const double rounding = 2 * (c + 1) * kUnit32 * sqrt(kept) + roundoff(layer.dtype) * sqrt(stored);
+  const Storage storage = storage_of(layer.dtype);
+  const double rounding = 2 * (c + 1) * kUnit32 * sqrt(kept) + storage.relative * sqrt(stored);
   const double spectral = sqrt(F.spectral * F.spectral + E.spectral * E.spectral) + U.spectral + V.spectral;
   if (threadIdx.x) return;
-  conclude(layer, tol / f.slope, f.slope * (bound + excess) + rounding, kMargin * spectral + excess, rho);
+  const double error = storage.bound(f.slope * (bound + excess) + rounding, norm, layer.m * layer.n);
+  conclude(layer, tol / f.slope, error, kMargin * spectral + excess, rho);
   if (!layer.gates[kDense]) return;
   open_full(layer, norm, lows, tol / f.slope);
   for (int64_t j = 0; j < layer.n; ++j) layer.s[j] = 0;
@@ -372,7 +371,9 @@ CK_DEVICE void account(const Layer& layer, double tol) {
   if (threadIdx.x) return;
   const double slope = *layer.slope, weights = slope * slope + (slope - 1) * (slope - 1);  // weight / tau, summed
   const double found = kFactor * slope * tau * lack + (layer.m + 100) * kUnit64 * norm * norm * weights / (slope * tau);
-  layer.report[kError] = found + roundoff(layer.dtype) * norm + 2 * kUnit32 * tau * sqrt(double(n));
+  const Storage storage = storage_of(layer.dtype);
+  const double rounding = storage.relative * norm + 2 * kUnit32 * tau * sqrt(double(n));
+  layer.report[kError] = storage.bound(found + rounding, norm, layer.m * n);
   layer.report[kRank] = rint((double(n) + trace) / 2);
   layer.report[kMethod] = found <= tol * tau * sqrt(double(n)) ? kFull : kUnsure;
   for (int64_t j = 0; j < n; ++j) layer.s[j] = NAN;

@@ -1,13 +1,18 @@
 """Files and folders that are written whole or not at all, whoever writes them at the same time."""
 
+import ctypes
+import errno
 import os
 import stat
+import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 from torch import nn
 
 import compaware_kernels as ck
+from compaware_kernels._utils import atomic_write as atomic_write_module
 from compaware_kernels._utils.atomic_write import OLD, atomic_folder, atomic_write, write_text
 
 
@@ -34,8 +39,15 @@ def contents(path):
     return (path / "file" if path.is_dir() else path).read_text()
 
 
+@pytest.fixture(params=["exchange", "two renames"])
+def ways(request, monkeypatch):
+    """Both ways to replace a folder, whatever this file system can."""
+    if request.param == "two renames":
+        monkeypatch.setattr(atomic_write_module, "_exchanged", lambda a, b: False)
+
+
 @pytest.mark.parametrize("kind", WRITERS)
-def test_written_and_replaced(kind, tmp_path):
+def test_written_and_replaced(kind, ways, tmp_path):
     path = tmp_path / "target"
     for text in ("one", "two"):
         WRITERS[kind](path, text)
@@ -149,7 +161,36 @@ def test_an_old_folder_that_cannot_be_put_back_is_kept(tmp_path, monkeypatch):
         real(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(atomic_write_module, "_exchanged", lambda a, b: False)
     with pytest.raises(OSError, match="gone"):
         folder_with(tmp_path / "target", "new")
     (kept,) = tmp_path.glob(f".compaware-*/{OLD}")
     assert contents(kept) == "old"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
+def test_a_folder_is_replaced_in_one_rename(tmp_path, monkeypatch):
+    """No moment without one: nothing else may move it."""
+    folder_with(tmp_path / "target", "old")
+    monkeypatch.setattr(os, "replace", None)
+    folder_with(tmp_path / "target", "new")
+    assert contents(tmp_path / "target") == "new" and os.listdir(tmp_path) == ["target"]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOSYS, errno.EACCES])
+def test_file_systems_that_cannot_exchange(code, tmp_path, monkeypatch):
+    """Two renames do it instead; any other error is one."""
+
+    def rename(*_):
+        ctypes.set_errno(code)
+        return -1
+
+    folder_with(tmp_path / "target", "old")
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(renameat2=rename))
+    if code == errno.EACCES:
+        with pytest.raises(OSError, match="target"):
+            folder_with(tmp_path / "target", "new")
+    else:
+        folder_with(tmp_path / "target", "new")
+    assert contents(tmp_path / "target") == ("old" if code == errno.EACCES else "new")
+    assert os.listdir(tmp_path) == ["target"]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import compaware_kernels as ck
+from compaware_kernels._utils import atomic_write
 from compaware_kernels.compression import peft_export
 
 peft = pytest.importorskip("peft")
@@ -348,6 +349,80 @@ def test_refusals(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
+class Extra(nn.Linear):
+    """Layer with state that is no tensor."""
+
+    scale = 1.0
+
+    def get_extra_state(self):
+        return {"scale": self.scale, "seen": [torch.ones(2)]}
+
+    def set_extra_state(self, state):
+        self.scale = state["scale"]
+
+
+def odd():
+    """A network with every kind of state, of which the layer "fc" is fine-tuned."""
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict(fc=nn.Linear(24, 24), extra=Extra(24, 24)))
+    model.extra.register_buffer("graph", torch.eye(3).to_sparse())
+    model.extra.register_buffer("table", torch.ones(3, 1).expand(3, 4))
+    model.extra.register_buffer("wide", torch.ones(2, dtype=torch.complex128))
+    return model
+
+
+def test_state_that_does_not_change_stops_nothing(tmp_path):
+    base = odd()
+    model = tuned(base, lambda model: update(model.fc, 1))
+    entries = {r.name: r.rank for r in ck.export_lora(model, base, tmp_path / "adapter").layers}
+    assert entries == {"fc": 1}
+    merged = loaded(base, tmp_path / "adapter").merge_and_unload()
+    torch.testing.assert_close(merged(x := torch.randn(3, 24)), model(x))
+
+
+@pytest.mark.parametrize("name", ["graph", "wide", "_extra_state"])
+def test_modules_stored_whole_need_tensors_only(tmp_path, name):
+    """PEFT wants all the state of such a module in the file."""
+    base = odd()
+    for other in {"graph", "wide"} - {name}:
+        delattr(base.extra, other)
+    if name != "_extra_state":
+        base.extra.get_extra_state = lambda: torch.ones(2)
+    model = tuned(base, lambda model: setattr(model.extra, "table", 2 * model.extra.table))
+    with pytest.raises(ck.CheckpointError, match=rf"^extra\.{name}: wanted .* got"):
+        ck.export_lora(model, base, tmp_path / "adapter")
+
+
+STATES = {
+    "extra state": (lambda model: setattr(model.extra, "scale", 2.0), r"extra\._extra_state: wanted tensors to change"),
+    "sparse": (lambda model: setattr(model.extra, "graph", 2 * model.extra.graph), r"extra\.graph: .* sparse_coo"),
+    "complex128": (lambda model: model.extra.wide.add_(1), r"extra\.wide: .* torch\.complex128"),
+    "meta": (lambda model: model.to("meta"), r"fc\.weight: wanted a tensor with values; got one on the meta device"),
+    "one on meta": (lambda model: model.fc.to("meta"), r"fc\.weight: wanted a tensor with values"),
+    "lazy": (lambda model: setattr(model, "fc", nn.LazyLinear(24)), r"fc\.weight: .* lazy layer: run the model once"),
+}
+
+
+@pytest.mark.parametrize("of", ["model", "base"])
+@pytest.mark.parametrize("name", STATES)
+def test_state_that_cannot_be_stored_is_named(tmp_path, name, of):
+    change, words = STATES[name]
+    pair = {"model": odd(), "base": odd()}
+    change(pair[of])
+    with pytest.raises(ck.CheckpointError, match=f"^{words}"):
+        ck.export_lora(**pair, path=tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+def test_equal_updates_give_equal_bytes(tmp_path):
+    base = Net()
+    model = tuned(base, change_all)
+    for name in "abcd":
+        ck.export_lora(model, base, tmp_path / name)
+    for file in (peft_export.WEIGHTS, peft_export.CONFIG):
+        assert len({(tmp_path / name / file).read_bytes() for name in "abcd"}) == 1
+
+
 def test_only_adapter_folders_are_replaced(tmp_path):
     base = Net()
     (tmp_path / "mine").mkdir()
@@ -360,7 +435,7 @@ def test_only_adapter_folders_are_replaced(tmp_path):
     assert [file.name for file in tmp_path.rglob("*")] == ["mine", "notes.txt"]
 
 
-@pytest.mark.parametrize("fails", ["writing", "the first rename", "the second rename", "nothing"])
+@pytest.mark.parametrize("fails", ["writing", "the first rename", "the second rename", "the exchange", "nothing"])
 def test_the_old_adapter_stays_complete_until_the_new_one_is(tmp_path, monkeypatch, fails):
     base = Net()
     ck.export_lora(tuned(base, change_all), base, tmp_path / "adapter")
@@ -374,6 +449,10 @@ def test_the_old_adapter_stays_complete_until_the_new_one_is(tmp_path, monkeypat
         real(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
+    if "rename" in fails:  # of the two that do it where folders cannot be exchanged
+        monkeypatch.setattr(atomic_write, "_exchanged", lambda a, b: False)
+    if fails == "the exchange":
+        monkeypatch.setattr(atomic_write, "_exchanged", lambda a, b: replace("", 1 / 0))
     if fails == "writing":
         monkeypatch.setattr(peft_export, "save_file", lambda *args, **kwargs: replace("", 1 / 0))
     model = tuned(base, lambda model: update(model.fc, 1))

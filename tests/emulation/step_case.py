@@ -127,6 +127,7 @@ def judged(x, norm: float) -> tuple[float, float, float]:
     excess = above.norm().item() if rho <= tau else math.inf
     stored = torch.minimum(slope * (x.mu[:c] - tau), x.mu[:c]).clamp_min(0).norm().item()
     rounding = 2 * (c + 1) * unit * x.mu[:c].norm().item() + error_bounds.unit_roundoff(x.W.dtype) * stored
+    rounding += error_bounds.storage(x.W.dtype, 0.0, x.W.numel())  # subnormal numbers
     spectral = math.hypot(about_F, about_E) + about_U + about_V
     return slope * (bound + excess) + rounding, 1.25 * spectral + excess, rho
 

@@ -128,6 +128,19 @@ def test_thresholds_are_in_memory(tau):
             call(torch.randn(SHAPE), tau)
 
 
+@pytest.mark.parametrize("name", ["x", "V", "U", "bias", "residual"])
+def test_low_rank_ops_refuse_freed_memory(name):
+    """It was read: a crash."""
+    linear = {"x": (5, 16), "V": (4, 16), "U": (8, 4), "bias": (8,), "residual": (5, 8)}
+    conv = {"x": (2, 6, 9, 9), "V": (4, 6, 3, 3), "U": (8, 4, 1, 1), "bias": (8,), "residual": (2, 8, 7, 7)}
+    for op, shapes in ((ck.lowrank_linear, linear), (ck.lowrank_conv2d, conv)):
+        args = {key: torch.randn(shape) for key, shape in shapes.items()}
+        op(**args)
+        args[name].untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError):
+            op(**args)
+
+
 def test_a_fake_tensor_gives_a_fake_result():
     with FakeTensorMode():
         assert all(f(torch.randn(SHAPE)).shape == SHAPE for f in FUNCTIONAL.values())

@@ -1,8 +1,10 @@
 """Study runs: interrupted at any moment, nothing is trained twice and nothing is lost."""
 
+import glob
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -95,6 +97,8 @@ def test_from_the_command_to_the_report(tmp_path):
     assert "2 trainings, 2 left" in done.stdout and "nuclear+group" in done.stdout and "Written:" in done.stdout
     page, results = (out / "report.html").read_text(), json.loads((out / "results.json").read_text())
     assert page.count("<svg") >= 8 and "nan" not in page.lower()
+    outside = re.sub(r'<div class="(scroll|panels|narrow)">.*?</div>', "", page, flags=re.S)
+    assert "<table" not in outside and "<svg" not in outside  # on a phone all wide things scroll, shrink or stack
     assert (out / "curves.svg").read_text().startswith("<svg")
     assert len(results["records"]) == 2 and results["config"]["epochs"] == 1
     assert all(r["points"][0]["milliseconds"] > 0 for r in results["records"])
@@ -153,6 +157,40 @@ def wait(until, seconds):
     while not until():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "when"), [(signal.SIGINT, "starting"), (signal.SIGINT, "training"), (signal.SIGTERM, "training")]
+)
+def test_interrupted(what, when, config, tmp_path):
+    """As Ctrl-C does, which every process of the terminal gets: all end, and one line says how to go on."""
+    out = tmp_path / "out"
+    config.write_text(TINY.replace("epochs = 2", "epochs = 4000", 1))
+    words = [sys.executable, "-m", "compaware_kernels", "study", str(config), "--out", str(out), "--processes", "2"]
+    with subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        wait((out / "study.json").exists, 120)
+        if when == "starting":
+            wait(lambda: len(children(process.pid)) >= 2, 60)
+        else:
+            wait(lambda: list(out.glob("runs/**/*.running")), 120)
+        if what == signal.SIGINT:
+            os.killpg(process.pid, what)
+        else:
+            process.send_signal(what)
+        process.wait(15)
+        wait(lambda: not alive(process.pid), 15)
+        error = process.stderr.read().decode()
+    assert process.returncode == 1
+    assert error.splitlines()[-1] == (
+        "compaware: error: interrupted, 0 of 7 trainings are done; the same command goes on from there"
+    )
+    assert "Traceback" not in error
+
+
+def children(pid):
+    """Ids of the process's children."""
+    return [child for path in glob.glob(f"/proc/{pid}/task/*/children") for child in open(path).read().split()]
 
 
 @pytest.mark.slow

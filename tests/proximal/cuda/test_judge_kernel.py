@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from compaware_kernels.ops import cuda_launcher
+from compaware_kernels.proximal import error_bounds
 from compaware_kernels.proximal.cuda import device_structs, matmul_program, step, subspace_iteration
 from compaware_kernels.proximal.cuda.polar_express import schedule
 from tests.emulation import emulator, step_case
@@ -293,7 +294,7 @@ def test_finish_after_products(sign, root, dtype):
     before = state(made)
     launch(made, "finish")
     found = step_case.FACTOR * 0.7 * (sign + root) + (200 + 100) * 2.0**-53 * 100**2 / 0.7
-    storage = torch.finfo(dtype).eps / 2 * 100 + 2 * 2.0**-24 * 0.7 * math.sqrt(64)
+    storage = error_bounds.storage(dtype, 100, 200 * 64) + 2 * 2.0**-24 * 0.7 * math.sqrt(64)
     told, method = report(x), FULL if found <= TOL * 0.7 * math.sqrt(64) else step_case.UNSURE
     assert told == pytest.approx({"norm": 100, "error": found + storage, "rank": 23, "method": method, "known": 1,
                                   "rho": 0}, rel=1e-8, nan_ok=True)  # fmt: skip

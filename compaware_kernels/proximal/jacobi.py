@@ -111,10 +111,10 @@ def _compute_alike(groups: Sequence[Group], tol: float, ball: bool) -> None:
         P = P + torch.cat([entry.center.reshape(-1, *P.shape[1:]).to(dtype) for entry in groups])
     half = 2 * storage(groups[0].W.dtype, 1.0, 0)  # two roundings: adding the center, storing the result
     stored = norms(P)
-    if float(stored.max()) > torch.finfo(groups[0].W.dtype).max:
+    if bool((stored > torch.finfo(groups[0].W.dtype).max).any()):
         fits = P.to(groups[0].W.dtype).isfinite().all(-1).all(-1)
         _check(groups, counts, fits, f"a result that fits {groups[0].W.dtype}")
-    error += half * stored + storage(groups[0].W.dtype, 0.0, P[0].numel())
+    error += half * stored + storage(groups[0].W.dtype, 0.0, P.shape[1:].numel())
     new, method = new.cpu(), f"jacobi, fp{torch.finfo(dtype).bits}"
     parts = (_per_weight(each, groups, counts) for each in (P, new, (new > 0).sum(-1), error))
     for entry, entry.P, entry.s, entry.rank, entry.error in zip(groups, *parts, strict=True):

@@ -81,7 +81,7 @@ def oriented(weight: Tensor, kind: type[nn.Module], groups: int = 1) -> Tensor:
         return weight
     if groups == 1:
         return weight.transpose(0, 1)
-    if hasattr(weight, "placements"):  # a DTensor, whose shards may end within a group
+    if isinstance(weight, Tensor) and hasattr(weight, "placements"):  # a DTensor, whose shards may end within a group
         from torch.distributed.tensor import Replicate
 
         weight = weight.redistribute(placements=[Replicate()] * weight.device_mesh.ndim)

@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .._utils.atomic_write import atomic_write
+from .._utils.copied import copied
 from ..nn.lowrank import LowRank
-from ..nn.model_copy import copied, on_meta, with_memory
+from ..nn.model_copy import on_meta, with_memory
 from ..nn.module_surgery import NORMS, replace, resized, sizes
 from ..nn.registry import LOW_RANK, low_rank_type
 from ..nn.unwrap import without_wrappers

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import ranks as rank_rules
+from .._utils.copied import copied
+from .._utils.eval_mode import set_mode
+from .._utils.memory import distinct
+from .._utils.progress import tracked
 from .._utils.tables import text_table
 from ..folds import FOLDS, row_axes
 from ..nn.discovery import Layer, foldable_layers
 from ..nn.factorization import SVD
+from ..nn.holders import tied_weights, why_dense
+from ..nn.lowrank import LowRank
 from ..nn.module_surgery import replace, to_channels_last
-from ..nn.registry import low_rank_type, why_dense
+from ..nn.registry import low_rank_type
 from ..nn.unwrap import without_wrappers
 from . import latency_model
-from .arguments import RankRule, inputs_tuple, rank_of, rule_of, rules_by_pattern
+from .arguments import ExampleInputs, Inputs, RankRule, rank_of, rule_of, rules_by_pattern
 from .calibration import Calibration, WeightedSVD
+from .comparison import difference
 from .dead_neurons import remove_dead_neurons
-from .fx_trace import same_outputs
 from .macs import count_macs
+from .reads import weights_read
 
-__all__ = ["CompressReport", "LayerReport", "compress"]
+__all__ = ["CompressReport", "LayerReport", "compress", "fixed_layers"]
+
+READ = "the model reads its weight, for which the product of the factors is formed each time"
 
 
 @dataclass
@@ -35,8 +43,8 @@ class LayerReport:
     kind: str
     params_before: int
     params: int
-    macs_before: int
-    macs: int
+    macs_before: int | None  # None: torch's FLOP counter fails on the model
+    macs: int | None
     bytes_before: int
     bytes: int
     rank: int | None = None  # of the factors; None if the layer stayed dense
@@ -53,8 +61,8 @@ class CompressReport:
     layers: list[LayerReport]
     params_before: int
     params: int
-    macs_before: int
-    macs: int
+    macs_before: int | None  # None: torch's FLOP counter fails on the model
+    macs: int | None
     bytes_before: int
     bytes: int
     skipped: dict[str, str] = field(default_factory=dict)  # layers that cannot be folded to matrices -> why
@@ -78,20 +86,25 @@ class CompressReport:
 def compress(
     model: nn.Module,
     ranks: RankRule | Mapping[str, RankRule],
-    example_inputs: Sequence[object],
+    example_inputs: ExampleInputs,
     *,
     fold: str = "paper",
     goal: str = "speed",
     measure: bool = False,
     skip: Sequence[str] = (),
     remove_dead: bool = True,
-    calibration: Iterable[tuple] | None = None,
+    calibration: Iterable[ExampleInputs] | None = None,
+    example_kwargs: Mapping[str, object] | None = None,
+    progress: bool | None = None,
 ) -> tuple[nn.Module, CompressReport]:
     """Compress a model: remove dead neurons and factorize layers by truncated SVD.  The model itself is not changed.
 
     Dead neurons (all weights zero) are removed first, where that is exact (:mod:`.dead_neurons`). Then each layer's
     folded matrix ``[G, m, n]`` is truncated to the rank r given by its rule and replaced by two factors, unless they
-    would be no smaller: ``r >= m n / (m + n)``, or no fewer multiply-adds on the example inputs.
+    would be no smaller: ``r >= m n / (m + n)``, or no fewer multiply-adds on the example inputs. The low-rank layer
+    takes over the dense one's hooks, buffers and attributes. A layer that cannot be replaced without a change of
+    something else stays dense: one with a forward of its own, one that others hold, and, with ``goal="size"``, one
+    whose weight is tied to another's, as it would be stored besides. The report has the reason.
 
     With ``goal="speed"`` a layer is factorized only if that also makes it faster on the device, thread count and
     shapes of the example inputs: predicted by :mod:`.latency_model`, or measured with ``measure=True``, which also
@@ -106,14 +119,18 @@ def compress(
         ranks: a rule of :mod:`compaware_kernels.ranks` (``ck.ranks.energy(0.99)``), or any function from singular
             values ``[G, k]`` to a rank; or rules by layer name pattern: the first match applies,
             a layer without one stays dense.
-        example_inputs: positional inputs of the model, ``(x,)``; multiply-adds are counted on them.
+        example_inputs: positional inputs of the model, ``(x,)``, or a mapping of keyword arguments, such as a batch of
+            a tokenizer; multiply-adds are counted on them. A mapping in a tuple is a positional input.
         fold: ``paper`` | ``spatial`` | ``input``, or ``auto``: per layer the fastest (``goal="size"``: the smallest).
         goal: ``speed`` | ``size``.
         measure: measure times instead of predicting them; only with ``goal="speed"``.
         skip: name patterns of layers to leave unchanged.
         remove_dead: remove dead neurons.
-        calibration: a few unlabeled model inputs, ``[(x,), ...]``: ranks and truncation then minimize the error of
-            layer outputs instead of weights (:mod:`compaware_kernels.compression.calibration`).
+        calibration: a few unlabeled model inputs, ``[(x,), ...]`` or mappings of keyword arguments: ranks and
+            truncation then minimize the error of layer outputs instead of weights
+            (:mod:`compaware_kernels.compression.calibration`).
+        example_kwargs: keyword arguments of the model beside ``example_inputs``; calibration inputs bring their own.
+        progress: whether to show a progress bar on stderr if it takes long; None: if that is a terminal.
 
     Returns:
         the compressed model, and a :class:`CompressReport`.
@@ -121,29 +138,34 @@ def compress(
     Raises:
         ValueError: unknown fold or goal, ``measure`` with ``goal="size"``, a pattern that matches no layer, NaN or Inf
             in a weight or in a layer's calibration input, no calibration inputs, a rule that returns no rank.
-        TypeError: example_inputs is a tensor instead of a tuple.
+        TypeError: example_inputs is a tensor instead of a tuple, or a keyword argument is given twice.
     """
-    inputs = inputs_tuple(example_inputs)
+    inputs = Inputs.of(example_inputs, example_kwargs)
     if goal not in ("speed", "size") or (measure and goal == "size"):
         raise ValueError(f"goal must be speed or size, and only speed is measured; got {goal!r}, measure={measure}")
     model, folds = without_wrappers(model), FOLDS if fold == "auto" else (fold,)
     row_axes(folds[0], 0)
     layers, skipped = foldable_layers(model, skip)
-    rules = rules_by_pattern(ranks, [layer.name for layer in layers])
+    names = [layer.name for layer in layers]
+    rules, fixed = rules_by_pattern(ranks, names), fixed_layers(model, names, by_size=goal == "size")
     for layer in layers:
         if not layer.weight.isfinite().all():
             raise ValueError(f"{layer.name}: its weight contains NaN or Inf; nothing was compressed")
 
     macs_before = count_macs(model, inputs)
-    small, removed, notes = copy.deepcopy(model).eval(), {}, {}
+    small, removed, notes = set_mode(copied(model), False), {}, {}
     if remove_dead:
         small, removed, notes = remove_dead_neurons(small, inputs, tuple(skip))
-    seen = None if calibration is None else Calibration(small, [layer.name for layer in layers], calibration, folds)
-    dense = copy.deepcopy(small)
+    wanted = [name for name in names if name not in fixed and rule_of(rules, name)]
+    seen = None if calibration is None else Calibration(small, wanted, calibration, folds, progress)
+    dense, read = copied(small), weights_read(small, [name for name in names if name not in fixed], inputs)
     if goal == "speed":
+        fixed |= dict.fromkeys(read, READ)
         small = _channels_last(small, inputs)
     whole = {layer.name: small.get_submodule(layer.name) for layer in layers}
-    small, gains = _factorize(small, layers, rules, folds, inputs if goal == "speed" else None, measure, notes, seen)
+    small, gains = _factorize(
+        small, layers, rules, fixed, folds, inputs if goal == "speed" else None, measure, notes, seen, progress
+    )
     if not gains:
         small = dense
     elif goal == "size":
@@ -152,20 +174,36 @@ def compress(
         for name in gains:
             _note(notes, name, "put back: the whole model was measured to be no faster")
         small, gains = dense, {}
+    for name in read & gains.keys():
+        _note(notes, name, READ)
+    now = dict(small.named_modules())
     for name, module in model.named_modules():  # parents before children
-        small.get_submodule(name).train(module.training)
+        set_mode(now[name], module.training)
     return small, _report(model, small, layers, skipped, macs_before, count_macs(small, inputs), removed, notes, gains)
+
+
+def fixed_layers(model: nn.Module, names: Sequence[str], *, by_size: bool) -> dict[str, str]:
+    """Reasons by name of the layers that :func:`compress` leaves dense, whatever their rank.
+
+    Args:
+        by_size: of ``goal="size"``: factors of a weight that others keep would come on top of it.
+    """
+    tied = tied_weights(model, names) if by_size else {}
+    more = {name: f"shares its weight with {other}, which stays: factors would be more" for name, other in tied.items()}
+    return more | why_dense(model, names)
 
 
 def _factorize(
     model: nn.Module,
     layers: list[Layer],
     rules: Mapping[str, RankRule],
+    fixed: Mapping[str, str],
     folds: Sequence[str],
-    inputs: tuple | None,
+    inputs: Inputs | None,
     measure: bool,
     notes: dict[str, str],
     calibration: Calibration | None,
+    progress: bool | None,
 ) -> tuple[nn.Module, dict[str, float | None]]:
     """Replace layers of ``model`` by low-rank ones; given ``inputs``, only those that become faster on them.
 
@@ -173,17 +211,18 @@ def _factorize(
     """
     names, gains = [layer.name for layer in layers], {}
     seen = {} if inputs is None else latency_model.record(model, names, inputs)
-    for name in names:
-        dense, gain = model.get_submodule(name), None
-        reason, candidates = _candidates(
-            model, name, dense, rule_of(rules, name), folds, inputs is not None, calibration
-        )
+    for name in tracked(names, "factorize", progress):
+        dense, gain, why = model.get_submodule(name), None, fixed.get(name, "")
+        if inputs is not None and not why:
+            why = "" if name in seen else "the example inputs do not reach it"
+            why = why or ("" if measure else _never_faster(dense, folds, *seen[name]))
+        reason, candidates = _candidates(name, dense, rule_of(rules, name), why, folds, inputs is not None, calibration)
         if inputs is None:
             choice = min(candidates, key=lambda c: _size(low_rank_type(dense).like(dense, c[1], c[0])), default=None)
-        elif candidates and name in seen:
+        elif candidates:
             choice, gain, reason = latency_model.choose(dense, list(candidates), *seen[name], measure)
         else:
-            choice, reason = None, reason or "the example inputs do not reach it"
+            choice = None
         if reason:
             _note(notes, name, reason)
         if choice:
@@ -193,11 +232,19 @@ def _factorize(
     return model, gains
 
 
+def _never_faster(dense: nn.Module, folds: Sequence[str], x: Tensor, y: Tensor) -> str:
+    """Why no rank is predicted to make a layer with this input and output faster, so that it needs no SVD; else ""."""
+    limits = {fold: rank_rules.break_even(*Layer("", dense).matrix(fold).shape[-2:]) for fold in folds}
+    least = [(fold, 8 if limit >= 8 else 1) for fold, limit in limits.items()]
+    choice, _, reason = latency_model.choose(dense, least, x, y, measured=False)
+    return "" if choice else f"even {reason}"
+
+
 def _candidates(
-    model: nn.Module,
     name: str,
     dense: nn.Module,
     rule: RankRule | None,
+    why: str,
     folds: Sequence[str],
     rounded: bool,
     calibration: Calibration | None,
@@ -205,8 +252,8 @@ def _candidates(
     """Candidate factorizations (fold, rank), each with the SVD of the folded weight; or why there is none."""
     if rule is None:
         return "no rank rule matches its name", {}
-    if reason := why_dense(model, name):
-        return reason, {}
+    if why:
+        return why, {}
     reason, found, shapes = "", {}, set()
     for fold in folds:
         M = Layer(name, dense).matrix(fold)
@@ -224,10 +271,17 @@ def _candidates(
 
 
 def _restore_costlier_layers(
-    small: nn.Module, whole: dict[str, nn.Module], before: dict, gains: dict, inputs: tuple, notes: dict[str, str]
+    small: nn.Module,
+    whole: dict[str, nn.Module],
+    before: dict[str, int] | None,
+    gains: dict,
+    inputs: Inputs,
+    notes: dict[str, str],
 ) -> nn.Module:
-    """Restore dense layers whose factors need no fewer multiply-adds on the example inputs."""
+    """Restore dense layers whose factors need no fewer multiply-adds on the example inputs, if those can be counted."""
     macs = count_macs(small, inputs)
+    if macs is None or before is None:
+        return small
     for name in [name for name in gains if macs.get(name, 0) >= before.get(name, 0) > 0]:
         small = replace(small, name, whole[name])
         del gains[name]
@@ -235,10 +289,10 @@ def _restore_costlier_layers(
     return small
 
 
-def _channels_last(model: nn.Module, inputs: tuple) -> nn.Module:
+def _channels_last(model: nn.Module, inputs: Inputs) -> nn.Module:
     """Copy of the model with channels_last weights if its outputs stay the same, else the model itself."""
-    changed = to_channels_last(copy.deepcopy(model))
-    return changed if same_outputs(model, changed, inputs) else model
+    changed = to_channels_last(copied(model))
+    return model if difference(model, changed, inputs) else changed
 
 
 def _note(notes: dict[str, str], name: str, text: str) -> None:
@@ -251,25 +305,33 @@ def _report(model, small, layers, skipped, macs_before, macs, removed, notes, ga
         for layer in layers
     ]
     (params_before, bytes_before), (params, bytes_) = _size(model), _size(small)
-    return CompressReport(entries, params_before, params, macs_before[""], macs[""], bytes_before, bytes_, skipped)
+    macs_before, macs = _count(macs_before, ""), _count(macs, "")
+    return CompressReport(entries, params_before, params, macs_before, macs, bytes_before, bytes_, skipped)
 
 
 def _layer_report(layer: Layer, now: nn.Module, macs_before, macs, removed, notes, gains) -> LayerReport:
     (params_before, bytes_before), (params, bytes_) = _size(layer.module), _size(now)
-    rank = getattr(now, "rank", None)
-    full = min(Layer(layer.name, layer.module).matrix(getattr(now, "fold", "paper")).shape[-2:])
+    rank, fold = (now.rank, now.fold) if isinstance(now, LowRank) else (None, "paper")
+    full = min(Layer(layer.name, layer.module).matrix(fold).shape[-2:])
     return LayerReport(
-        layer.name, type(layer.module).__name__, params_before, params, macs_before.get(layer.name, 0),
-        macs.get(layer.name, 0), bytes_before, bytes_, rank, full, removed.get(layer.name, 0),
+        layer.name, type(layer.module).__name__, params_before, params, _count(macs_before, layer.name),
+        _count(macs, layer.name), bytes_before, bytes_, rank, full, removed.get(layer.name, 0),
         gains.get(layer.name), notes.get(layer.name, ""),
     )  # fmt: skip
 
 
+def _count(macs: dict[str, int] | None, name: str) -> int | None:
+    """Multiply-adds of a module; 0 if the example inputs do not reach it, None if they could not be counted."""
+    return None if macs is None else macs.get(name, 0)
+
+
 def _size(module: nn.Module) -> tuple[int, int]:
-    """Number of parameters and of their bytes; a shared parameter counts once."""
-    parameters = list(module.parameters())
+    """Number of parameters and of their bytes; shared memory counts once."""
+    parameters = distinct(module.parameters())
     return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
 
 
-def _change(before: int, after: int) -> str:
+def _change(before: int | None, after: int | None) -> str:
+    if before is None or after is None:
+        return " -> ".join("unknown" if count is None else f"{count:,}" for count in (before, after))
     return f"{before:,} -> {after:,}" + (f" ({after / before:.0%})" if before else "")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 from torch import fx, nn
 
-from ..nn.lowrank import LowRank
-from ..nn.module_surgery import replace
+from .._utils.copied import copied
+from ..nn.lowrank import FACTORS, LowRank
+from ..nn.module_surgery import replace, why_irreplaceable
 
 __all__ = ["to_dense", "to_plain"]
 
@@ -20,10 +20,19 @@ def to_plain(model: nn.Module) -> nn.Module:
     ``L.1.weight`` and ``L.1.bias`` instead of ``L.first.weight``, ``L.second.weight`` and ``L.second.bias``; the
     low-rank model loads either. A fused activation becomes a third module.
 
+    For models that ask a layer for the dtype or device of its weight (ViT, CLIP, T5), the ``nn.Sequential`` has a
+    ``weight`` ``[O, 0]`` without numbers, which is not in the state dict. A model that computes with the weight itself
+    fails on its shape: use :func:`to_dense`.
+
     Raises:
         ValueError: a residual sum was fused into a layer (:func:`compaware_kernels.fuse`).
     """
-    return _convert(model, lambda layer: layer.to_sequential())
+    plain = _convert(model, lambda layer: layer.to_sequential())
+    for name, layer in model.named_modules():
+        if isinstance(layer, LowRank):
+            asked = layer.second.weight.new_empty(layer.dense_shape[0], 0)
+            plain.get_submodule(name).register_buffer("weight", asked, persistent=False)
+    return plain
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -43,9 +52,11 @@ def to_dense(model: nn.Module) -> nn.Module:
 
 def _convert(model: nn.Module, plain: Callable[[LowRank], nn.Module]) -> nn.Module:
     _require_no_residuals(model)
-    model = copy.deepcopy(model)
+    model = copied(model)
     for name, module in list(model.named_modules()):  # named_modules yields a layer with several names once
         if isinstance(module, LowRank):
+            if reason := why_irreplaceable(module, FACTORS):
+                raise ValueError(f"{name}: wanted a layer that can be replaced; it has {reason}")
             model = replace(model, name, plain(module).train(module.training))
     return model
 

@@ -9,9 +9,8 @@ refused; finally both models are compared on the example inputs, as a check, not
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -19,10 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from .._utils.copied import copied
+from .._utils.eval_mode import set_mode
 from ..folds import CONVS
 from ..nn.discovery import Layer, foldable_layers
 from ..nn.module_surgery import NORMS, is_plain, is_shared, keep_inputs, keep_outputs, replace, why_fixed
-from .fx_trace import is_in_place, same_outputs, trace
+from .arguments import ExampleInputs, Inputs
+from .comparison import difference
+from .fx_trace import is_in_place, trace
 
 __all__ = ["remove_dead_neurons"]
 
@@ -57,11 +60,15 @@ class _Propagated(NamedTuple):
 
 
 def remove_dead_neurons(
-    model: nn.Module, example_inputs: tuple, skip: tuple[str, ...] = ()
+    model: nn.Module,
+    example_inputs: ExampleInputs | Inputs,
+    skip: tuple[str, ...] = (),
+    example_kwargs: Mapping[str, object] | None = None,
 ) -> tuple[nn.Module, dict[str, int], dict[str, str]]:
     """Copy of ``model`` without its removable dead neurons; in eval mode exactly the same function.
 
-    Layers that match ``skip`` keep their outputs, but may lose inputs that are constant.
+    Layers that match ``skip`` keep their outputs, but may lose inputs that are constant. Example inputs: as for
+    :func:`compaware_kernels.compress`.
 
     Returns:
         the copy; number of removed neurons per layer; and for each layer that kept dead neurons, the reason.
@@ -69,9 +76,10 @@ def remove_dead_neurons(
     dead = [layer.name for layer in foldable_layers(model, skip)[0] if _dead_outputs(layer).any()]
     if not dead:
         return model, {}, {}
-    reference, small = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
+    inputs = Inputs.of(example_inputs, example_kwargs)
+    reference, small = set_mode(copied(model), False), set_mode(copied(model), False)
     try:
-        graph, shapes = trace(reference, example_inputs)
+        graph, shapes = trace(reference, inputs)
     except Exception as error:  # tracing runs user code, which may raise anything: report it, keep the neurons
         why = f"torch.fx cannot trace the model ({' '.join(str(error).split())})"
         return model, {}, dict.fromkeys(dead, f"dead neurons kept: {why}")
@@ -81,8 +89,8 @@ def remove_dead_neurons(
             removed[name] = _Removal(small, graph, shapes, name).apply()
         except _NotExact as reason:
             kept[name] = f"dead neurons kept: {reason}"
-    if removed and not same_outputs(reference, small, example_inputs):
-        return model, {}, kept | dict.fromkeys(removed, "dead neurons kept: removing them changes the outputs")
+    if removed and (why := difference(reference, small, inputs)):
+        return model, {}, kept | dict.fromkeys(removed, f"dead neurons kept: after their removal, {why}")
     for name, module in model.named_modules():
         small.get_submodule(name).training = module.training
     return small, removed, kept

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from .._utils.copied import copied
+from .._utils.eval_mode import set_mode
 from ..folds import CONVS, TRANSPOSED
 from ..nn.conv import LowRankConv2d
 from ..nn.discovery import Layer
 from ..nn.lowrank import MODULES, LowRank
 from ..nn.module_surgery import NORMS, is_plain, is_shared, resized, sizes, to_channels_last
 from ..nn.registry import LOW_RANK
-from .arguments import inputs_tuple
-from .fx_trace import is_in_place, same_outputs, trace
+from ..nn.unwrap import without_wrappers
+from .arguments import ExampleInputs, Inputs
+from .comparison import difference
+from .fx_trace import is_in_place, trace
 
 __all__ = ["fuse"]
 
@@ -32,7 +35,9 @@ SUMS = (operator.add, torch.add, "add")  # += is traced as +
 SUM_IN_PLACE = "add_"  # modifies its first argument
 
 
-def fuse(model: nn.Module, example_inputs: Sequence[object]) -> nn.Module:
+def fuse(
+    model: nn.Module, example_inputs: ExampleInputs, example_kwargs: Mapping[str, object] | None = None
+) -> nn.Module:
     """Fused copy of a model for inference, with fewer passes over memory.
 
     * A batch norm after a (transposed) convolution, linear or low-rank layer is folded into its weights.
@@ -42,8 +47,10 @@ def fuse(model: nn.Module, example_inputs: Sequence[object]) -> nn.Module:
 
     Args:
         model: traceable by ``torch.fx``; its low-rank layers need not be.
-        example_inputs: positional inputs, ``(x,)``; their shapes tell residual sums from broadcast sums, and the
-            outputs of both models are compared on them.
+        example_inputs: positional inputs, ``(x,)``, or a mapping of keyword arguments; their shapes tell residual sums
+            from broadcast sums, and the outputs of both models are compared on them.
+        example_kwargs: further keyword arguments. Flags, numbers and None among the arguments, and the defaults of
+            those not given, become constants where the model cannot be traced otherwise.
 
     Returns:
         an ``fx.GraphModule`` in eval mode with the model's submodules under their names. Fuse last: a checkpoint does
@@ -53,13 +60,14 @@ def fuse(model: nn.Module, example_inputs: Sequence[object]) -> nn.Module:
         TypeError: example_inputs is a tensor instead of a tuple.
         ValueError: torch.fx cannot trace the model, or the fused model gives other outputs.
     """
-    inputs, reference = inputs_tuple(example_inputs), copy.deepcopy(model).eval()
+    inputs, reference = Inputs.of(example_inputs, example_kwargs), copied(without_wrappers(model))
+    reference = set_mode(nn.Sequential(reference) if isinstance(reference, LowRank) else reference, False)
     try:
         graph, _ = trace(reference, inputs)
     except Exception as error:  # tracing runs user code, which may raise anything
         why = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"fuse: torch.fx cannot trace the model: {why}") from error
-    fused = fx.GraphModule(copy.deepcopy(reference), graph)
+    fused = fx.GraphModule(copied(reference), graph)
     for change in (_remove_identity, _fold_norm, _fuse_epilogue):
         for node in list(fused.graph.nodes):
             if node.op == "call_module":
@@ -67,9 +75,9 @@ def fuse(model: nn.Module, example_inputs: Sequence[object]) -> nn.Module:
     _views_to_reshapes(to_channels_last(fused))
     fused.delete_all_unused_submodules()
     fused.recompile()
-    if not same_outputs(reference, fused, inputs):
-        raise ValueError("fuse: the fused model does not give the outputs of the model on the example inputs")
-    return fused.eval()  # eval() repacks the changed weights of low-rank layers
+    if why := difference(reference, fused, inputs):
+        raise ValueError(f"fuse: the fused model does not give the outputs of the model on the example inputs: {why}")
+    return set_mode(fused, False)  # which repacks the changed weights of low-rank layers
 
 
 # --- node predicates --------------------------------------------------------------------------------------------------

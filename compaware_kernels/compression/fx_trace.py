@@ -1,15 +1,19 @@
-"""Symbolic tracing with torch.fx: graph with shapes (low-rank layers are leaves), and comparison of model outputs."""
+"""Symbolic tracing with torch.fx: graph with shapes; low-rank layers are leaves."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..nn.lowrank import LowRank
+from .arguments import Inputs
 
-__all__ = ["is_in_place", "same_outputs", "trace"]
+__all__ = ["is_in_place", "trace"]
+
+CONSTANTS = (type(None), bool, int, float, str)  # arguments that tracing may take as they are in the example
 
 
 class _Tracer(fx.Tracer):
@@ -17,36 +21,45 @@ class _Tracer(fx.Tracer):
         return isinstance(module, LowRank) or super().is_leaf_module(module, name)
 
 
-def trace(model: nn.Module, example_inputs: tuple) -> tuple[fx.Graph, dict[fx.Node, torch.Size]]:
-    """Graph of the model, and the output shape of every tensor node.  Raises whatever the model's code raises."""
-    graph = _Tracer().trace(model)
+def trace(model: nn.Module, inputs: Inputs) -> tuple[fx.Graph, dict[fx.Node, torch.Size]]:
+    """Graph of the model, and the output shape of every tensor node.
+
+    A model that cannot be traced for all of its arguments (``if mask is not None``) is traced for those of the
+    example: None, flags and numbers then keep the values given there, or their defaults.
+
+    Raises:
+        Exception: whatever the model's code raises.
+    """
+    bound = inputs.bound(model)
+    bound.apply_defaults()
+    fixed = {name: value for name, value in bound.arguments.items() if isinstance(value, CONSTANTS)}
+    try:
+        return _traced(model, inputs, bound.arguments, {})
+    except Exception as error:  # tracing runs user code, which may raise anything
+        if not fixed:
+            raise
+        first = error
+    try:
+        return _traced(model, inputs, bound.arguments, fixed)
+    except Exception:
+        raise first from None
+
+
+def _traced(
+    model: nn.Module, inputs: Inputs, given: Mapping[str, object], fixed: dict[str, object]
+) -> tuple[fx.Graph, dict[fx.Node, torch.Size]]:
+    """As :func:`trace`, with these arguments fixed to their values; ``given``: all arguments by name."""
+    graph, values = _Tracer().trace(model, fixed or None), []
+    given = {**given, **inputs.cloned().bound(model).arguments}
+    for node in graph.find_nodes(op="placeholder"):
+        if node.target not in given and node.target.removesuffix("_1") in fixed:  # renamed by torch.fx
+            node.target = node.target.removesuffix("_1")
+        starred = node.target.startswith("*")  # *args; no model with **kwargs can be traced for some
+        values += given[node.target.lstrip("*")] if starred else [given[node.target]]
     with torch.no_grad():
-        ShapeProp(fx.GraphModule(model, graph)).propagate(*_cloned(example_inputs))
+        ShapeProp(fx.GraphModule(model, graph)).propagate(*values)
     metas = {node: node.meta.get("tensor_meta") for node in graph.nodes}
     return graph, {node: meta.shape for node, meta in metas.items() if hasattr(meta, "shape")}
-
-
-def same_outputs(model: nn.Module, small: nn.Module, example_inputs: tuple) -> bool:
-    """Whether both models give the same outputs up to rounding of reordered sums: relative error <= 1000 eps."""
-    try:
-        with torch.no_grad():
-            wanted, got = (tree_leaves(m(*_cloned(example_inputs))) for m in (model, small))
-        pairs = [(a, b) for a, b in zip(wanted, got, strict=True) if isinstance(a, Tensor)]
-        return bool(pairs) and all(a.shape == b.shape and _close(a, b) for a, b in pairs)
-    except Exception:  # user code may fail on sizes it was not written for
-        return False
-
-
-def _cloned(inputs: tuple) -> tuple:
-    """Clones of the tensors: a model may modify its inputs in place."""
-    return tree_map_only(Tensor, Tensor.clone, inputs)
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    if not a.is_floating_point() or not a.numel():
-        return torch.equal(a, b)
-    tolerance = min(1e3 * torch.finfo(a.dtype).eps, 1 / 16)  # 16 roundings of bf16
-    return bool((a - b).abs().max() <= tolerance * a.abs().max())
 
 
 def is_in_place(model: nn.Module, node: fx.Node) -> bool:

@@ -20,9 +20,11 @@ from itertools import cycle
 import torch
 from torch import Tensor, nn
 
+from .._utils.eval_mode import layer_by_layer
 from ..nn.conv import LowRankConv2d
 from ..nn.lowrank import LowRank
-from ..nn.registry import LOW_RANK
+from ..nn.registry import low_rank_type
+from .arguments import ExampleInputs, Inputs
 
 __all__ = ["Device", "choose", "fastest", "measure", "measure_device", "predict", "record", "seconds", "times"]
 
@@ -145,7 +147,7 @@ def choose(
     Returns:
         the candidate, or None; its speed-up (dense time / its time); and the reason as text.
     """
-    low_rank = [LOW_RANK[type(dense)].like(dense, rank, fold).eval() for fold, rank in candidates]
+    low_rank = [low_rank_type(dense).like(dense, rank, fold).eval() for fold, rank in candidates]
     layers = [copy.deepcopy(dense).eval(), *low_rank]
     taken = measure(layers, x) if measured else [predict(layer, x, y) for layer in layers]
     best = min(range(len(candidates)), key=lambda i: taken[1 + i])
@@ -156,16 +158,16 @@ def choose(
     return None, gain, f"rank {rank}, fold {fold}, would be {gain:.2g}x as fast ({how}; {wanted}x is wanted)"
 
 
-def fastest(models: Sequence[nn.Module], inputs: tuple) -> int:
+def fastest(models: Sequence[nn.Module], inputs: ExampleInputs | Inputs) -> int:
     """Index of the fastest model; 0 unless another is faster by more than noise (1.05x)."""
-    device = next((t.device for t in inputs if isinstance(t, Tensor)), torch.device("cpu"))
+    inputs = Inputs.of(inputs)
     with torch.inference_mode():
-        taken = seconds([lambda model=model: model(*inputs) for model in models], device)
+        taken = seconds([lambda model=model: inputs.run(model) for model in models], inputs.device())
     best = min(range(len(models)), key=taken.__getitem__)
     return best if taken[0] > MEASURED * taken[best] else 0
 
 
-def record(model: nn.Module, names: Sequence[str], inputs: tuple) -> dict[str, tuple[Tensor, Tensor]]:
+def record(model: nn.Module, names: Sequence[str], inputs: ExampleInputs | Inputs) -> dict[str, tuple[Tensor, Tensor]]:
     """Input and output of each named layer in one forward pass; of several calls of a layer, the first."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -174,8 +176,8 @@ def record(model: nn.Module, names: Sequence[str], inputs: tuple) -> dict[str, t
 
     handles = [model.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True) for name in names]
     try:
-        with torch.no_grad():
-            model(*inputs)
+        with layer_by_layer(model), torch.no_grad():
+            Inputs.of(inputs).cloned().run(model)
     finally:
         for handle in handles:
             handle.remove()

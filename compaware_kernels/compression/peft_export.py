@@ -21,9 +21,9 @@ from .._utils.atomic_write import atomic_folder
 from .._utils.dtypes import compute_dtype
 from .._utils.tables import text_table
 from ..folds import CONVS, to_matrix
-from ..nn.discovery import require_matches
+from ..nn.discovery import require_matches, why_no_matrix
 from ..nn.factorization import SVD
-from ..nn.registry import read_by_parent
+from ..nn.holders import why_read_or_overridden
 from ..nn.unwrap import without_wrappers
 from ..ranks import break_even
 from .arguments import RankRule, rank_of, rule_of, rules_by_pattern
@@ -200,28 +200,31 @@ def _partition(
     model: nn.Module, changed: Sequence[str], whole: Sequence[str]
 ) -> tuple[list[str], list[str], dict[str, str]]:
     """Names of layers that get an adapter, of changed biases, and of modules to store whole (-> why)."""
-    modules, biases = dict(model.named_modules()), []
+    modules, biases, fixed = dict(model.named_modules()), [], why_read_or_overridden(model)
     stored_whole = {name: "asked for" for name in modules if name and any(fnmatchcase(name, p) for p in whole)}
     for key in changed:
         owner, parametrized, _ = key.partition(".parametrizations.")
         owner, _, leaf = (owner, "", "weight") if parametrized else key.rpartition(".")
         if not owner and leaf != "bias":
             raise ValueError(f"{key}: belongs to the model itself; PEFT stores only what belongs to a module in it")
-        why = _why_whole(modules, owner)
+        why = _why_whole(modules[owner], fixed)
         if leaf == "bias":
             biases.append(key)
         elif leaf != "weight" or why:
             stored_whole.setdefault(owner, f"its {leaf} changed; {why}".removesuffix("; "))
-    adapted = [name for name in modules if name and not _within(name, stored_whole) and not _why_whole(modules, name)]
+    adapted = [
+        name
+        for name, module in modules.items()
+        if name and not _within(name, stored_whole) and not _why_whole(module, fixed)
+    ]
     return adapted, biases, stored_whole
 
 
-def _why_whole(modules: Mapping[str, nn.Module], name: str) -> str:
+def _why_whole(module: nn.Module, fixed: Mapping[int, str]) -> str:
     """Why PEFT cannot adapt and merge the layer, so that it is stored whole; "" if it can."""
-    module, parent = modules[name], modules[name.rpartition(".")[0]]
     if type(module) not in (nn.Linear, *CONVS):
         return f"a {type(module).__name__} has no low-rank update"
-    if reason := read_by_parent(parent):
+    if reason := fixed.get(id(module)) or why_no_matrix(module.weight):
         return reason
     if isinstance(module, CONVS) and module.groups > 1:
         return "PEFT cannot merge grouped convolutions"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import heapq
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
 
@@ -13,15 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from .. import ranks
+from .._utils.copied import copied
+from .._utils.eval_mode import set_mode
+from .._utils.progress import tracked
 from ..folds import row_axes
 from ..nn.discovery import foldable_layers
 from ..nn.factorization import singular_values
 from ..nn.module_surgery import replace
-from ..nn.registry import low_rank_type, why_dense
+from ..nn.registry import low_rank_type
 from ..nn.unwrap import without_wrappers
 from ..ops.validation import check_finite
-from .arguments import inputs_tuple
+from .arguments import ExampleInputs, Inputs
 from .calibration import Calibration
+from .compress import fixed_layers
 from .macs import count_macs
 
 __all__ = ["allocate"]
@@ -49,13 +52,15 @@ class _Layer:
 def allocate(
     model: nn.Module,
     budget: float,
-    example_inputs: Sequence[object],
+    example_inputs: ExampleInputs,
     *,
     of: str = "macs",
     by: str = "relative",
     fold: str = "paper",
     skip: Sequence[str] = (),
-    calibration: Iterable[tuple] | None = None,
+    calibration: Iterable[ExampleInputs] | None = None,
+    example_kwargs: Mapping[str, object] | None = None,
+    progress: bool | None = None,
 ) -> dict[str, ranks.Rule]:
     """Rank allocation under a budget for the whole model, as rules for ``ck.compress(ranks=..., goal="size")``.
 
@@ -75,8 +80,9 @@ def allocate(
     to an unused rest of the budget; the rest is spent greedily, on the best error decrease per cost.
 
     Args:
-        model, example_inputs, fold, skip, calibration: as for :func:`compaware_kernels.compress`, which must be called
-            with the same; with calibration inputs, errors are those of layer outputs.
+        model, example_inputs, example_kwargs, fold, skip, calibration, progress: as for
+            :func:`compaware_kernels.compress`, which must be called with the same; with calibration inputs, errors are
+            those of layer outputs.
         budget: share (0 to 1] of the dense cost of all layers that can be factorized.
         of: cost, ``macs`` (multiply-adds on the example inputs) or ``params``.
 
@@ -86,16 +92,17 @@ def allocate(
 
     Raises:
         ValueError: unknown ``of``, ``by`` or fold; a budget outside (0, 1], or below the cost of rank 1 everywhere
-            (which the error states); NaN or Inf in a weight or in a layer's calibration input.
+            (which the error states); NaN or Inf in a weight or in a layer's calibration input; ``of="macs"`` of a model
+            whose multiply-adds torch's counter fails on.
         TypeError: example_inputs or a batch of calibration inputs is a tensor instead of a tuple.
     """
-    inputs = inputs_tuple(example_inputs)
+    inputs = Inputs.of(example_inputs, example_kwargs)
     row_axes(fold, 0)
     if of not in ("macs", "params") or by not in _WAYS:
         raise ValueError(f"wanted of=macs or params, by={' or '.join(_WAYS)}; got of={of!r}, by={by!r}")
     if not (isinstance(budget, (int, float)) and 0 < budget <= 1):
         raise ValueError(f"budget: wanted a share of the dense cost, above 0 and up to 1; got {budget!r}")
-    layers = _layers(without_wrappers(model), inputs, of, fold, skip, calibration)
+    layers = _layers(without_wrappers(model), inputs, of, fold, skip, calibration, progress)
     dense, least = (sum(float(layer.costs[i]) for layer in layers) for i in (-1, 0))
     if budget * dense < least:
         raise ValueError(f"budget: rank 1 everywhere needs {least / dense:.4g} of the dense {of}; got {budget}")
@@ -104,25 +111,38 @@ def allocate(
 
 
 def _layers(
-    model: nn.Module, inputs: tuple, of: str, fold: str, skip: Sequence[str], calibration: Iterable[tuple] | None
+    model: nn.Module,
+    inputs: Inputs,
+    of: str,
+    fold: str,
+    skip: Sequence[str],
+    calibration: Iterable[ExampleInputs] | None,
+    progress: bool | None,
 ) -> list[_Layer]:
     """Cost-error curves of all layers that :func:`compress` may factorize: ranks cheaper than dense, and dense."""
-    found = [layer for layer in foldable_layers(model, skip)[0] if not why_dense(model, layer.name)]
-    names, one = [layer.name for layer in found], copy.deepcopy(model).eval()
+    found = foldable_layers(model, skip)[0]
+    fixed = fixed_layers(model, [layer.name for layer in found], by_size=True)
+    found = [layer for layer in found if layer.name not in fixed]
+    names, small = [layer.name for layer in found], set_mode(copied(model), False)
     for layer in found:
         check_finite(layer.weight, layer.name)
-        one = replace(one, layer.name, low_rank_type(layer.module).like(layer.module, 1, fold))
-    macs, one_macs = count_macs(model, inputs), count_macs(one, inputs)
-    seen = None if calibration is None else Calibration(model, names, calibration, (fold,))
+        small = replace(small, layer.name, low_rank_type(layer.module).like(layer.module, 1, fold))
+    macs, one_macs = count_macs(model, inputs), count_macs(small, inputs)
+    if macs is None or one_macs is None:
+        if of == "macs":
+            raise ValueError("of: the multiply-adds of this model cannot be counted; wanted of='params'; got 'macs'")
+        macs, one_macs = {}, {}
+    seen = None if calibration is None else Calibration(model, names, calibration, (fold,), progress)
     chosen = []
-    for layer in found:
+    for layer in tracked(found, "singular values", progress):
         M = layer.matrix(fold)
         G, m, n = M.shape
         limit, cost, each = ranks.break_even(m, n), G * m * n, G * (m + n)
-        if dense := macs.get(layer.name):
-            limit = min(limit, math.ceil(dense / one_macs[layer.name]) - 1)
-        if of == "macs":
-            cost, each = dense, one_macs[layer.name] if dense else 0
+        dense, one = macs.get(layer.name), one_macs.get(layer.name)
+        if dense and one:
+            limit = min(limit, math.ceil(dense / one) - 1)
+        if of == "macs":  # without a count, the example inputs do not reach the layer
+            cost, each = dense if one else 0, one
         if cost:
             s = seen.spectrum(layer.name, fold, M) if seen else singular_values(M)
             chosen.append(_cost_error_curve(layer.name, s, cost, each, limit))

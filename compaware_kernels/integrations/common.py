@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from ..compression.arguments import RankRule
+from ..compression.arguments import ExampleInputs, RankRule
 from ..compression.checkpoint import save
 from ..compression.compress import CompressReport
 from ..compression.compress import compress as compress_model
+from ..distributed.dtensor import is_dtensor
 from ..nn.discovery import foldable_layers
 from ..nn.unwrap import name_without_wrappers, unwrapped
 from ..ranks import energy
@@ -42,7 +43,7 @@ class Compression:
         save_to: str | Path | None = None,
         ranks: RankRule | Mapping[str, RankRule] | None = None,
         compress: Mapping[str, Any] | None = None,
-        example_inputs: Sequence[object] | None = None,
+        example_inputs: ExampleInputs | None = None,
         **options: Any,
     ):
         if not (log_every in ("epoch", None) or (isinstance(log_every, int) and log_every >= 1)):
@@ -90,8 +91,11 @@ class Compression:
             prox.remove()
 
     def _state(self) -> dict[str, Any]:
-        """State for the trainer's checkpoint: that of every ProximalStep, or the loaded one before training."""
-        return {"proxes": [prox.state_dict() for prox in self.proxes]} if self.proxes else self._saved
+        """State for the trainer's checkpoint: that of every ProximalStep, or the loaded one before training.
+
+        Without the residuals of sharded weights, of which the rank that saves has only a part: they start at 0 again.
+        """
+        return {"proxes": [_on_one_rank(prox.state_dict()) for prox in self.proxes]} if self.proxes else self._saved
 
     def _after_batch(self, *, trained: bool, epoch_over: bool) -> dict[str, float]:
         """Take the proximal step that is due at the end of an epoch; returns the scalars to log now.
@@ -124,10 +128,17 @@ class Compression:
         skipped = {name for name, reason in self.proxes[0].skipped.items() if reason == "skipped by name"}
         options = {"skip": [name for name, _ in model.named_modules() if name_without_wrappers(name) in skipped]}
         device = next(model.parameters()).device
-        inputs = tuple(self.example_inputs or positional_inputs(model, batch))
+        inputs = self.example_inputs or positional_inputs(model, batch)
+        inputs = dict(inputs) if isinstance(inputs, Mapping) else tuple(inputs)
         inputs = tree_map_only(Tensor, lambda x: x.to(device), inputs)
         small, self.compress_report = compress_model(model, self.ranks, inputs, **options | self.compress_options)
         save(small, self.save_to)
+
+
+def _on_one_rank(state: dict[str, Any]) -> dict[str, Any]:
+    """State of a ProximalStep without DTensors."""
+    whole = {key: E for key, E in state.get("residuals", {}).items() if not is_dtensor(E)}
+    return {key: value for key, value in state.items() if key != "residuals"} | ({"residuals": whole} if whole else {})
 
 
 def first_sample(batch: object) -> object:

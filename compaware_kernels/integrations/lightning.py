@@ -52,9 +52,9 @@ class CompressionAware(Compression, pl.Callback):
             not compressed. ``compaware_kernels.load(save_to, Module())`` loads the file.
         ranks: a rank rule, or rules by layer name, for :func:`compaware_kernels.compress`; default ``energy(0.99)``.
         compress: options of ``compress``: ``{"goal": "size"}``. ``skip`` and ``fold`` are those above by default.
-        example_inputs: for ``compress``, positional arguments of the module's ``forward``. Default: the first sample of
-            the first batch; of a sequence its first entry, of a mapping the entries that ``forward`` has parameters
-            for.
+        example_inputs: for ``compress``, positional arguments of the module's ``forward``, or a mapping of keyword
+            arguments. Default: the first sample of the first batch; of a sequence its first entry, of a mapping the
+            entries that ``forward`` has parameters for.
 
     Attributes:
         proxes: the ProximalStep objects, one for each optimizer.

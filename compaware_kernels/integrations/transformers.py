@@ -53,8 +53,8 @@ class CompressionAware(Compression, TrainerCallback):
             not compressed. ``compaware_kernels.load(save_to, Model(config))`` loads the file.
         ranks: a rank rule, or rules by layer name, for :func:`compaware_kernels.compress`; default ``energy(0.99)``.
         compress: options of ``compress``: ``{"goal": "size"}``. ``skip`` and ``fold`` are those above by default.
-        example_inputs: for ``compress``, positional arguments of the model's ``forward``. Default: the entries of the
-            first training sample that ``forward`` has parameters for.
+        example_inputs: for ``compress``, positional arguments of the model's ``forward``, or a mapping of keyword
+            arguments. Default: the entries of the first training sample that ``forward`` has parameters for.
         resume_from: checkpoint folder to resume from, if it is neither ``args.resume_from_checkpoint`` nor in
             ``args.output_dir``; the Trainer does not pass it to its callbacks.
 

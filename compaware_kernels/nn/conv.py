@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..folds import from_matrix, oriented, row_axes, to_matrix
+from ..folds import TRANSPOSED, from_matrix, oriented, row_axes, to_matrix
 from .factorization import check_rank
 from .lowrank import LowRank
+from .module_surgery import plain_attributes
 
 if TYPE_CHECKING:
     from typing import Self  # of Python 3.11
@@ -62,8 +63,7 @@ class LowRankConv(LowRank):
 
     def _build(self, whole: nn.Module, rank: int, fold: str, device, dtype) -> None:
         """Create both factors, with the sizes and the geometry of the dense layer ``whole``."""
-        for name in ("in_channels", "out_channels", "groups", "padding_mode", *self.geometry):
-            setattr(self, name, getattr(whole, name))
+        vars(self).update(plain_attributes(whole))
         self.rank, self.fold = rank, fold
         k, middle, place = row_axes(fold, self.axes), self.groups * rank, {"device": device, "dtype": dtype}
         check_rank(rank, *to_matrix(oriented(whole.weight, self.dense, self.groups), fold, self.groups).shape[-2:])
@@ -97,13 +97,22 @@ class LowRankConv(LowRank):
         """Dense layer whose folded weight is ``U V``."""
         place = {"device": self.first.weight.device, "dtype": self.first.weight.dtype}
         layer = nn.utils.skip_init(self.dense, **self._sizes_of(self), **place)
+        return self._copy_to(layer)
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        inputs, outputs = self.in_channels, self.out_channels
+        outer, inner = (inputs, outputs) if issubclass(self.dense, TRANSPOSED) else (outputs, inputs)
+        return outer, inner // self.groups, *self.kernel_size
+
+    def product(self) -> Tensor:
         k = row_axes(self.fold, self.axes)
         V = oriented(self.first.weight, type(self.first), self.groups).reshape(self.groups, self.rank, -1)
         U = oriented(self.second.weight, type(self.second), self.groups)
         U = U.reshape(self.groups, -1, self.rank, math.prod(self.kernel_size[:k])).movedim(2, -1)
-        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
-        W = from_matrix(U.reshape(self.groups, -1, self.rank) @ V, shape, self.fold)
-        return self._copy_to(layer, oriented(W, self.dense, self.groups))
+        M = (U.reshape(self.groups, -1, self.rank) @ V).to(V.dtype)  # autocast would change it
+        W = from_matrix(M, (self.out_channels, self.in_channels // self.groups, *self.kernel_size), self.fold)
+        return oriented(W, self.dense, self.groups)
 
     @classmethod
     def _sizes_of(cls, layer: nn.Module) -> dict[str, object]:
@@ -117,9 +126,6 @@ class LowRankConv(LowRank):
         U = U.reshape(self.groups, -1, *self.kernel_size[:k], self.rank).movedim(-1, 2)
         U = U.reshape(self.out_channels, self.rank, *self._on_axes("kernel_size", range(k)))
         return oriented(V, type(self.first), self.groups), oriented(U, type(self.second), self.groups)
-
-    def _dense_numel(self) -> int:
-        return self.out_channels * self.in_channels // self.groups * math.prod(self.kernel_size)
 
     def extra_repr(self) -> str:
         return (

@@ -9,12 +9,15 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .._utils.dtypes import DTYPES
 from ..folds import CONVS, TRANSPOSED, oriented, to_matrix
 from . import parametrization
+from .holders import kind_of, why_read_or_overridden
 from .unwrap import name_without_wrappers, wrapped_module
 
-__all__ = ["Layer", "foldable_layers", "require_matches"]
+__all__ = ["Layer", "foldable_layers", "require_matches", "why_no_matrix"]
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,9 @@ def foldable_layers(
 
     Args:
         skip: name patterns (``fnmatch``: ``"head"``, ``"layer4.*"``) of layers to leave alone.
-        training: for training: include parametrized weights that can be written (:mod:`.parametrization`), and drop
-            from the names the parts that torch.compile and activation checkpointing add.
+        training: for training: include parametrized weights that can be written (:mod:`.parametrization`), leave out
+            layers that can never become two factors (:func:`.holders.why_read_or_overridden`), and drop from the names
+            the parts that torch.compile and activation checkpointing add.
 
     Returns:
         the layers, and for all others a mapping from name to reason: not foldable, skipped by name, or a weight that
@@ -96,8 +100,10 @@ def foldable_layers(
     modules = [(name_without_wrappers(name) if training else name, module) for name, module in _weighted_modules(model)]
     by_name = {name for name, _ in modules if any(fnmatchcase(name, pattern) for pattern in skip)}
     owners = {id(p): name for name, module in modules if name in by_name for p in _own_parameters(module)}
+    fixed = why_read_or_overridden(model) if training else {}
     for name, module in modules:
         reason, layer = "skipped by name" if name in by_name else _not_foldable(module, training), Layer(name, module)
+        reason = reason or fixed.get(id(module))
         if reason is None:
             owner = owners.setdefault(id(layer.parameters[0]), name)
             reason = None if owner == name else f"shares its weight with {owner}"
@@ -145,12 +151,29 @@ def _not_foldable(module: nn.Module, training: bool) -> str | None:
         return f"{kind}: parametrized ({', '.join(parametrized)}); remove the parametrization first"
     if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
         return f"{kind}: not initialized yet; run the model once first"
+    if isinstance(module, torch.jit.ScriptModule):
+        return f"{kind}: scripted or traced; compress the model first, script it afterwards"
     if not isinstance(module, (nn.Linear, *CONVS, *TRANSPOSED)):
         return f"{kind}: only Linear and (transposed) convolutions fold to matrices"
-    if parametrize.is_parametrized(module, "weight"):
-        return parametrization.why_not_writable(module.parametrizations["weight"])
-    if not isinstance(module.weight, nn.Parameter):
+    if not parametrized and not isinstance(module.weight, nn.Parameter):
         return (
             f"{kind}: its weight is no parameter, but made by a hook; torch.nn.utils.parametrizations can be written to"
         )
-    return None
+    by = module.parametrizations["weight"] if parametrized else None
+    for stored in [module.weight] if by is None else by.parameters(recurse=False):  # to compute a weight may change it
+        if why := why_no_matrix(stored):
+            return f"{kind}: {why}"
+    return parametrization.why_not_writable(by) if parametrized else None
+
+
+def why_no_matrix(weight: Tensor) -> str:
+    """Why no singular values of a weight can be computed here: its dtype, layout or device; "" if they can be."""
+    if weight.is_meta:
+        return "its weight is on the meta device, without values; load the weights first"
+    if weight.layout is not torch.strided or weight.is_nested:
+        return f"its weight is {'nested' if weight.is_nested else str(weight.layout).removeprefix('torch.')}, not dense"
+    if weight.dtype not in DTYPES:
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}; only real floating-point weights factorize"
+    if is_traceable_wrapper_subclass(weight) and not hasattr(weight, "placements"):  # a DTensor has placements
+        return f"its weight is a {kind_of(type(weight))}, not a plain tensor"
+    return "" if weight.numel() else f"its weight {list(weight.shape)} is empty"

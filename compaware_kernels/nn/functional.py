@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..ops import lowrank
 
@@ -51,12 +50,12 @@ def lowrank_conv2d(
 
     Returns:
         ``[N, O, OH, OW]``, in channels_last if x or V is; differentiable (the intermediate is recomputed in the
-        backward pass).
+        backward pass). In forward mode and under the transforms of ``torch.func`` two convolutions run, which torch
+        differentiates and maps.
 
     Raises:
         ValueError: unknown fold or activation.
         RuntimeError: shapes or dtypes do not match; the message has the wanted and the given ones.
-        NotImplementedError: forward-mode derivatives.
 
     Accuracy: the CPU kernel accumulates each factor sequentially in fp32; its error is at most twice that of torch's
     two convolutions plus 8 units in the last place of the largest output (measured: 6).
@@ -64,7 +63,6 @@ def lowrank_conv2d(
     Source: Alvarez & Salzmann, NIPS 2017 (fold ``paper``); :mod:`compaware_kernels.folds` has those of the others.
     """
     lowrank.check(activation, fold)
-    _refuse_forward_mode()
     stride, padding, dilation = ([v, v] if isinstance(v, int) else list(v) for v in (stride, padding, dilation))
     return torch.ops.compaware.lowrank_conv2d(
         x, V, U, bias, residual, packed, stride, padding, dilation, groups, fold, activation
@@ -89,18 +87,12 @@ def lowrank_linear(
         activation: ``none`` | ``relu`` | ``relu6`` | ``silu`` | ``gelu``.
 
     Returns:
-        ``[..., O]``, contiguous, differentiable.
+        ``[..., O]``, contiguous, differentiable; in forward mode and under the transforms of ``torch.func`` as two
+        linear layers.
 
     Raises:
         ValueError: unknown activation.
         RuntimeError: shapes or dtypes do not match.
-        NotImplementedError: forward-mode derivatives.
     """
     lowrank.check(activation)
-    _refuse_forward_mode()
     return torch.ops.compaware.lowrank_linear(x, V, U, bias, residual, packed, activation)
-
-
-def _refuse_forward_mode() -> None:
-    if forward_ad._current_level >= 0:  # torch would treat the derivative of a custom op as zero
-        raise NotImplementedError("the low-rank ops have no forward-mode derivatives; use two convolutions or linears")

@@ -64,8 +64,12 @@ class LowRankLinear(LowRank):
     def _unfolded(self, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
         return V[0], U[0]
 
-    def _dense_numel(self) -> int:
-        return self.in_features * self.out_features
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        return self.out_features, self.in_features
+
+    def product(self) -> Tensor:
+        return (self.second.weight @ self.first.weight).to(self.first.weight.dtype)  # autocast would change it
 
     def _in_one(self, x, V, U, bias, residual, in_place) -> Tensor:
         return torch.ops.compaware.lowrank_linear(x, V, U, bias, residual, self._packed_now(V, U), self.activation)
@@ -74,7 +78,7 @@ class LowRankLinear(LowRank):
         """``nn.Linear`` with the weight ``U V`` and the bias of this layer."""
         place = {"device": self.first.weight.device, "dtype": self.first.weight.dtype}
         layer = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, bias=self.bias is not None, **place)
-        return self._copy_to(layer, self.second.weight @ self.first.weight)
+        return self._copy_to(layer)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self._extra()}"

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from ..folds import oriented, to_matrix
 from ..ops import backends
 from ..ops.lowrank import ACTIVATIONS, lowrank_pack
+from ..ops.transforms import is_transformed
+from .factored_weight import FactoredWeight
 from .factorization import SVD, factors
-from .module_surgery import is_plain
+from .module_surgery import copy_requires_grad, is_plain
 
 if TYPE_CHECKING:
     from typing import Self  # of Python 3.11
 
-__all__ = ["MODULES", "LowRank"]
+__all__ = ["FACTORS", "MODULES", "LowRank"]
 
+FACTORS = ("first", "second")  # names of the submodules
 MODULES = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "gelu": nn.GELU}  # fused activation -> module
 
 
@@ -29,7 +32,15 @@ class LowRank(nn.Module, ABC):
     The activation is ``none`` until :func:`compaware_kernels.fuse` fuses the one that follows the layer. ``in_place``
     permits writing y over the residual. The kernels read ``first.weight`` and ``second.weight``; for the CPU kernel
     they are packed once, and again after a change, which doubles the memory of the weights.
+
+    It has the attributes of the dense layer, for those who read them: sizes and geometry, ``bias``, and a read-only
+    ``weight``, the product of the factors (:class:`.factored_weight.FactoredWeight`).
     """
+
+    __jit_unused_properties__: ClassVar = ["weight"]
+    # What a layer that replaces this one does not take over from it.
+    own_attributes: ClassVar = ("rank", "fold", "activation", "_packed", "_packed_from")
+    own_hooks: ClassVar = ()
 
     dense: type[nn.Module]
     first: nn.Module
@@ -62,6 +73,8 @@ class LowRank(nn.Module, ABC):
         """Why ``forward`` runs the factors one after the other on this input; "" if one fused kernel runs both."""
         if torch.compiler.is_exporting() or torch.jit.is_tracing() or not isinstance(x, Tensor):
             return "traced or exported: standard ops only"
+        if x.is_nested:
+            return "a nested tensor"
         first, second = self._modules["first"], self._modules["second"]
         if type(first) is not self.dense or type(second) is not self.dense:
             return "a factor is no plain layer"
@@ -72,8 +85,8 @@ class LowRank(nn.Module, ABC):
         V, U = first._parameters["weight"], second._parameters["weight"]
         if torch.is_grad_enabled() and (x.requires_grad or V.requires_grad or U.requires_grad):
             return "gradients are wanted, for which two steps keep the intermediate"
-        if forward_ad._current_level >= 0:
-            return "forward-mode derivatives are wanted"
+        if is_transformed():
+            return "under transforms of torch.func and in forward mode"
         if V.ndim == 4 and x.ndim != 4:
             return "no batch axis"
         backend, reason = backends.choose(self.op, x.device, x, V, U, self.groups, self.fold)
@@ -112,8 +125,25 @@ class LowRank(nn.Module, ABC):
         return nn.Sequential(self.first, self.second, *after)
 
     @property
+    def weight(self) -> Tensor:
+        """Dense weight, the product of the factors, formed when it is used; its dtype, device and shape are not."""
+        # A compiler drops a product of which only the dtype is read, and has no use for a class of tensors of its own;
+        # torch.jit.trace records reads of the shape, and under torch.fx the factors are proxies.
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(self.first.weight, Tensor)
+        return self.product() if traced else FactoredWeight(self)
+
+    @property
     def bias(self) -> nn.Parameter | None:
         return self.second.bias
+
+    @property
+    @abstractmethod
+    def dense_shape(self) -> tuple[int, ...]:
+        """Shape of the dense weight: ``[O, C/G, *K]``, of a transposed convolution ``[C, O/G, *K]``."""
+
+    @abstractmethod
+    def product(self) -> Tensor:
+        """Dense weight: the folded ``U V``, in the dtype of the factors, differentiable."""
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -122,6 +152,11 @@ class LowRank(nn.Module, ABC):
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
         return self if self.training else self._pack()
+
+    def __prepare_scriptable__(self):
+        """Called by ``torch.jit.script``, which writes what this returns into the user's model."""
+        raise TypeError(f"torch.jit.script: wanted layers of torch; got {type(self).__name__}: "
+                        "script ck.to_plain(model), or trace or export the model as it is")  # fmt: skip
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_packed": None, "_packed_from": None}
@@ -154,27 +189,23 @@ class LowRank(nn.Module, ABC):
                 factor.weight.copy_(weight)
             if layer.bias is not None:
                 self.second.bias.copy_(layer.bias)
-        self.requires_grad_(layer.weight.requires_grad)
+        copy_requires_grad(layer, self)
         return self.train(layer.training)
 
-    def _copy_to(self, layer: nn.Module, weight: Tensor) -> nn.Module:
-        """Set the dense ``layer`` to this weight, and to the bias and mode of this layer."""
+    def _copy_to(self, layer: nn.Module) -> nn.Module:
+        """Set the dense ``layer`` to the product of the factors, and to the bias and mode of this layer."""
         with torch.no_grad():
-            layer.weight.copy_(weight)
+            layer.weight.copy_(self.product())
             if self.bias is not None:
                 layer.bias.copy_(self.bias)
-        layer.requires_grad_(self.first.weight.requires_grad)
+        copy_requires_grad(self, layer)
         return layer.train(self.training)
 
     def _extra(self) -> str:
         """Rank, number of weights and fused activation, for ``extra_repr``."""
-        parameters, dense = self.first.weight.numel() + self.second.weight.numel(), self._dense_numel()
+        parameters, dense = self.first.weight.numel() + self.second.weight.numel(), math.prod(self.dense_shape)
         fused = "" if self.activation == "none" else f", activation={self.activation}"
         return f"rank={self.rank}, weights={parameters:,} of {dense:,} ({parameters / dense:.0%}){fused}"
-
-    @abstractmethod
-    def _dense_numel(self) -> int:
-        """Number of weights of the dense layer."""
 
     def _factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Factors U ``[G, m, r]`` and V ``[G, r, n]`` of the best approximation of a folded dense weight."""
@@ -208,3 +239,6 @@ def _pack_after_load(module: LowRank, _) -> None:
     """Post-hook: repack the loaded weights of a layer in eval mode."""
     if not module.training:
         module._pack()
+
+
+LowRank.own_hooks = (_convert_state_dict, _pack_after_load)

@@ -1,4 +1,4 @@
-"""Copies of models: with their values, or without memory on the meta device; and memory for what is on that device."""
+"""Copies of models without memory, on the meta device; and memory for what is on that device."""
 
 from __future__ import annotations
 
@@ -7,13 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-__all__ = ["copied", "on_meta", "with_memory"]
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """Deep copy of a model, also where a module holds a computed weight (old weight_norm, prune) or output."""
-    computed = [T for module in model.modules() for T in vars(module).values() if isinstance(T, Tensor)]
-    return copy.deepcopy(model, {id(T): T.detach().clone() for T in computed if not T.is_leaf})
+__all__ = ["on_meta", "with_memory"]
 
 
 def on_meta(model: nn.Module) -> nn.Module:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _WrappedHook
 
 from ..folds import CONVS, TRANSPOSED
 
-__all__ = ["NORMS", "is_plain", "is_shared", "keep_inputs", "keep_outputs", "replace", "resized", "sizes",
-           "to_channels_last", "why_fixed"]  # fmt: skip
+__all__ = ["NORMS", "copy_requires_grad", "is_plain", "is_shared", "keep_inputs",
+           "keep_outputs", "plain_attributes", "replace", "resized", "sizes", "to_channels_last", "why_fixed",
+           "why_irreplaceable"]  # fmt: skip
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 STATE_KEYS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+MODULE_STATE = {*vars(nn.Module()), "_compiled_call_impl"}  # what torch keeps in every module
+HOOKS = [name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict)]
 
 
 def sizes(module: nn.Module) -> tuple[int, int]:
@@ -103,17 +110,73 @@ def is_shared(model: nn.Module, module: nn.Module) -> bool:
     return any(id(p) in own for m in model.modules() if m is not module for p in m.parameters(recurse=False))
 
 
+def why_irreplaceable(module: nn.Module, parts: Collection[str] = ()) -> str:
+    """Why a layer cannot be replaced by one of another class, because it has what that would lose; "" otherwise.
+
+    Args:
+        parts: names of the submodules that a layer of its class has.
+    """
+    if hasattr(module, "_hf_hook"):
+        return "a forward of accelerate; accelerate.hooks.remove_hook_from_module first"
+    if "forward" in vars(module):
+        return "a forward set on the object"
+    if module._state_dict_hooks:
+        return "a hook that changes its state dict, which has other names once it is replaced"
+    children = module._modules.keys() - set(parts)
+    return f"submodules of its own: {', '.join(sorted(children))}" if children else ""
+
+
+def plain_attributes(module: nn.Module) -> dict[str, object]:
+    """Attributes of a module beside the state that torch keeps in every module: sizes, geometry, flags."""
+    return {name: value for name, value in vars(module).items() if name not in MODULE_STATE}
+
+
+def copy_requires_grad(old: nn.Module, new: nn.Module) -> None:
+    """Set ``requires_grad`` of the weight, or of both factors, and of the bias of ``new`` as in ``old``."""
+    new.requires_grad_(old.weight.requires_grad)
+    if old.bias is not None and new.bias is not None:
+        new.bias.requires_grad_(old.bias.requires_grad)
+
+
 def replace(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
     """Replace the submodule ``name`` by ``new``, under every name it has in the model; returns the model.
 
-    For the name "", which is the model itself, returns ``new``.
+    ``new`` takes over hooks, buffers, parameters and attributes that it lacks; what it cannot take over is named by
+    :func:`why_irreplaceable`. For the name "", which is the model itself, returns ``new``.
     """
     old = model.get_submodule(name)
+    _take_over(old, new)
     for parent in list(model.modules()):
         for child, module in list(parent._modules.items()):
             if module is old:
                 setattr(parent, child, new)
     return new if old is model else model
+
+
+def _take_over(old: nn.Module, new: nn.Module) -> None:
+    """Give ``new`` what ``old`` has been given: hooks, parameters, buffers, attributes, ``requires_grad``."""
+    own_hooks, own_attributes = (getattr(old, name, ()) for name in ("own_hooks", "own_attributes"))
+    for name in HOOKS:
+        hooks = {key: hook for key, hook in vars(old)[name].items() if getattr(hook, "hook", hook) not in own_hooks}
+        for key, hook in hooks.items():
+            if isinstance(hook, _WrappedHook) and hook.with_module:
+                hooks[key] = _WrappedHook(hook.hook, new)
+        if hooks and vars(new)[name]:
+            vars(new)[name] = OrderedDict(hooks | vars(new)[name])
+        elif hooks:
+            vars(new)[name] = vars(old)[name]  # the same, so that handles still remove them
+    new._is_full_backward_hook = old._is_full_backward_hook
+    if isinstance(getattr(old, "weight", None), Tensor) and isinstance(getattr(new, "weight", None), Tensor):
+        copy_requires_grad(old, new)
+    for name, parameter in old._parameters.items():
+        if not hasattr(new, name) and name not in ("weight", "bias"):
+            new.register_parameter(name, parameter)
+    for name, buffer in old._buffers.items():
+        if not hasattr(new, name):
+            new.register_buffer(name, buffer, persistent=name not in old._non_persistent_buffers_set)
+    for name, value in plain_attributes(old).items():
+        if name not in own_attributes:
+            vars(new).setdefault(name, value)
 
 
 def to_channels_last(model: nn.Module) -> nn.Module:

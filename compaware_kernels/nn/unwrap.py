@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 
 import torch.distributed as dist
@@ -11,12 +10,14 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from .._utils.copied import copied
+
 __all__ = [
     "data_parallel_group",
     "name_without_wrappers",
+    "optimizer_chain",
     "reshard",
     "unwrapped",
-    "unwrapped_optimizer",
     "without_wrappers",
     "wrapped_module",
 ]  # fmt: skip
@@ -52,7 +53,7 @@ def without_wrappers(model: nn.Module) -> nn.Module:
     model = unwrapped(model)
     if all(wrapped_module(module) is None for module in model.modules()):
         return model
-    model = copy.deepcopy(model)
+    model = copied(model)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             while child is not None and (found := wrapped_module(child)) is not None:
@@ -83,8 +84,25 @@ def name_without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPED)
 
 
-def unwrapped_optimizer(optimizer: Optimizer) -> Optimizer:
-    """The innermost optimizer inside those of Accelerate and Lightning, whose ``step`` may skip the inner step."""
-    while isinstance(inside := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inside
-    return optimizer
+def optimizer_chain(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizer and the ones inside it, outermost first: those of Accelerate, Lightning, SAM, Lookahead, others.
+
+    Inside is an attribute ``optimizer``, or any attribute that is an optimizer of at least the same parameters.
+    """
+    chain = [optimizer]
+    while (inside := _inner_optimizer(chain[-1])) is not None and all(inside is not each for each in chain):
+        chain.append(inside)
+    return chain
+
+
+def _inner_optimizer(optimizer: Optimizer) -> Optimizer | None:
+    inside = getattr(optimizer, "optimizer", None)
+    if isinstance(inside, Optimizer):
+        return inside
+    parameters = _parameter_ids(optimizer)
+    attributes = getattr(optimizer, "__dict__", {}).values()
+    return next((x for x in attributes if isinstance(x, Optimizer) and parameters <= _parameter_ids(x)), None)
+
+
+def _parameter_ids(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}

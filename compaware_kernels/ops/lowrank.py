@@ -22,6 +22,7 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from .._utils.constants import constant
 from ..folds import row_axes
+from .transforms import register_derivatives
 
 __all__ = [
     "ACTIVATIONS",
@@ -108,17 +109,34 @@ def format_of(x: Tensor, V: Tensor) -> torch.memory_format:
     return last if last in (suggest_memory_format(x), suggest_memory_format(V)) else torch.contiguous_format
 
 
+def _working_format(V: Tensor, U: Tensor, geometry: Geometry) -> torch.memory_format:
+    """Memory format for the two convolutions: channels_last, except where oneDNN crashes.
+
+    It does in channels_last, fp32 with a bias or bf16, most often if grouped, where output pixels see only padding.
+    """
+    reach = [geometry.dilation[i] * (V.shape[2 + i] * U.shape[2 + i] - 1) for i in range(2)]
+    only_padding = any(p > r for p, r in zip(geometry.padding, reach, strict=True))
+    return torch.contiguous_format if only_padding else torch.channels_last
+
+
+def _two_convolutions(x, V, U, bias, residual, *geometry) -> Tensor:
+    geometry = Geometry(*geometry)
+    first, second = geometry.parts()
+    y = F.conv2d(F.conv2d(x, V, None, *first, geometry.groups), U, bias, *second, geometry.groups)
+    return ACTIVATIONS[geometry.activation](y if residual is None else y + residual)
+
+
 @torch.library.custom_op("compaware::lowrank_two_step", mutates_args=())
 def lowrank_two_step(
     x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None, residual: Tensor | None, stride: Ints, padding: Ints,
     dilation: Ints, groups: int, fold: str, activation: str,
 ) -> Tensor:  # fmt: skip
-    """Reference low-rank convolution, ``[N, C, H, W]`` -> ``[N, O, OH, OW]``: two convolutions in channels_last."""
+    """Reference low-rank convolution, ``[N, C, H, W]`` -> ``[N, O, OH, OW]``: two convolutions."""
     check(activation, fold)
-    first, second = Geometry(stride, padding, dilation, groups, fold, activation).parts()
-    T = F.conv2d(x.contiguous(memory_format=torch.channels_last), V, None, *first, groups)
-    y = F.conv2d(T, U, bias, *second, groups)
-    y = ACTIVATIONS[activation](y if residual is None else y + residual)
+    geometry = Geometry(stride, padding, dilation, groups, fold, activation)
+    works = _working_format(V, U, geometry)
+    factors = (V, U) if works == torch.channels_last else (V.contiguous(), U.contiguous())
+    y = _two_convolutions(x.contiguous(memory_format=works), *factors, bias, residual, *geometry)
     return y.contiguous(memory_format=format_of(x, V))
 
 
@@ -211,10 +229,20 @@ def _convolution_backward(grad, x, W, part: list[Ints], groups: int, wanted: tup
     return torch.ops.aten.convolution_backward(grad, x, W, None, *part, False, [0, 0], groups, [*wanted, False])[:2]
 
 
-lowrank_conv2d.register_autograd(_conv2d_backward, setup_context=_save)
+register_derivatives(
+    lowrank_conv2d,
+    _conv2d_backward,
+    save=_save,
+    composite=lambda x, V, U, bias, residual, packed, *rest: _two_convolutions(x, V, U, bias, residual, *rest),
+)
 
 
 # --- lowrank_linear ---------------------------------------------------------------------------------------------------
+
+
+def _two_linears(x, V, U, bias, residual, activation: str) -> Tensor:
+    y = F.linear(F.linear(x, V), U, bias)
+    return ACTIVATIONS[activation](y if residual is None else y + residual)
 
 
 @torch.library.custom_op("compaware::lowrank_linear_two_step", mutates_args=())
@@ -222,8 +250,7 @@ def lowrank_linear_two_step(
     x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
 ) -> Tensor:
     check(activation)
-    y = F.linear(F.linear(x, V), U, bias)
-    return ACTIVATIONS[activation](y if residual is None else y + residual).clone(memory_format=torch.contiguous_format)
+    return _two_linears(x, V, U, bias, residual, activation).clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("compaware::lowrank_linear", mutates_args=())
@@ -255,7 +282,12 @@ def _linear_backward(ctx, grad: Tensor):
             None, None)  # fmt: skip
 
 
-lowrank_linear.register_autograd(_linear_backward, setup_context=_save)
+register_derivatives(
+    lowrank_linear,
+    _linear_backward,
+    save=_save,
+    composite=lambda x, V, U, bias, residual, packed, activation: _two_linears(x, V, U, bias, residual, activation),
+)
 
 
 # --- autocast: cast floating-point arguments to the autocast dtype, as torch does for convolutions and linear layers --

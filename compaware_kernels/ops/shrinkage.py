@@ -6,12 +6,15 @@ after every result has been computed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .thresholds import promote, sum_to_tau
+from . import transforms
+from .thresholds import fold, promote, sum_to_tau
 
 __all__ = [
     "group_shrink",
@@ -31,49 +34,11 @@ def soft_threshold(W: Tensor, tau: Tensor) -> Tensor:
     return _soft(X, t).to(W.dtype).contiguous()
 
 
-def _soft(X: Tensor, t: Tensor) -> Tensor:
-    return X - X.clamp(-t, t)  # this form propagates NaN
-
-
-def _soft_backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-    W, tau = ctx.saved_tensors
-    X, t = promote(W, tau)
-    grad_W, grad_t = _soft_vjp(X, t, grad.to(X.dtype))
-    return grad_W.to(W.dtype), sum_to_tau(grad_t, tau)
-
-
-def _soft_vjp(X: Tensor, t: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
-    active = (X.abs() > t) | (t == 0)
-    return G * active, -(G * X.sign() * active).sum((-2, -1))
-
-
 @torch.library.custom_op("compaware::group_shrink", mutates_args=())
 def group_shrink(W: Tensor, tau: Tensor) -> Tensor:
     """Row-wise shrinkage ``w max(1 - tau / ||w||_2, 0)`` of rows w of ``[..., m, n]``, the prox of group lasso."""
     X, t = promote(W, tau)
     return _group(X, t).to(W.dtype).contiguous()
-
-
-def _group(X: Tensor, t: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(X, dim=-1, keepdim=True)
-    return X * torch.where(t == 0, 1, torch.where(norm <= t, 0, 1 - t / norm))
-
-
-def _group_backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-    W, tau = ctx.saved_tensors
-    X, t = promote(W, tau)
-    grad_W, grad_t = _group_vjp(X, t, grad.to(X.dtype))
-    return grad_W.to(W.dtype), sum_to_tau(grad_t, tau)
-
-
-def _group_vjp(X: Tensor, t: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
-    norm = torch.linalg.vector_norm(X, dim=-1, keepdim=True)
-    alive = (norm > t).to(X.dtype)
-    unit = X / torch.where(norm > t, norm, 1) * alive
-    along = (unit * G).sum(-1, keepdim=True)
-    kept = t / torch.where(norm > t, norm, 1)
-    identity = torch.where(t == 0, torch.ones_like(alive), alive)
-    return identity * G - kept * (alive * G - unit * along), -along.sum((-2, -1))
 
 
 @torch.library.custom_op("compaware::sparse_group_shrink", mutates_args=())
@@ -83,25 +48,90 @@ def sparse_group_shrink(W: Tensor, l1: Tensor, tau: Tensor) -> Tensor:
     return _group(_soft(X, a), t).to(W.dtype).contiguous()
 
 
-def _sparse_group_backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    W, l1, tau = ctx.saved_tensors
-    X, a, t = promote(W, l1, tau)
-    grad_soft, grad_t = _group_vjp(_soft(X, a), t, grad.to(X.dtype))
-    grad_W, grad_a = _soft_vjp(X, a, grad_soft)
-    return grad_W.to(W.dtype), sum_to_tau(grad_a, l1), sum_to_tau(grad_t, tau)
+def _soft(X: Tensor, t: Tensor) -> Tensor:
+    return X - X.clamp(-t, t)  # this form propagates NaN
 
 
-def _save_inputs(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+def _row_norms(X: Tensor) -> Tensor:
+    """Norms ``[..., m, 1]`` of rows, each divided by a power of two first, so that no square over- or underflows."""
+    if not X.shape[-1]:
+        return X.new_zeros(*X.shape[:-1], 1)
+    largest = X.detach().abs().amax(-1, keepdim=True)
+    unit = torch.where((largest > 0) & largest.isfinite(), largest.log2().floor().exp2(), 1)
+    return torch.linalg.vector_norm(X / unit, dim=-1, keepdim=True) * unit
 
 
-for _op, _backward in (
-    (soft_threshold, _soft_backward),
-    (group_shrink, _group_backward),
-    (sparse_group_shrink, _sparse_group_backward),
+def _group(X: Tensor, t: Tensor) -> Tensor:
+    norm = _row_norms(X)
+    return X * torch.where(t == 0, 1, torch.where(norm <= t, 0, 1 - t / norm))
+
+
+# --- derivatives: X [..., m, n], t [..., 1, 1]; the derivative by X is self-adjoint, so one form serves both modes ----
+
+
+class _Derivative(NamedTuple):
+    """Derivative of a stage ``f(X, t)``; where X is at the threshold it counts as below, and at ``t = 0`` as above."""
+
+    by_X: Callable[[Tensor], Tensor]
+    by_t: Tensor  # of every element
+
+
+def _soft_derivative(X: Tensor, t: Tensor) -> _Derivative:
+    active = (X.abs() > t) | (t == 0)
+    return _Derivative(lambda G: G * active, -X.sign() * active)
+
+
+def _group_derivative(X: Tensor, t: Tensor) -> _Derivative:
+    norm = _row_norms(X)
+    above = norm > t
+    alive, length = above.to(X.dtype), torch.where(above, norm, 1)
+    unit, kept = X / length * alive, t / length
+    identity = torch.where(t == 0, torch.ones_like(alive), alive)
+
+    def by_X(G: Tensor) -> Tensor:
+        return identity * G - kept * (alive * G - unit * (unit * G).sum(-1, keepdim=True))
+
+    return _Derivative(by_X, -unit)
+
+
+_SOFT, _GROUP = (_soft, _soft_derivative), (_group, _group_derivative)  # stages: value and derivative
+
+
+def _derivatives(stages: Sequence, W: Tensor, *taus: Tensor) -> list[_Derivative]:
+    """Derivatives of the stages, each where the stages before it have led."""
+    (X, *taus), found = promote(W, *taus), []
+    for (value, derivative), t in zip(stages, taus, strict=True):
+        found.append(derivative(X, t))
+        X = value(X, t)
+    return found
+
+
+def _backward(stages: Sequence, ctx, grad: Tensor) -> tuple[Tensor, ...]:
+    """Gradients by W and the thresholds."""
+    W, *taus = ctx.saved_tensors
+    (G,), grads = promote(grad), []
+    for stage, tau in zip(reversed(_derivatives(stages, W, *taus)), reversed(taus), strict=True):
+        grads.append(sum_to_tau((G * stage.by_t).sum((-2, -1)), tau))
+        G = stage.by_X(G)
+    return G.to(W.dtype), *reversed(grads)
+
+
+def _jvp(stages: Sequence, inputs: Sequence[Tensor], W_t: Tensor, *taus_t: Tensor) -> Tensor:
+    """Tangent of the result from those of W and the thresholds."""
+    D, *steps = promote(W_t, *taus_t)
+    for stage, step in zip(_derivatives(stages, *inputs), steps, strict=True):
+        D = stage.by_X(D) + stage.by_t * step
+    return D.to(W_t.dtype)
+
+
+for _op, _stages in (
+    (soft_threshold, (_SOFT,)),
+    (group_shrink, (_GROUP,)),
+    (sparse_group_shrink, (_SOFT, _GROUP)),
 ):
     _op.register_fake(lambda W, *taus: W.new_empty(W.shape))
-    _op.register_autograd(_backward, setup_context=_save_inputs)
+    transforms.register_derivatives(_op, partial(_backward, _stages), partial(_jvp, _stages))
+    transforms.register_vmap(_op, fold)
 
 
 @torch.library.custom_op("compaware::soft_threshold_", mutates_args={"weights"})

@@ -5,20 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._utils.autocast import without_autocast
 from .._utils.dtypes import compute_dtype
-from . import svt_autograd
-from .thresholds import promote, sum_to_tau
+from .svt_autograd import svt_backward
+from .thresholds import fold, promote, sum_to_tau
+from .transforms import register_derivatives, register_vmap
 
-__all__ = ["differentiable_svt", "svt"]
+__all__ = ["svt"]
 
 
 @torch.library.custom_op("compaware::svt", mutates_args=())
 def svt(W: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
     """Prox of the nuclear norm: ``P`` ``[..., m, n]`` and its singular values ``[..., min(m, n)]``."""
     X, t = promote(W, tau)
-    U, s, Vh = torch.linalg.svd(X, full_matrices=False)
-    s = (s - t[..., 0]).clamp_min(0)
-    return ((U * s[..., None, :]) @ Vh).to(W.dtype), s
+    with without_autocast():
+        U, s, Vh = torch.linalg.svd(X, full_matrices=False)
+        s = (s - t[..., 0]).clamp_min(0)
+        return ((U * s[..., None, :]) @ Vh).to(W.dtype), s
 
 
 @svt.register_fake
@@ -27,24 +30,25 @@ def _(W, tau):
     return W.new_empty(W.shape), s
 
 
-def _svt_backward(ctx, grad_P: Tensor, grad_s: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(ctx, grad_P: Tensor, grad_s: Tensor) -> tuple[Tensor, Tensor]:
     W, tau = ctx.saved_tensors
+    X, t = _per_matrix(W, tau)
+    grad_W, grad_t = svt_backward(X, t, grad_P.to(X.dtype), grad_s.to(X.dtype))
+    return grad_W.to(W.dtype), sum_to_tau(-grad_t.sum(-1), tau)
+
+
+def _jvp(inputs, W_t: Tensor, tau_t: Tensor) -> tuple[Tensor, Tensor]:
+    D, step = _per_matrix(W_t, tau_t)
+    steps = step[..., None].expand(*step.shape, min(D.shape[-2:]))
+    P_t, s_t = svt_backward(*_per_matrix(*inputs), D, -steps)
+    return P_t.to(W_t.dtype), s_t
+
+
+def _per_matrix(W: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    """W in the compute dtype, and one threshold per matrix."""
     X, t = promote(W, tau)
-    t = t[..., 0, 0].expand(X.shape[:-2])
-    grad_W, grad_t = svt_autograd.first_derivative(X, t, grad_P.to(X.dtype), grad_s.to(X.dtype))
-    return grad_W.to(W.dtype), sum_to_tau(grad_t, tau)
+    return X, t[..., 0, 0].expand(X.shape[:-2])
 
 
-def _svt_fold(info, in_dims, W: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
-    """vmap rule: W gets the mapped axis as its first; tau stays one number, or becomes one per matrix."""
-    W = W.expand(info.batch_size, *W.shape) if in_dims[0] is None else W.movedim(in_dims[0], 0)
-    batch = W.shape[:-2]
-    if in_dims[1] is not None:
-        tau = tau.movedim(in_dims[1], 0)
-        tau = tau.reshape(batch if tau.numel() == batch.numel() else (batch[0], *[1] * len(batch[1:])))
-    return W, tau if tau.numel() == 1 else tau.expand(batch)
-
-
-differentiable_svt = svt_autograd.with_gradient(
-    svt, _svt_backward, _svt_fold
-)  # the op, also differentiable by torch.func
+register_derivatives(svt, _backward, _jvp)
+register_vmap(svt, fold)

@@ -13,10 +13,11 @@ svt itself: a singular value just above tau next to one just below.
 
 The singular values, the second output of svt, have second derivatives of their own only where they are distinct.
 Between exact ties above tau the off-diagonal part is taken as zero, which is right for their sum; for a curved
-function of them it depends on more than its gradient ``grad_s``, so that a second derivative there is incomplete.
+function of them it depends on more than its gradient ``g``, so that a second derivative there is incomplete.
 
-The ops are internal.  ``W``, ``grad_P`` ``[..., m, n]``, ``tau`` ``[...]``, ``grad_s`` ``[..., min(m, n)]``: one dtype,
-the same number of leading axes, and these broadcast.  ``tau >= 0``.
+The ops are internal, and each serves reverse and forward mode.  ``W``, ``G``, ``H`` ``[..., m, n]``, ``g``, ``h``
+``[..., k]``, ``k = min(m, n)``, ``tau`` ``[...]``: one dtype, the same number of leading axes, and these broadcast.
+``tau >= 0``.
 
 Source: Daleckii & Krein, AMS Transl. 47, 1965; Higham, Functions of Matrices, 2008, theorem 3.11.  Second order:
 Najfeld & Havel, Adv. Appl. Math. 16, 1995; Higham & Relton, SIAM J. Matrix Anal. Appl. 35(3), 2014.  The dilation:
@@ -32,7 +33,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["first_derivative", "second_derivative", "with_gradient"]
+from .._utils.autocast import without_autocast
+from .transforms import register_derivatives, register_vmap
+
+__all__ = ["svt_backward", "svt_double_backward"]
 
 
 class _Svd(NamedTuple):
@@ -113,8 +117,8 @@ def _diagonal(X: _Matrix) -> Tensor:
 
 
 def _expand(W: Tensor, tau: Tensor, *others: Tensor) -> list[Tensor]:
-    """Expand the others (matrix, vector, matrix, number) to all leading axes; W and tau stay, so one SVD serves all."""
-    leading = [x.shape[: x.ndim - axes] for x, axes in zip((W, tau, *others), (2, 0, 2, 1, 2, 0), strict=False)]
+    """Expand the others (matrix, vector, matrix, vector) to all leading axes; W and tau stay, so one SVD serves all."""
+    leading = [x.shape[: x.ndim - axes] for x, axes in zip((W, tau, *others), (2, 0, 2, 1, 2, 1), strict=False)]
     batch = torch.broadcast_shapes(*leading)
     return [x.expand((*batch, *x.shape[len(batch) :])) for x in others]
 
@@ -123,23 +127,28 @@ def _expand(W: Tensor, tau: Tensor, *others: Tensor) -> list[Tensor]:
 
 
 @torch.library.custom_op("compaware::svt_backward", mutates_args=())
-def svt_backward(W: Tensor, tau: Tensor, grad_P: Tensor, grad_s: Tensor) -> tuple[Tensor, Tensor]:
-    """``grad_W = Df[grad_P] + U diag(grad_s) V^T`` and ``grad_tau = -<U V^T, grad_P> - sum grad_s``, U and V above tau.
+def svt_backward(W: Tensor, tau: Tensor, G: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """``Df[G] + U diag(g) V^T`` and ``diag(U^T G V) + g``, U and V of the singular values above tau, else zero.
 
+    With the gradients of P and s as ``G`` and ``g`` these are the gradient of W, and, up to the sign and summed, that
+    of tau. With the tangent of W as ``G`` and minus that of tau as every ``g`` they are the tangents of P and s.
     Where a singular value is tau there is no derivative; it counts as below.
     """
-    G, g = _expand(W, tau, grad_P, grad_s)
-    d = _svd(W, tau)
-    G, g = _split(d, G), g * d.alive
+    G, g = _expand(W, tau, G, g)
+    with without_autocast():
+        d = _svd(W, tau)
+        return _first(d, _split(d, G), g * d.alive)
+
+
+def _first(d: _Svd, G: _Matrix, g: Tensor) -> tuple[Tensor, Tensor]:
     core, left = _weigh(_shrink_weights(d), G)
-    grad_tau = -(_diagonal(G) * d.alive + g).sum(-1)
-    return _join(d, core + torch.diag_embed(g), left).contiguous(), grad_tau
+    return _join(d, core + torch.diag_embed(g), left).contiguous(), _diagonal(G) * d.alive + g
 
 
 @svt_backward.register_fake
-def _(W, tau, grad_P, grad_s):
-    G, _ = _expand(W, tau, grad_P, grad_s)
-    return W.new_empty(G.shape), W.new_empty(G.shape[:-2])
+def _(W, tau, G, g):
+    G, g = _expand(W, tau, G, g)
+    return W.new_empty(G.shape), W.new_empty(g.shape)
 
 
 # --- second derivative ----------------------------------------------------------------------------------------------
@@ -147,28 +156,36 @@ def _(W, tau, grad_P, grad_s):
 
 @torch.library.custom_op("compaware::svt_double_backward", mutates_args=())
 def svt_double_backward(
-    W: Tensor, tau: Tensor, grad_P: Tensor, grad_s: Tensor, H: Tensor, h: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradient of ``<grad_W, H> + grad_tau h`` by the four arguments of :func:`svt_backward`, ``H [..., m, n]``.
+    W: Tensor, tau: Tensor, G: Tensor, g: Tensor, H: Tensor, h: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Derivatives of :func:`svt_backward` at ``(G, g)``, both its modes, along ``(H, h)``, shaped as ``(G, g)``.
 
-    That number is the derivative of ``<P, grad_P> + <s, grad_s>`` along ``(H, h)``, so its gradient by grad_P and
-    grad_s is the derivative of P and s.  By W it is ``D2f[grad_P, H]`` (f is a gradient, so D2f is symmetric in all
-    three directions) and first derivatives of steps: of ``-df / dtau``, which is 1 above tau, and of grad_s above tau.
+    Its two results, times H and h, make a number that is symmetric in the pairs, ``<Df[G], H> + <U diag(g) V^T, H> +
+    <U diag(h) V^T, G> + <g, h>``. Returned are the gradients of it by W, tau, G and g, in reverse mode; and in forward
+    mode, with the tangent of W as ``H`` and minus that of tau as every ``h``, the first is the tangent of the first
+    result, and the fifth that of the second, ``[..., k]``, where G and g stay.
+    By W it is ``D2f[G, H]`` (f is a gradient, so D2f is symmetric in all three directions) and first derivatives of
+    steps: of g and of h above tau, and by tau of ``df / dtau``, which is -1 above tau.
     """
-    G, g, H, h = _expand(W, tau, grad_P, grad_s, H, h)
-    d = _svd(W, tau)
-    G, H, g, h = _split(d, G), _split(d, H), g * d.alive, h[..., None] * d.alive
+    G, g, H, h = _expand(W, tau, G, g, H, h)
+    with without_autocast():
+        d = _svd(W, tau)
+        G, H, g, h = _split(d, G), _split(d, H), g * d.alive, h * d.alive
 
-    core, left = _weigh(_shrink_weights(d), H)
-    grad_P = _join(d, core - torch.diag_embed(h), left)
-    grad_s = _diagonal(H) * d.alive - h
+        core, left = _weigh(_step_weights(d.s, d.alive.to(d.s.dtype)), H)
+        by_tau = -(core * (G.S + G.K)).sum((-2, -1)) - (left * G.B).sum((-2, -1))
 
-    core, left = _weigh(_step_weights(d.s, d.alive.to(d.s.dtype)), H)
-    grad_tau = -(core * (G.S + G.K)).sum((-2, -1)) - (left * G.B).sum((-2, -1))
+        by_g, by_h = _weigh(_step_weights(d.s, g), H), _weigh(_step_weights(d.s, h), G)
+        by_W = _join(d, *(x + y for x, y in zip(by_g, by_h, strict=True))) + d.tall(_second(d, G, H))
+        return by_W.contiguous(), by_tau, *_first(d, H, h), _second_of_values(d, G, H)
 
-    by_s, by_tau = _weigh(_step_weights(d.s, g), H), _weigh(_step_weights(d.s, h), G)
-    grad_W = _join(d, *(x - y for x, y in zip(by_s, by_tau, strict=True))) + d.tall(_second(d, G, H))
-    return grad_W.contiguous(), grad_tau, grad_P.contiguous(), grad_s
+
+def _second_of_values(d: _Svd, G: _Matrix, H: _Matrix) -> Tensor:
+    """Second derivatives of the singular values above tau along G and H, ``[..., k]``; else zero."""
+    gap = d.s[..., :, None] - d.s[..., None, :]
+    minus, plus = gap.sign() * _inverse(gap.abs()), _inverse(d.s[..., :, None] + d.s[..., None, :])
+    pairs = 2 * (minus * G.S * H.S + plus * G.K * H.K).sum(-1)
+    return (pairs + _inverse(d.s) * (G.B * H.B).sum(-2)) * d.alive
 
 
 def _second(d: _Svd, G: _Matrix, H: _Matrix) -> Tensor:
@@ -209,56 +226,37 @@ def _eigenvectors(d: _Svd, G: _Matrix, H: _Matrix) -> tuple[Tensor, Tensor, Tens
 
 
 @svt_double_backward.register_fake
-def _(W, tau, grad_P, grad_s, H, h):
-    G, g, _, _ = _expand(W, tau, grad_P, grad_s, H, h)
-    return W.new_empty(G.shape), W.new_empty(G.shape[:-2]), W.new_empty(G.shape), W.new_empty(g.shape)
+def _(W, tau, G, g, H, h):
+    G, g, _, _ = _expand(W, tau, G, g, H, h)
+    matrix, values = G.shape, g.shape
+    return tuple(W.new_empty(shape) for shape in (matrix, matrix[:-2], matrix, values, values))
 
 
 # --- autograd and vmap ----------------------------------------------------------------------------------------------
 
 
-def with_gradient(op, backward: Callable, fold: Callable) -> Callable[..., tuple[Tensor, ...]]:
-    """Give op a gradient and a vmap rule, and return it as a function that ``torch.func`` can differentiate.
-
-    ``fold(info, in_dims, *args)`` returns the arguments with the mapped axis as the first of all leading axes.
-    """
-
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    op.register_autograd(backward, setup_context=setup_context)
-    op.register_vmap(lambda info, in_dims, *args: (op(*fold(info, in_dims, *args)), 0))
-
-    # torch.func.grad rejects the autograd.Function of register_autograd (pytorch#168393), but accepts this one.
-    members = {
-        "forward": op,
-        "setup_context": setup_context,
-        "backward": backward,
-        "vmap": lambda info, in_dims, *args: (Function.apply(*fold(info, in_dims, *args)), 0),
-    }
-    members = {name: staticmethod(member) for name, member in members.items()}
-    Function = type(op._name.removeprefix("compaware::"), (torch.autograd.Function,), members)
-
-    def call(*args: Tensor) -> tuple[Tensor, ...]:
-        transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-        return (Function.apply if transformed else op)(*args)
-
-    return call
-
-
 def _fold(info, in_dims, *args: Tensor) -> list[Tensor]:
-    """vmap rule: unmapped arguments get an axis of length 1; under jacrev only grad_P is mapped, so W has one SVD."""
+    """vmap rule: unmapped arguments get an axis of length 1; under jacrev only G is mapped, so W has one SVD."""
     return [x[None] if dim is None else x.movedim(dim, 0) for x, dim in zip(args, in_dims, strict=True)]
 
 
 def _double_backward(ctx, H: Tensor, h: Tensor) -> tuple[Tensor, ...]:
-    grads = second_derivative(*ctx.saved_tensors, H, h)
+    grads = svt_double_backward(*ctx.saved_tensors, H, h)[:4]
     return tuple(grad.sum_to_size(x.shape) for grad, x in zip(grads, ctx.saved_tensors, strict=True))
 
 
-def _third_derivative(ctx, *grads):
+def _double_jvp(inputs, W_t: Tensor, tau_t: Tensor, G_t: Tensor, g_t: Tensor) -> tuple[Tensor, Tensor]:
+    W, tau, G, g = inputs
+    first = svt_backward(W, tau, G_t, g_t)
+    by_W, *_, of_s = svt_double_backward(W, tau, G, g, W_t, -tau_t[..., None].expand(*tau_t.shape, g.shape[-1]))
+    return first[0] + by_W, first[1] + of_s
+
+
+def _third_derivative(ctx, *args):
     raise NotImplementedError("svt: wanted a first or a second derivative; got a third, which is not implemented")
 
 
-first_derivative = with_gradient(svt_backward, _double_backward, _fold)
-second_derivative = with_gradient(svt_double_backward, _third_derivative, _fold)
+register_derivatives(svt_backward, _double_backward, _double_jvp)
+register_derivatives(svt_double_backward, _third_derivative, _third_derivative)
+for _op in (svt_backward, svt_double_backward):
+    register_vmap(_op, _fold)

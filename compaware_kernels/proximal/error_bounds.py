@@ -16,6 +16,7 @@ Sources: Laurent & Massart, Ann. Stat. 28(5), 2000, section 4 (the inequality); 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -28,22 +29,28 @@ from ..ops.linalg import inner, times
 __all__ = [
     "FAILURE",
     "NOT_ZERO",
+    "ORDINARY",
     "PROBES",
+    "UNCHANGED",
     "Sketch",
     "in_range",
     "norm_from_log",
     "norm_from_norm",
     "norm_from_probes",
     "norms",
+    "rescale",
     "sketch_triplets",
     "spectral_estimates",
     "storage",
     "svd_loss",
+    "unit_exponent",
     "unit_roundoff",
 ]
 
 PROBES = 12
 NOT_ZERO = torch.finfo(torch.float64).tiny
+UNCHANGED = "nothing was changed"  # end of the errors that values cause
+ORDINARY = 20  # matrices with norms from 2^-ORDINARY to 2^ORDINARY are computed as they are
 FAILURE = 5e-12  # failure probability of one inequality; an error bound combines fewer than two hundred
 
 
@@ -149,6 +156,24 @@ def in_range(dtype: torch.dtype, *values: float) -> bool:
     info = torch.finfo(dtype)
     low, high = 1e6 * math.sqrt(info.smallest_normal), 1e-6 * math.sqrt(info.max)
     return all(low < value < high for value in values)
+
+
+def rescale(x, exponents: int | Sequence[int]):
+    """``2^e x`` of a number or tensor x, or of B matrices ``[B, ...]`` with one e each; exact within the range of fp64.
+
+    In two steps, as a single factor may be out of range.
+    """
+    if isinstance(exponents, int):
+        half = exponents // 2
+        return x * 2.0**half * 2.0 ** (exponents - half) if exponents else x
+    halves = [[2.0 ** (e // 2), 2.0 ** (e - e // 2)] for e in exponents]
+    factors = torch.tensor(halves, dtype=torch.float64, device=x.device).reshape(-1, 2, *[1] * (x.ndim - 1))
+    return x * factors[:, 0] * factors[:, 1]
+
+
+def unit_exponent(norm: float) -> int:
+    """Exponent e of the power of two with ``2^e norm`` near 1; 0 where squares and products are in every range."""
+    return 0 if norm == 0 or 2.0**-ORDINARY <= norm <= 2.0**ORDINARY else -math.frexp(norm)[1]
 
 
 def norms(W: Tensor) -> Tensor:

@@ -1,10 +1,16 @@
-"""Proximal operators, functional form: differentiable, batched over ``[..., m, n]``, traceable by torch.compile.
+"""Proximal operators, functional form: differentiable, batched over ``[..., m, n]``, traceable.
+
+In W and in the thresholds they have first and second derivatives, in reverse and in forward mode (``svt`` and
+``firm_svt`` no third, the others any), and all transforms of ``torch.func``: ``grad``, ``vjp``, ``jvp``, ``jacrev``,
+``jacfwd``, ``hessian``, ``vmap``.  Where a threshold is met exactly there is no derivative; it counts as below, and as
+above at zero.  ``torch.compile``, ``torch.export``, ``make_fx`` and fake tensors trace each as one op.
 
 Every function raises:
 
 * ``TypeError``: not a tensor, or not fp64, fp32, bf16 or fp16;
 * ``ValueError``: fewer axes than a matrix has, a threshold that is negative, not finite or of the wrong shape, a
-  ``gamma`` that is not finite or not above 1, NaN or Inf in W.  Values are not checked while ``torch.compile`` traces.
+  ``gamma`` that is not finite or not above 1, NaN or Inf in W; under ``vmap``, in any of the batch.  Values are not
+  checked while a compiler traces.
 """
 
 from __future__ import annotations
@@ -16,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .._utils.dtypes import compute_dtype
-from ..ops.svt import differentiable_svt
+from ..ops.svt import svt as svt_op
 from ..ops.validation import (
     check_above_one,
     checked,
@@ -50,14 +56,16 @@ def svt(W: Tensor, tau: float | Tensor, *, return_info: bool = False) -> Tensor 
     Returns:
         ``P`` ``[..., m, n]`` in the dtype of W, and the info if asked for.
 
-    Twice differentiable in W and tau, with finite gradients at repeated and at zero singular values; the third
-    derivative raises NotImplementedError.
+    Twice differentiable in W and tau, in both modes, with finite gradients at repeated and at zero singular values; the
+    third derivative raises NotImplementedError.
 
     Source: Cai, Candes & Shen, SIAM J. Optim. 20(4), 2010, theorem 2.1; Alvarez & Salzmann, NIPS 2017, 3.2.
     """
     W, tau = checked(W, tau)
-    P, s = differentiable_svt(W, tau)
-    return (P, _svt_info(s.detach(), W, tau.detach())) if return_info else P
+    scale = _unit_scale(W)
+    P, s = svt_op(_scaled(W.to(tau.dtype), scale), _scaled_tau(tau, scale))
+    P = _scaled(P, 1 / scale).to(W.dtype)
+    return (P, _svt_info(P.detach(), s.detach(), scale, tau.detach())) if return_info else P
 
 
 @overload
@@ -96,18 +104,41 @@ def firm_svt(
     selection under minimax concave penalty, Ann. Stat. 38(2), 2010.
     """
     W, tau = checked(W, tau)
-    function = FirmThreshold(tau, checked_tau(gamma, W, "gamma", check_above_one))
-    P, s = _sum_of_svt(W, function.pieces)
-    return (P, _svt_info(s.detach(), W, tau.detach(), function.slope.detach())) if return_info else P
+    gamma, scale = checked_tau(gamma, W, "gamma", check_above_one), _unit_scale(W)
+    function = FirmThreshold(_scaled_tau(tau, scale), gamma)
+    P, s = _sum_of_svt(_scaled(W.to(tau.dtype), scale), function.pieces)
+    P = _scaled(P, 1 / scale).to(W.dtype)
+    return (P, _svt_info(P.detach(), s.detach(), scale, tau.detach(), function.slope.detach())) if return_info else P
 
 
 def _sum_of_svt(W: Tensor, pieces: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Linear combination ``sum_i weight_i svt(W, tau_i)`` and its singular values, in the compute dtype of W."""
-    X, batch = W.to(compute_dtype(W.dtype)), W.shape[:-2]
-    weights, taus = (torch.stack([x.expand(batch) for x in each]) for each in zip(*pieces, strict=True))
+    """Linear combination ``sum_i weight_i svt(W, tau_i)`` and its singular values, W in its compute dtype."""
+    weights, taus = (torch.stack([x.expand(W.shape[:-2]) for x in each]) for each in zip(*pieces, strict=True))
     taus = taus.clamp_max(torch.finfo(taus.dtype).max)
-    P, s = differentiable_svt(X.expand(len(taus), *X.shape), taus)
-    return (weights[..., None, None] * P).sum(0).to(W.dtype), (weights[..., None] * s).sum(0)
+    P, s = svt_op(W.expand(len(taus), *W.shape), taus)
+    return (weights[..., None, None] * P).sum(0), (weights[..., None] * s).sum(0)
+
+
+def _unit_scale(W: Tensor) -> Tensor:
+    """Two powers of two per matrix, ``[2, ..., 1, 1]``, that bring its largest entry near 1: two, as one may overflow.
+
+    1 for ordinary matrices, whose results do not change by a bit. Extreme ones are scaled because a factorization loses
+    its accuracy to subnormal numbers, or overflows.
+    """
+    largest = W.detach().abs().amax((-2, -1), keepdim=True) if W.numel() else W.new_zeros(*W.shape[:-2], 1, 1)
+    exponent = -largest.double().log2().floor()
+    exponent = torch.where((largest == 0) | (exponent.abs() <= error_bounds.ORDINARY), 0, exponent)
+    half = (exponent / 2).floor()
+    return torch.stack([half, exponent - half]).exp2().to(compute_dtype(W.dtype))
+
+
+def _scaled(X: Tensor, scale: Tensor) -> Tensor:
+    return X * scale[0] * scale[1]
+
+
+def _scaled_tau(tau: Tensor, scale: Tensor) -> Tensor:
+    """Thresholds of scaled matrices, finite also where they are far above the matrix."""
+    return _scaled(tau, scale[..., 0, 0]).clamp_max(torch.finfo(tau.dtype).max)
 
 
 def group_shrink(W: Tensor, tau: float | Tensor) -> Tensor:
@@ -153,14 +184,19 @@ def sparse_group_shrink(W: Tensor, l1: float | Tensor, tau: float | Tensor) -> T
     return torch.ops.compaware.sparse_group_shrink(W, l1, checked_tau(tau, W))
 
 
-def _svt_info(s: Tensor, W: Tensor, tau: Tensor, slope: float | Tensor = 1.0) -> SvtInfo:
-    """SvtInfo with the a-priori error bound of ``slope svt(W, .) + (1 - slope) svt(W, .)`` by dense SVDs."""
-    m, n = W.shape[-2:]
-    k, s64 = min(m, n), s.double()
+def _svt_info(P: Tensor, s: Tensor, scale: Tensor, tau: Tensor, slope: float | Tensor = 1.0) -> SvtInfo:
+    """SvtInfo with the a-priori error bound of ``slope svt(W, .) + (1 - slope) svt(W, .)`` by dense SVDs.
+
+    P, tau: of W.  s ``[..., k]``, in the compute dtype: of the scaled matrix.
+    """
+    m, n = P.shape[-2:]
+    back = 1 / scale[..., 0].double()
+    s64 = s.double()
     norm_P = s64.square().sum(-1).sqrt()
-    norm_W = norm_P + tau.double() * k**0.5  # SVT lowers a singular value by at most tau
-    loss = (2 * slope - 1) * error_bounds.svd_loss(compute_dtype(W.dtype), m, n)
-    bound = loss * norm_W + torch.finfo(W.dtype).eps * norm_P
-    if W.dtype != torch.float64:  # subnormals have an absolute rounding error
-        bound = bound + (m * n) ** 0.5 * torch.finfo(W.dtype).smallest_normal * torch.finfo(W.dtype).eps
+    norm_W = norm_P + _scaled(tau.double(), 1 / back[..., 0]) * min(m, n) ** 0.5  # SVT lowers each by at most tau
+    bound = (2 * slope - 1) * error_bounds.svd_loss(s.dtype, m, n) * norm_W + torch.finfo(P.dtype).eps * norm_P
+    bound = _scaled(bound, back[..., 0]) + error_bounds.storage(P.dtype, 0.0, m * n)
+    s = _scaled(s64, back)
+    fits = P.isfinite().all(-1).all(-1) & s.isfinite().all(-1)  # else beyond the range of the dtype
+    bound = torch.where(fits, bound, torch.inf)
     return SvtInfo(rank=(s > 0).sum(-1), s=s, error_bound=bound)

@@ -2,32 +2,41 @@
 
 Every function raises, before anything is changed:
 
-* ``TypeError``: not a list of tensors, or not fp64, fp32, bf16 or fp16; a state that is not a :class:`WarmState`;
+* ``TypeError``: not a list of tensors, or not dense fp64, fp32, bf16 or fp16; a threshold that is not a real number; a
+  state that is not a :class:`WarmState`;
 * ``ValueError``: fewer axes than a matrix has, a threshold that is negative, not finite or of the wrong shape, a
   ``gamma`` that is not finite or not above 1, NaN or Inf in a weight (named by its layer), a tolerance that is not
   a positive number, a center that does not match its weight, a state or a center under ``torch.compile``.  Values are
-  not checked while ``torch.compile`` traces.
+  not checked while ``torch.compile`` traces;
+* ``ValueError``: a weight that cannot be written (on the meta device, made in inference mode, expanded) or that shares
+  memory with another one.  The same weight may be in the list twice, with the same arguments.
+
+Signals that arrive within a call, as that of Ctrl-C, are handled when it has ended.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import folds
+from .._utils.uninterrupted import uninterrupted
 from ..distributed.collectives import synchronize_errors
 from ..distributed.dtensor import communication_device, local, process_groups
+from ..ops.memory import overlapping_pairs, view_of
 from ..ops.validation import (
     check_above_one,
+    check_apart,
     check_center,
     checked_list,
     one_per_weight,
 )
 from . import solver
 from .cuda import backend as gpu
+from .error_feedback import check_residuals, error_feedback, spectrum_size, warn_if_rounded_away
 from .record import Record
 from .shrinkage import shrink_elements_, shrink_elements_and_rows_, shrink_neurons_
 from .spectral_functions import FirmThreshold, SoftThreshold, Truncate, WeightedThreshold
@@ -46,6 +55,7 @@ __all__ = [
 ]
 
 
+@uninterrupted
 @torch.no_grad()
 def svt_(
     weights: Sequence[Tensor],
@@ -54,6 +64,7 @@ def svt_(
     state: WarmState | None = None,
     tol: float = 1e-3,
     center: Sequence[Tensor] | None = None,
+    residuals: Sequence[Tensor | None] | None = None,
     fold: str | None = "paper",
     groups: Sequence[int] | None = None,
     names: Sequence[str] | None = None,
@@ -74,6 +85,11 @@ def svt_(
         tol: tolerance of the result, relative to tau, in the spectral norm, before rounding to the dtype of the
             weight.  Estimated from random probes; ``error_bound`` of the report is the bound.
         center: ``C``, one tensor per weight (default: 0): the prox of ``tau ||W - C||_*``.
+        residuals: for many small steps on bf16 and fp16 weights: what rounding cuts off of a result is kept here and
+            added back at the next call, so that shrinkage below an ulp accumulates as in fp32. One tensor per weight,
+            kept by the caller, updated in place: ``torch.zeros_like(W, dtype=torch.int16)`` at first, None for fp32 and
+            fp64. Two bytes per number; during the call there is an fp32 copy of these weights. Report and error bound
+            are those of the weight with its residual, see :mod:`compaware_kernels.proximal.error_feedback`.
         groups: the convolutions' groups, one per layer (default: all 1).
         names: layer names, for error messages, the report and the state.
 
@@ -86,11 +102,12 @@ def svt_(
     """
     tau = _checked(weights, tau, names, finite=not gpu.on_gpu(weights))
     if torch.compiler.is_compiling():
-        return _traced("svt_", weights, [tau], state, tol, center, fold, groups, names)
+        return _traced("svt_", weights, [tau], state, tol, center, residuals, fold, groups, names)
     functions = [SoftThreshold(t) for t in tau.tolist()]
-    return _shrink(weights, functions, state, tol, fold, groups, names, center)
+    return _shrink(weights, functions, state, tol, fold, groups, names, center, residuals)
 
 
+@uninterrupted
 @torch.no_grad()
 def firm_svt_(
     weights: Sequence[Tensor],
@@ -100,6 +117,7 @@ def firm_svt_(
     state: WarmState | None = None,
     tol: float = 1e-3,
     center: Sequence[Tensor] | None = None,
+    residuals: Sequence[Tensor | None] | None = None,
     fold: str | None = "paper",
     groups: Sequence[int] | None = None,
     names: Sequence[str] | None = None,
@@ -119,11 +137,12 @@ def firm_svt_(
     tau = _checked(weights, tau, names, finite=not gpu.on_gpu(weights))
     gamma = _check_on_all_ranks(lambda: one_per_weight(gamma, len(weights), "gamma", check_above_one), weights)
     if torch.compiler.is_compiling():
-        return _traced("firm_svt_", weights, [tau, gamma], state, tol, center, fold, groups, names)
+        return _traced("firm_svt_", weights, [tau, gamma], state, tol, center, residuals, fold, groups, names)
     functions = [FirmThreshold(*each) for each in zip(tau.tolist(), gamma.tolist(), strict=True)]
-    return _shrink(weights, functions, state, tol, fold, groups, names, center)
+    return _shrink(weights, functions, state, tol, fold, groups, names, center, residuals)
 
 
+@uninterrupted
 def weighted_svt_(
     weights: Sequence[Tensor],
     sigma_weights: Sequence[Sequence[float] | Tensor],
@@ -162,6 +181,7 @@ def weighted_svt_(
     return _shrink(weights, functions, state, tol, fold, groups, names)
 
 
+@uninterrupted
 def truncate_(
     weights: Sequence[Tensor],
     rank: int | Sequence[int],
@@ -191,6 +211,7 @@ def truncate_(
     return _shrink(weights, [Truncate(r) for r in ranks], state, tol, fold, groups, names)
 
 
+@uninterrupted
 def spectral_ball_(
     weights: Sequence[Tensor],
     radius: float | Sequence[float] | Tensor,
@@ -227,24 +248,67 @@ def _check_on_all_ranks(check, weights: Sequence[Tensor]):
     return synchronize_errors(check, process_groups(weights, replicas=False), communication_device(weights))
 
 
+def _check_apart(records: Sequence[Record], parameters: Sequence[object]) -> None:
+    """:func:`check_apart` of the local weights and biases; parameters: of the operator, one per record."""
+    biased = [i for i, record in enumerate(records) if record.bias is not None]
+    owners = [*range(len(records)), *biased]
+    tensors = [record.weight for record in records] + [records[i].bias for i in biased]
+    labels = [record.label for record in records] + [f"bias of {records[i].label}" for i in biased]
+
+    def arguments(i: int) -> tuple:
+        record = records[owners[i]]
+        others = [view_of(local(t)) for t in (record.center, record.bias) if t is not None]
+        return parameters[owners[i]], record.groups, others
+
+    def check() -> None:
+        check_apart(_local_shards(tensors), labels, lambda i, j: arguments(i) == arguments(j))
+
+    _check_on_all_ranks(check, tensors)
+
+
+def _unshared(center: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """The centers; those that share memory with a weight, which is going to change, as copies."""
+    pairs = overlapping_pairs([local(t) for t in (*weights, *center)])
+    shared = {j - len(weights) for i, j in pairs if i < len(weights) <= j}
+    return [C.clone() if i in shared else C for i, C in enumerate(center)]
+
+
 def _local_shards(weights: Sequence[Tensor]) -> Sequence[Tensor]:
     """Local shards of the weights; a single tensor, which the checks refuse, is passed through."""
     return weights if isinstance(weights, Tensor) else [local(W) for W in weights]
 
 
 @torch.no_grad()
-def _shrink(weights, functions, state, tol, fold, groups, names, center=None, ball=False) -> list[SvtInfo]:
+def _shrink(
+    weights, functions, state, tol, fold, groups, names, center=None, residuals=None, ball=False
+) -> list[SvtInfo]:
     if not (isinstance(tol, float | int) and 0 < tol < math.inf):
         raise ValueError(f"tol: wanted a number > 0; got {tol!r}")
     if state is not None and not isinstance(state, WarmState):
         raise TypeError(f"state: wanted a WarmState; got {type(state).__name__}")
     if center is not None:
         _check_on_all_ranks(lambda: check_center(_local_shards(center), _local_shards(weights), names), weights)
+        center = _unshared(center, weights)
     records = _records(weights, names, fold=fold, groups=groups, center=center)
-    infos = solver.shrink_(records, functions, tol=tol, state=state, ball=ball)
+    _check_apart(records, functions)
+    taus = [0.0 if ball or function.ramp is None else function.floor for function in functions]
+    with _with_residuals(records, residuals, taus, spectrum_size):
+        infos = solver.shrink_(records, functions, tol=tol, state=state, ball=ball)
     if state:
         state.advance()
     return infos
+
+
+def _with_residuals(records: Sequence[Record], residuals, taus: Sequence[float], count: Callable[[Record], int]):
+    """:func:`.error_feedback`, checked; count: how many numbers of a record are shrunk by its tau."""
+    if residuals is not None:
+        weights, labels = [record.weight for record in records], [record.label for record in records]
+        _check_on_all_ranks(lambda: check_residuals(residuals, weights, labels), weights)
+    alone = [i for i in range(len(records)) if residuals is None or residuals[i] is None]
+    if not torch.compiler.is_compiling():
+        steps = [(records[i], taus[i], count(records[i])) for i in alone]
+        warn_if_rounded_away(steps, "residuals=[torch.zeros_like(W, dtype=torch.int16) ...] keeps what it cuts off")
+    return error_feedback(records, residuals)
 
 
 def _records(
@@ -259,10 +323,10 @@ def _records(
             for i, W in enumerate(weights)]  # fmt: skip
 
 
-def _traced(op: str, weights, parameters, state, tol, center, fold, groups, names) -> list[SvtInfo]:
-    """The step as one custom op ``compaware::<op>``, traceable by torch.compile; no state and no center."""
-    if state is not None or center is not None:
-        raise ValueError(f"{op}: state and center are not available inside torch.compile")
+def _traced(op: str, weights, parameters, state, tol, center, residuals, fold, groups, names) -> list[SvtInfo]:
+    """The step as one custom op ``compaware::<op>``, traceable by torch.compile; no state, center or residuals."""
+    if state is not None or center is not None or residuals is not None:
+        raise ValueError(f"{op}: state, center and residuals are not available inside torch.compile")
     mats = [record.matrices() for record in _records(weights, names, fold=fold, groups=groups)]
     spectra, bounds = getattr(torch.ops.compaware, op)(mats, *parameters, tol)
     for W, M in zip(weights, mats, strict=True):
@@ -279,12 +343,14 @@ def _traced(op: str, weights, parameters, state, tol, center, fold, groups, name
     return infos
 
 
+@uninterrupted
 @torch.no_grad()
 def group_shrink_(
     weights: Sequence[Tensor],
     tau: float | Sequence[float] | Tensor,
     *,
     biases: Sequence[Tensor | None] | None = None,
+    residuals: Sequence[Tensor | None] | None = None,
     names: Sequence[str] | None = None,
 ) -> None:
     """Group lasso shrinkage of the rows (neurons) ``W[o]`` of a list of weights ``[O, ...]``, in place.
@@ -293,33 +359,51 @@ def group_shrink_(
 
     Args:
         biases: per layer ``[O]``, of the dtype of the weight and sharded as its rows, or None.
+        residuals: as of :func:`svt_`; of the weights, not of the biases.
 
     Other arguments and errors as :func:`svt_`; all or nothing.
     """
     _check_biases(biases, weights, names)
     tau = _checked(weights, tau, names)
-    shrink_neurons_(_records(weights, names, bias=biases), tau)
+    records = _records(weights, names, bias=biases)
+    _check_apart(records, tau.tolist())
+    with _with_residuals(records, residuals, tau.tolist(), lambda record: len(record.weight)):
+        shrink_neurons_(records, tau)
 
 
+@uninterrupted
 @torch.no_grad()
 def soft_threshold_(
-    weights: Sequence[Tensor], tau: float | Sequence[float] | Tensor, *, names: Sequence[str] | None = None
+    weights: Sequence[Tensor],
+    tau: float | Sequence[float] | Tensor,
+    *,
+    residuals: Sequence[Tensor | None] | None = None,
+    names: Sequence[str] | None = None,
 ) -> None:
     """Elementwise soft-thresholding of every tensor, in place; arguments and errors as :func:`svt_`, all or nothing."""
-    shrink_elements_(weights, _checked(weights, tau, names, axes=0))
+    tau = _checked(weights, tau, names, axes=0)
+    records = _records(weights, names)
+    _check_apart(records, tau.tolist())
+    with _with_residuals(records, residuals, tau.tolist(), lambda record: record.weight.numel()):
+        shrink_elements_([record.weight for record in records], tau)
 
 
+@uninterrupted
 @torch.no_grad()
 def sparse_group_shrink_(
     weights: Sequence[Tensor],
     l1: float | Sequence[float] | Tensor,
     tau: float | Sequence[float] | Tensor,
     *,
+    residuals: Sequence[Tensor | None] | None = None,
     names: Sequence[str] | None = None,
 ) -> None:
     """Sparse group lasso shrinkage of a list of weights, in place: L1 by ``l1``, rows by ``tau``; all or nothing."""
     l1, tau = _checked(weights, l1, names, "l1"), _checked(weights, tau, names)
-    shrink_elements_and_rows_(weights, l1, tau)
+    records = _records(weights, names)
+    _check_apart(records, list(zip(l1.tolist(), tau.tolist(), strict=True)))
+    with _with_residuals(records, residuals, tau.tolist(), lambda record: len(record.weight)):
+        shrink_elements_and_rows_([record.weight for record in records], l1, tau)
 
 
 def _check_biases(biases, weights: Sequence[Tensor], names: Sequence[str] | None) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._utils.constants import constant
-from .error_bounds import norms, storage, unit_roundoff
+from .error_bounds import ORDINARY, UNCHANGED, norms, rescale, storage, unit_exponent, unit_roundoff
 from .spectral_functions import Spectral, batched
 
 __all__ = [
@@ -40,6 +40,7 @@ class Group:
     W: Tensor
     function: Spectral
     center: Tensor | None
+    label: str  # name of the weight in error messages
     # results
     s: Tensor | None = None  # fp64 [..., k], singular values of the result
     rank: Tensor | None = None  # int64 [...]
@@ -80,30 +81,51 @@ def compute(groups: Sequence[Group], tol: float, ball: bool) -> None:
 
 def _compute_alike(groups: Sequence[Group], tol: float, ball: bool) -> None:
     counts = [entry.W.shape[:-2].numel() for entry in groups]
-    X = torch.cat([entry.matrices() for entry in groups])
-    floor = torch.tensor([entry.function.floor for entry in groups], dtype=torch.float64)
-    tols = torch.tensor([entry.function.tolerance(tol) for entry in groups], dtype=torch.float64)
-    exact = torch.tensor([entry.function.count is not None for entry in groups])  # a rank: no threshold to resolve
-    of = torch.arange(len(groups)).repeat_interleave(torch.tensor(counts))  # group index of each matrix
-    size = norms(X)
+    X, functions = torch.cat([entry.matrices() for entry in groups]), [entry.function for entry in groups]
+    size, repeats, exponents = norms(X), counts, None
+    if ((size > 0) & ((size < 2.0**-ORDINARY) | (size > 2.0**ORDINARY))).any():  # each matrix to a norm near 1
+        _check(groups, counts, size.isfinite(), "singular values that fp64 can hold")
+        exponents, repeats = [unit_exponent(norm) for norm in size.tolist()], [1] * len(X)
+        owners = (function for function, count in zip(functions, counts, strict=True) for _ in range(count))
+        functions = [function.scaled(e) for function, e in zip(owners, exponents, strict=True)]
+        X = rescale(X.double(), exponents)
+        size = norms(X)
+    floor = torch.tensor([function.floor for function in functions], dtype=torch.float64)
+    tols = torch.tensor([function.tolerance(tol) for function in functions], dtype=torch.float64)
+    exact = torch.tensor([function.count is not None for function in functions])  # a rank: no threshold to resolve
+    of = torch.arange(len(functions)).repeat_interleave(torch.tensor(repeats))  # function of each matrix
     coarse = (COARSE * unit_roundoff(torch.float32) * size > (tols * floor)[of]) & ~exact[of]
     double = bool(coarse.any()) or groups[0].W.dtype == torch.float64
     dtype = torch.float64 if double else torch.float32
     X = X.to(dtype)
     U, s, V = torch.ops.compaware.small_svd(X)
     s = s.double()
-    new = batched([entry.function for entry in groups], counts)(s)
+    new = batched(functions, repeats)(s)
     P = X.baddbmm_(U.mul_(new.to(dtype)[:, None, :]), V.mT, beta=float(ball), alpha=-1 if ball else 1)
     moved = (LOSS + s.shape[1]) * unit_roundoff(dtype) * size
-    error = moved * _lipschitz_constants(groups, s, moved, counts)
+    error = moved * _lipschitz_constants(functions, s, moved, repeats)
+    if exponents:
+        back = [-e for e in exponents]
+        P, new, error = rescale(P.double(), back), rescale(new, back), rescale(error, back)
     if groups[0].center is not None:
         P = P + torch.cat([entry.center.reshape(-1, *P.shape[1:]).to(dtype) for entry in groups])
     half = 2 * storage(groups[0].W.dtype, 1.0, 0)  # two roundings: adding the center, storing the result
-    error += half * norms(P) + storage(groups[0].W.dtype, 0.0, P[0].numel())
+    stored = norms(P)
+    if float(stored.max()) > torch.finfo(groups[0].W.dtype).max:
+        fits = P.to(groups[0].W.dtype).isfinite().all(-1).all(-1)
+        _check(groups, counts, fits, f"a result that fits {groups[0].W.dtype}")
+    error += half * stored + storage(groups[0].W.dtype, 0.0, P[0].numel())
     new, method = new.cpu(), f"jacobi, fp{torch.finfo(dtype).bits}"
     parts = (_per_weight(each, groups, counts) for each in (P, new, (new > 0).sum(-1), error))
     for entry, entry.P, entry.s, entry.rank, entry.error in zip(groups, *parts, strict=True):
         entry.method = method
+
+
+def _check(groups: Sequence[Group], counts: Sequence[int], holds: Tensor, wanted: str) -> None:
+    """Raise ValueError with the name of the first weight for one of whose matrices ``holds`` ``[B]`` is false."""
+    for entry, part in zip(groups, holds.split(counts), strict=True):
+        if not part.all():
+            raise ValueError(f"{entry.label}: wanted {wanted}; got larger numbers; {UNCHANGED}")
 
 
 def _per_weight(results: Tensor, groups: Sequence[Group], counts: Sequence[int]) -> Sequence[Tensor]:
@@ -114,14 +136,14 @@ def _per_weight(results: Tensor, groups: Sequence[Group], counts: Sequence[int])
     return [part.view(entry.W.shape[:-2] + part.shape[1:]) for part, entry in parts]
 
 
-def _lipschitz_constants(groups: Sequence[Group], s: Tensor, moved: Tensor, counts: Sequence[int]) -> Tensor:
-    """Lipschitz constants ``[B]`` of the spectral functions; ``moved`` ``[B]``: backward errors of the SVDs."""
-    slopes = [entry.function.slope for entry in groups]
+def _lipschitz_constants(functions: Sequence[Spectral], s: Tensor, moved: Tensor, counts: Sequence[int]) -> Tensor:
+    """Lipschitz constants ``[B]``, functions[i] for counts[i] matrices; ``moved`` ``[B]``: backward errors of SVDs."""
+    slopes = [function.slope for function in functions]
     if None not in slopes:
         return torch.tensor(slopes, dtype=torch.float64).repeat_interleave(torch.tensor(counts))
-    parts = zip(groups, s.split(counts), moved.split(counts), strict=True)
-    rows = ((entry.function, row, float(by)) for entry, part, bys in parts for row, by in zip(part, bys, strict=True))
-    return torch.tensor([function.lipschitz(row, 0.0, by) for function, row, by in rows], dtype=torch.float64)
+    parts = zip(functions, s.split(counts), moved.split(counts), strict=True)
+    rows = ((f, row, float(by)) for f, part, bys in parts for row, by in zip(part, bys, strict=True))
+    return torch.tensor([f.lipschitz(row, 0.0, by) for f, row, by in rows], dtype=torch.float64)
 
 
 def write(groups: Sequence[Group]) -> None:

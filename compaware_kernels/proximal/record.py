@@ -33,11 +33,17 @@ class Record:
     target_center: Tensor | None = field(default=None, init=False)  # [..., m, n], the center of target
     _local_weight: Tensor = field(init=False)  # this rank's shard, or the gathered weight
     _gathered: bool = field(default=False, init=False)
+    _tied_to: Record | None = field(default=None, init=False)  # an earlier record of the same weight
     _is_view: bool = field(default=True, init=False)  # whether target shares the memory of the weight
 
     @property
     def key(self) -> str:
-        """Key of the weight in the warm state; its matrix j has the key ``key.j``."""
+        """Key of the weight in the warm state; its matrix j has the key ``key.j``.
+
+        Tied weights share one key, so that they draw the same probes and get the same bits.
+        """
+        if self._tied_to is not None:
+            return self._tied_to.key
         return str(self.index) if self.name is None else self.name
 
     @property
@@ -60,7 +66,7 @@ class Record:
         self.target = self.matrices(self._local_weight)
         self.target_center = None if self.center is None else self.matrices(self._local(self.center))
         self._is_view = self.target.data_ptr() == self._local_weight.data_ptr()
-        if not self.target.is_contiguous():
+        if not self.target.is_contiguous() or self.target.is_neg():
             self.own_target()
 
     def own_target(self) -> None:
@@ -81,7 +87,7 @@ class Record:
         return self._local_weight.data_ptr()
 
     def _local(self, t: Tensor) -> Tensor:
-        return t.full_tensor() if self._gathered else local(t)
+        return (t.full_tensor() if self._gathered else local(t)).detach()  # autograd forbids to write to some views
 
     def matrices(self, t: Tensor | None = None) -> Tensor:
         """The weight, or a tensor of its shape, folded to matrices ``[..., m, n]``."""
@@ -92,9 +98,10 @@ class Record:
 
 def unfold_all(records: Sequence[Record]) -> None:
     """:meth:`Record.unfold` of every record; tied weights after the first get a copy as their target."""
-    seen: set[int] = set()
+    seen: dict[int, Record] = {}
     for record in records:
         record.unfold()
-        if record.target.numel() and record.address in seen:
+        first = seen.setdefault(record.address, record)
+        if record.target.numel() and first is not record:
             record.own_target()
-        seen.add(record.address)
+            record._tied_to = first

@@ -66,7 +66,7 @@ def _shrink_with_biases_(records: Sequence[Record], tau: Tensor) -> None:
     pairs = [(local(record.weight), local(record.bias)) for record in records]
     wide = [torch.promote_types(W.dtype, b.dtype) for W, b in pairs]
     weights = [W.to(dtype) for (W, _), dtype in zip(pairs, wide, strict=True)]
-    biases = [b.to(dtype) for (_, b), dtype in zip(pairs, wide, strict=True)]
+    biases = [b.to(dtype).resolve_neg() for (_, b), dtype in zip(pairs, wide, strict=True)]
     _apply_rows(lambda rows, tau: torch.ops.compaware.neuron_shrink_(rows, biases, tau), weights, tau)
     for parts, results in zip(pairs, zip(weights, biases, strict=True), strict=True):
         for part, result in zip(parts, results, strict=True):
@@ -88,7 +88,7 @@ def _shrink_column_shards_(W: Tensor, bias: Tensor | None, tau: float, groups: S
 
 def _apply_rows(op, weights: Sequence[Tensor], *taus: Tensor) -> None:
     """Run an in-place op on the weights as matrices ``[O, rest]``; copy back those that are not views."""
-    matrices = [W.reshape(W.shape[0] if W.ndim else 1, W.shape[1:].numel()) for W in weights]
+    matrices = [W.resolve_neg().reshape(W.shape[0] if W.ndim else 1, W.shape[1:].numel()) for W in weights]
     op(matrices, *taus)
     for W, M in zip(weights, matrices, strict=True):
         if M.data_ptr() != W.data_ptr():

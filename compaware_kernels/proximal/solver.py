@@ -7,6 +7,8 @@ Routes, for a matrix with m >= n:
 * ``subspace``: few singular values exceed tau, or did at the last call (:mod:`.subspace_iteration`);
 * ``gram``, ``svd``: all others (:mod:`.gram`).
 
+Matrices of extreme norm are multiplied by a power of two, which is exact, so that their norm is near 1 on every route.
+
 A route that cannot verify the tolerance falls back to the next one. The tolerance concerns the computed result; its
 rounding to the dtype of the weight comes on top, on every route.
 """
@@ -18,12 +20,13 @@ import os
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from .._utils.autocast import without_autocast
 from .._utils.dtypes import compute_dtype
 from ..distributed.dtensor import MatrixSharding
 from ..distributed.row_sharded import RowSharded
@@ -32,7 +35,7 @@ from ..ops.validation import check_finite
 from . import gram as dense
 from . import jacobi
 from .cuda import backend as gpu
-from .error_bounds import in_range, norms, storage, unit_roundoff
+from .error_bounds import UNCHANGED, norms, rescale, storage, unit_exponent, unit_roundoff
 from .record import Record, unfold_all
 from .spectral_functions import Spectral
 from .subspace_iteration import FIRST, Subspace, columns_for
@@ -53,19 +56,21 @@ class Task:
     function: Spectral
     center: Tensor | None
     key: str  # key in the warm state
+    label: str  # name of the weight in error messages
     tol: float  # tolerance of the matrix; that of f(W) is up to ``slope`` times as large
     basis: Tensor | None = None  # [n, k] from the warm state; after :func:`compute`, the new one
     seed: int = 0
     shards: MatrixSharding | None = None  # if given, W is this rank's row shard of the tall matrix
     local_shapes: Sequence[torch.Size] = ()  # local shapes before each all-to-all, to undo it
-    norm: float = 0.0  # >= ||W - center||_F
+    exponent: int = 0  # what follows, and the function, are those of 2^exponent (W - center)
+    norm: float = 0.0  # >= ||X||_F
     too_wide: bool = False  # the subspace would need too many columns, in any precision
     # results
     method: str = ""
     reason: str = ""
     s: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))  # [rank], of the result
     error: float = 0.0  # >= the Frobenius norm of the error, storage rounding excluded
-    stored: float = 0.0  # >= the Frobenius norm of the values rounded to the dtype of W
+    stored: float = 0.0  # >= the Frobenius norm of the values rounded to the dtype of W; not scaled
     left: Tensor | None = None  # [m, r]: the result is left right^T
     right: Tensor | None = None  # [n, r]
     dense: dense.Dense | None = None
@@ -81,11 +86,30 @@ class Task:
         return m, n
 
     def matrix(self) -> RowSharded:
-        """X = W - center ``[m, n]``, m >= n, in fp32, or in fp64 if the weight is or the difference needs it."""
+        """X = 2^exponent (W - center) ``[m, n]``, m >= n; fp32, or fp64 if the weight is or the difference needs it."""
         dtype = compute_dtype(self.W.dtype)
-        X = jacobi.difference(self.W, self.center)
+        X = self.scaled_difference()
         X = X.to(dtype if self.center is None else _product_dtype(self, dtype))
         return RowSharded(X if self.tall else X.mT, self.shape[0], () if self.shards is None else self.shards.groups)
+
+    def scaled_difference(self) -> Tensor:
+        """``2^exponent (W - center)``: W itself, or in fp64."""
+        X = jacobi.difference(self.W, self.center)
+        return rescale(X.double(), self.exponent) if self.exponent else X
+
+    def normalize(self) -> None:
+        """Set the norm and, if it is extreme, the exponent that brings it near 1, and scale the function.
+
+        Raises:
+            ValueError: singular values beyond the largest fp64 number.
+        """
+        self.norm = self.norm_of(jacobi.difference(self.W, self.center))
+        if not math.isfinite(self.norm):
+            wanted = "singular values that fp64 can hold"
+            raise ValueError(f"{self.label}: wanted {wanted}; got larger numbers; {UNCHANGED}")
+        self.exponent = unit_exponent(self.norm)
+        if self.exponent:
+            self.function, self.norm = self.function.scaled(self.exponent), self.norm_of(self.scaled_difference())
 
     def norm_of(self, W: Tensor) -> float:
         """Upper bound of the Frobenius norm of the global matrix; W is the local shard."""
@@ -100,9 +124,9 @@ class Task:
 
 def compute(task: Task) -> None:
     """Compute the result of one task by the first route that meets the tolerance; W stays unchanged."""
-    task.norm = task.norm_of(jacobi.difference(task.W, task.center))
+    task.normalize()
     if task.norm == 0 or task.function.count == 0 or (task.function.count is None and task.norm <= task.function.floor):
-        task.method, task.reason = "zero", f"||W||_F is at most {task.norm:.3g}"
+        task.method, task.reason = "zero", f"||W||_F is at most {rescale(task.norm, -task.exponent):.3g}"
         return
     X = task.matrix()
     if _by_subspace(task, X):
@@ -141,7 +165,7 @@ def _try_subspace(task: Task, X: RowSharded, dtype: torch.dtype) -> bool:
     function, n, generator = task.function, X.n, task.generator
     u = unit_roundoff(dtype)
     floor = function.floor if function.count is None else task.norm
-    if 2 * u * task.norm > task.tol * floor or not in_range(dtype, task.norm, floor):
+    if 2 * u * task.norm > task.tol * floor:
         task.reason = f"{dtype} is too coarse for ||W||_F / tau = {task.norm / floor:.1e}"
         return False
     known = task.basis is not None and bool(((task.basis.norm(dim=0) - 1).abs() < 0.1).all())
@@ -176,14 +200,37 @@ def worth_it(m: int, n: int, columns: int) -> bool:
     return columns * FEW < n and subspace < 4 * m * n * n + 20 * n**3 + 5e6
 
 
+def check_fits(task: Task, ball: bool) -> None:
+    """Raise ValueError if a number of the result is beyond the range of the dtype of the weight."""
+    largest = task.function.floor if ball else float(task.s[0]) if len(task.s) else 0.0  # singular value
+    bound = 1.01 * rescale(largest, -task.exponent) + (0.0 if task.center is None else task.norm_of(task.center))
+    if bound <= torch.finfo(task.W.dtype).max:
+        return
+    trial = replace(task, W=task.W.clone())
+    _store(trial, ball)
+    beyond = torch.tensor(float(not trial.W.isfinite().all()), device=task.W.device)
+    if task.shards is not None:
+        RowSharded(task.W, 0, task.shards.groups).all_reduce(beyond)
+    if beyond:
+        raise ValueError(f"{task.label}: wanted a result that fits {task.W.dtype}; got larger numbers; {UNCHANGED}")
+
+
 def write(task: Task, ball: bool) -> None:
     """Write f(W), plus its center, to W; if ``ball``, write W - f(W)."""
+    _store(task, ball)
+    # with a center or a difference there are two roundings: adding, then storing
+    two = ball or task.center is not None
+    task.stored = 2.02 * task.norm_of(task.W) if two else rescale(float(task.s.norm()), -task.exponent)
+
+
+def _store(task: Task, ball: bool) -> None:
+    """:func:`write` without the norm of what is stored."""
     W, center = task.W, task.center
     if task.left is not None:
         left, right = (task.left, task.right) if task.tall else (task.right, task.left)
         right = right.mT.contiguous().mT
         for part in _row_ranges(W):
-            P = product(left[part], right.mT)
+            P = _unscaled(task, product(left[part], right.mT))
             W[part] = W[part] - P if ball else P if center is None else P + center[part].to(P.dtype)
     elif task.dense is not None:
         dtype = _product_dtype(task, torch.float64 if W.dtype == torch.float64 else torch.float32)
@@ -195,11 +242,15 @@ def write(task: Task, ball: bool) -> None:
         XK = XK if task.tall else XK.mT
         if ball != task.dense.residual:  # the result is X - X K
             XK = (X if task.tall else X.mT) - XK
+        XK = _unscaled(task, XK)
         W.copy_(XK if center is None else XK + center.to(dtype))
     elif not ball:
         W.zero_() if center is None else W.copy_(center)
-    # with a center or a difference there are two roundings: adding, then storing
-    task.stored = 2.02 * task.norm_of(W) if ball or center is not None else float(task.s.norm())
+
+
+def _unscaled(task: Task, P: Tensor) -> Tensor:
+    """``2^-exponent P``: P itself, or in fp64."""
+    return rescale(P.double(), -task.exponent) if task.exponent else P
 
 
 def _row_ranges(W: Tensor) -> list[slice]:
@@ -211,8 +262,7 @@ def _row_ranges(W: Tensor) -> list[slice]:
 def _product_dtype(task: Task, dtype: torch.dtype) -> torch.dtype:
     """Dtype of the products of the dense routes: fp64 if fp32 cannot meet the tolerance."""
     coarse = 32 * unit_roundoff(dtype) * task.norm > task.tol * task.function.floor
-    extreme = not 1e-25 < task.norm < 1e25  # where fp32 products underflow or overflow
-    return torch.float64 if extreme or (coarse and task.function.count is None) else dtype
+    return torch.float64 if coarse and task.function.count is None else dtype
 
 
 def in_parallel(work: Callable[[Task], None], tasks: Sequence[Task]) -> None:
@@ -263,6 +313,7 @@ def seed_of(state_seed: int, call: int, key: str) -> int:
 # --- all layers -----------------------------------------------------------------------------------------------------
 
 
+@without_autocast()
 def shrink_(
     records: Sequence[Record],
     functions: Sequence[Spectral],  # one per record
@@ -292,7 +343,7 @@ def _shrink_by_routes(records, functions, tol: float, state: WarmState | None, b
     work: list[jacobi.Group | list[Task]] = []
     for record, function in zip(records, functions, strict=True):
         if record.shards is None and tuple(record.target.shape[-2:]) in small:
-            work.append(jacobi.Group(record.target, function, record.target_center))
+            work.append(jacobi.Group(record.target, function, record.target_center, record.label))
         else:
             work.append(_tasks(record, function, tol, state))
     groups = [entry for entry in work if isinstance(entry, jacobi.Group)]
@@ -300,6 +351,8 @@ def _shrink_by_routes(records, functions, tol: float, state: WarmState | None, b
     if groups:
         jacobi.compute(groups, tol, ball)
     in_parallel(compute, tasks)
+    for task in tasks:
+        check_fits(task, ball)
     if groups:
         jacobi.write(groups)
     in_parallel(lambda task: write(task, ball), tasks)
@@ -319,14 +372,14 @@ def _tasks(record: Record, function: Spectral, tol: float, state: WarmState | No
     if record.shards is not None:
         X, local_shapes = record.shards.to_row_shards(W[0])
         C = None if center is None else record.shards.to_row_shards(center[0])[0]
-        tasks = [Task(X, function, C, f"{key}.0", tol, shards=record.shards, local_shapes=local_shapes)]
+        tasks = [Task(X, function, C, f"{key}.0", record.label, tol, shards=record.shards, local_shapes=local_shapes)]
     elif not W.numel():
         return []
     else:
         matrices = W.reshape(-1, m, n)
         centers = [None] * len(matrices) if center is None else center.reshape(-1, m, n)
         pairs = enumerate(zip(matrices, centers, strict=True))
-        tasks = [Task(M, function, C, f"{key}.{j}", tol) for j, (M, C) in pairs]
+        tasks = [Task(M, function, C, f"{key}.{j}", record.label, tol) for j, (M, C) in pairs]
     for task in tasks:
         _recall(task, state)
     return tasks
@@ -353,9 +406,8 @@ def _report(record: Record, entry: jacobi.Group | list[Task]) -> SvtInfo:
     numel = math.prod(shape)
     s = torch.zeros(len(entry), k, dtype=torch.float64)
     for row, task in zip(s, entry, strict=True):
-        row[: len(task.s)] = task.s.cpu()
-    error = [task.error + storage(W.dtype, task.stored, numel) for task in entry]
-    ranks = torch.tensor([len(task.s) for task in entry], dtype=torch.int64)
+        row[: len(task.s)] = rescale(task.s.cpu(), -task.exponent)
+    error = [rescale(task.error, -task.exponent) + storage(W.dtype, task.stored, numel) for task in entry]
     methods, reasons = (list(dict.fromkeys(getattr(t, what) for t in entry)) for what in ("method", "reason"))
     shape = [s.reshape(*batch, k), torch.tensor(error, dtype=torch.float64).reshape(batch)]
-    return SvtInfo(ranks.reshape(batch), *shape, " + ".join(methods), "; ".join(reasons), name)
+    return SvtInfo((s > 0).sum(-1).reshape(batch), *shape, " + ".join(methods), "; ".join(reasons), name)

@@ -15,7 +15,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-__all__ = ["FirmThreshold", "SoftThreshold", "Spectral", "Truncate", "WeightedThreshold", "batched"]
+from .error_bounds import NOT_ZERO, rescale
+
+__all__ = ["FirmThreshold", "Rescaled", "SoftThreshold", "Spectral", "Truncate", "WeightedThreshold", "batched"]
 
 
 class Spectral(ABC):
@@ -58,9 +60,52 @@ class Spectral(ABC):
         """First-order effect of a unit residual of each triplet on the result, in units of slope: ``[k] -> [k]``."""
         return torch.ones_like(s)
 
+    def scaled(self, exponent: int) -> Spectral:
+        """The function ``2^e f(2^-e s)``, which maps the singular values of ``2^e W``."""
+        return Rescaled(self, exponent)
+
     def tolerance(self, tol: float) -> float:
         """Perturbation of the matrix that moves its function by at most ``tol``."""
         return tol if self.slope is None else tol / self.slope
+
+
+@dataclass(frozen=True)
+class Rescaled(Spectral):
+    """``2^e f(2^-e s)``: a function f for matrices that were multiplied by ``2^e``; its values are those of f."""
+
+    function: Spectral
+    exponent: int
+
+    @property
+    def count(self) -> int | None:
+        return self.function.count
+
+    @property
+    def slope(self) -> float | None:
+        return None if self._inexact else self.function.slope
+
+    @property
+    def gram(self) -> bool:
+        return self.function.gram and not self._inexact
+
+    @property
+    def floor(self) -> float:
+        return rescale(self.function.floor, self.exponent)
+
+    def __call__(self, s: Tensor) -> Tensor:
+        return rescale(self.function(rescale(s, -self.exponent)), self.exponent)
+
+    def lipschitz(self, s: Tensor, below: float, error: float) -> float:
+        given = (rescale(x, -self.exponent) for x in (s, below, error))
+        return math.inf if self._inexact else self.function.lipschitz(*given)
+
+    def gain(self, s: Tensor, below: float) -> Tensor:
+        return self.function.gain(rescale(s, -self.exponent), rescale(below, -self.exponent))
+
+    @property
+    def _inexact(self) -> bool:
+        """Whether the arguments of f may be subnormal, with few digits."""
+        return self.exponent > 900
 
 
 def batched(functions: Sequence[Spectral], counts: Sequence[int]) -> Callable[[Tensor], Tensor]:
@@ -95,9 +140,12 @@ class SoftThreshold(Spectral):
     def __call__(self, s: Tensor) -> Tensor:
         return (s - self.tau).clamp_min(0)
 
+    def scaled(self, exponent: int) -> Spectral:
+        return SoftThreshold(rescale(self.tau, exponent))
+
     def gain(self, s: Tensor, below: float) -> Tensor:
         """Divided difference ``f(s_i) / (s_i - below)`` to a value mapped to 0; >= 1/2, for second-order terms."""
-        return ((s - self.tau) / (s - below).clamp_min(1e-300)).clamp(0.5, 1.0)
+        return ((s - self.tau) / (s - below).clamp_min(NOT_ZERO)).clamp(0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -137,12 +185,15 @@ class FirmThreshold(Spectral):
     def __call__(self, s: Tensor) -> Tensor:
         return torch.minimum(self.slope * (s - self.tau), s).clamp_min(0)
 
+    def scaled(self, exponent: int) -> Spectral:
+        return FirmThreshold(rescale(self.tau, exponent), self.gamma)
+
     def gain(self, s: Tensor, below: float) -> Tensor:
         """Divided difference as for the soft threshold where f is linear; smaller above gamma tau."""
-        return (torch.minimum(s - self.tau, s / self.slope) / (s - below).clamp_min(1e-300)).clamp(0.5, 1.0)
+        return (torch.minimum(s - self.tau, s / self.slope) / (s - below).clamp_min(NOT_ZERO)).clamp(0.5, 1.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WeightedThreshold(Spectral):
     """``max(s_i - w_i, 0)`` with ``w_1 <= w_2 <= ...``: the proximal operator of ``sum_i w_i sigma_i(W)``.
 
@@ -153,6 +204,11 @@ class WeightedThreshold(Spectral):
 
     weights: Tensor  # [k] fp64, ascending
 
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and torch.equal(self.weights, other.weights)
+
+    __hash__ = None
+
     @property
     def floor(self) -> float:
         return float(self.weights[0])
@@ -160,9 +216,12 @@ class WeightedThreshold(Spectral):
     def __call__(self, s: Tensor) -> Tensor:
         return (s - self.weights[: s.shape[-1]].to(s.device)).clamp_min(0)
 
+    def scaled(self, exponent: int) -> Spectral:
+        return WeightedThreshold(rescale(self.weights, exponent))
+
     def lipschitz(self, s: Tensor, below: float, error: float) -> float:
         """1 + the largest divided difference of ``s - f(s)`` between neighbors, each perturbed by ``error``."""
-        s = torch.cat([s.cpu(), torch.tensor([below]).double()])
+        s = torch.cat([s.cpu(), torch.tensor([below], dtype=torch.float64)])
         lost = torch.minimum(torch.cat([self.weights, self.weights[-1:]])[: len(s)], s)
         rise, gap = lost.diff().clamp_min(0), -s.diff() - 2 * error
         steep = rise > 0
@@ -183,6 +242,9 @@ class Truncate(Spectral):
 
     def __call__(self, s: Tensor) -> Tensor:
         return torch.where(torch.arange(s.shape[-1], device=s.device) < self.count, s, 0)
+
+    def scaled(self, exponent: int) -> Spectral:
+        return self
 
     def lipschitz(self, s: Tensor, below: float, error: float) -> float:
         """The largest divided difference, sigma_r / (sigma_r - sigma_{r+1}), each perturbed by ``error``."""

@@ -17,6 +17,7 @@ from ..ops.validation import check_all_finite
 from ..proximal import shrinkage, solver
 from ..proximal.cuda import backend as gpu
 from ..proximal.cuda.finite_guard import Guard
+from ..proximal.error_feedback import spectrum_size, warn_if_rounded_away
 from ..proximal.spectral_functions import FirmThreshold, SoftThreshold, Spectral
 from ..proximal.warm_state import WarmState
 from .layer_record import LayerRecord
@@ -65,6 +66,10 @@ class SpectralPenalty:
         """Threshold per unit of strength, for neurons of so many parameters."""
         return 1.0
 
+    def count(self, record: LayerRecord) -> int:
+        """How many numbers of a weight are shrunk by the threshold."""
+        return spectrum_size(record)
+
     def prox_(self, records: Sequence[LayerRecord], taus: Sequence[float], step: Step) -> None:
         """Apply the proximal operator to every record, in place; taus: threshold by record."""
         solver.shrink_(records, [self.function(tau, step.settings) for tau in taus], tol=TOL, state=step.warm)
@@ -79,6 +84,9 @@ class GroupLasso:
     def scale(self, parameters: int) -> float:
         return math.sqrt(parameters)
 
+    def count(self, record: LayerRecord) -> int:
+        return len(record.weight)
+
     def prox_(self, records: Sequence[LayerRecord], taus: Sequence[float], step: Step) -> None:
         shrinkage.shrink_neurons_(records, torch.tensor(taus, dtype=torch.float64), step.guarded)
 
@@ -91,6 +99,9 @@ class L1:
 
     def scale(self, parameters: int) -> float:
         return 1.0
+
+    def count(self, record: LayerRecord) -> int:
+        return record.weight.numel()
 
     def prox_(self, records: Sequence[LayerRecord], taus: Sequence[float], step: Step) -> None:
         taus = step.guarded(torch.tensor(taus, dtype=torch.float64))
@@ -121,7 +132,10 @@ def shrink(records: Sequence[LayerRecord], settings: Settings, warm: WarmState) 
     for penalty in (PENALTIES[name] for name in settings.order):
         used = [record for record in records if penalty.name in record.taus]
         if used:
-            penalty.prox_(used, [record.taus[penalty.name] for record in used], step)
+            taus = [record.taus[penalty.name] for record in used]
+            steps = list(zip(used, taus, map(penalty.count, used), strict=True))
+            warn_if_rounded_away(steps, "error_feedback=True keeps what it cuts off")
+            penalty.prox_(used, taus, step)
     if step.guard:
         step.guard.all_finite = None
 
@@ -132,11 +146,11 @@ def _guard(records: Sequence[LayerRecord], warm: WarmState) -> Guard | None:
     Raises:
         ValueError: NaN or Inf at an earlier step; if weights are on several devices, now.
     """
-    parts = [(part, record.label) for record in records if record.in_place for part in record.results]
+    parts = [(part, record.label) for record in records if record.guarded for part in record.results]
     if not parts or all(PENALTIES[name].guards_itself for record in records for name in record.taus):
         return None
     weights, names = map(list, zip(*parts, strict=True))
-    if len({W.device for W in weights}) == 1 and all(record.in_place for record in records):
+    if len({W.device for W in weights}) == 1 and all(record.guarded for record in records):
         return gpu.guard(warm, weights, names)
     check_all_finite(weights, names)  # synchronizes: the weights are on several devices
     return None

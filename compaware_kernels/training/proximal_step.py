@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -12,19 +12,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .._utils.uninterrupted import uninterrupted
+from ..distributed.dtensor import distribute_bias
 from ..folds import row_axes
-from ..nn.discovery import Layer, foldable_layers, require_matches
-from ..nn.unwrap import data_parallel_group, reshard, unwrapped, unwrapped_optimizer
+from ..nn.discovery import Layer, foldable_layers
+from ..nn.unwrap import data_parallel_group, optimizer_chain, reshard, unwrapped
 from ..proximal.warm_state import WarmState, from_text, to_text
 from .coordinator import Coordinator
+from .layer_finder import LayerFinder, Strength
 from .layer_record import LayerRecord, center_weight, write_back
+from .optimizer_hooks import StepHooks, attached
 from .penalties import PENALTIES, Settings, thresholds
 from .replicas import MODES
 from .report import ProximalReport, layer_spectrum
+from .residuals import Residuals
+from .schedule_free import Average, average_of, is_schedule_free
 
 __all__ = ["ProximalStep"]
 
-Strength = float | Mapping[str, float]
 NO_CHANGE = "no weight was changed"
 
 
@@ -45,13 +50,19 @@ class ProximalStep:
     ``ck.compress(ema, {r.name: ck.ranks.fixed(r.rank) for r in prox.report()}, ...)``; on digits its accuracy
     was then 97.7 %, that of the average 97.8 % and that of the weights 97.2 % (held-out images, means of 6 runs).
 
+    Under a schedule-free optimizer the proximal step shrinks the average that its ``eval()`` shows
+    (:mod:`compaware_kernels.training.schedule_free`): call that before :meth:`report` and ``ck.compress``. Wrappers of
+    optimizers (SAM, Lookahead) may be given as they are. ``copy.deepcopy`` and pickle give a copy that is attached to
+    its own optimizer.
+
     Args:
         model: its Linear layers, convolutions and transposed convolutions are shrunk; other layers are listed in
             ``skipped``. A weight that several layers share is shrunk once, a parametrized weight through the right
             inverse of its parametrization. The model may be wrapped (torch.compile, DistributedDataParallel,
             AveragedModel); names are those without the parts that torch.compile and activation checkpointing add.
         optimizer: any torch optimizer over the model's parameters. Parameters that it does not hold and parameters with
-            ``requires_grad=False`` are not changed; both are looked up at every step. Steps that a GradScaler skips do
+            ``requires_grad=False`` are not changed; both are looked up at every step, as are modules that have been
+            replaced or added. A step that finds no layer to change warns, once. Steps that a GradScaler skips do
             not count.
         nuclear, group, l1, firm: strengths >= 0 of the penalties: one number, or numbers by layer name pattern
             (``{"features.*": 0.1, "head": 0.0}``, first match wins, no match is 0).
@@ -73,11 +84,18 @@ class ProximalStep:
             broadcasts it; ``"replicated"``: every rank shrinks all layers; ``"auto"``: the faster of both, measured.
             Sharded weights (DTensor: FSDP2's ``fully_shard``, tensor parallel) are shrunk without gathering, by small
             all-reduces; with ``"owner"``, one rank gathers each layer, shrinks it and scatters it back.
+        error_feedback: bf16 and fp16 weights keep what rounding cuts off of each proximal step and get it back in the
+            next one, so that small steps accumulate as in fp32 instead of vanishing. It takes two bytes per such
+            weight, kept in :meth:`state_dict`, four more during a step, and on a CPU 20 ns of one core; replicas then
+            exchange results in fp32. Without it a step that is too small for the dtype warns, once.
 
     Attributes:
         layers: the layers that are shrunk.  skipped: name -> reason, for all others that have weights.
         steps: optimizer steps counted.  applied: proximal steps taken.
         warm: warm start of the singular value thresholding of each layer, see :class:`WarmState`.
+        residuals: int16, of the weights and biases in half precision, see
+            :mod:`compaware_kernels.proximal.error_feedback`. They count in ulps of the present weights: those of
+            weights that were loaded since change them by at most half an ulp (parametrized weights: eight).
 
     Raises:
         ValueError: negative or infinite strength, unknown fold, order or division, gamma <= 1, every < 1, warmup < 0, a
@@ -106,6 +124,7 @@ class ProximalStep:
         center: nn.Module | None = None,
         process_group: dist.ProcessGroup | None = None,
         division: str = "auto",
+        error_feedback: bool = True,
     ):
         if not (every == "epoch" or (isinstance(every, int) and every >= 1)):
             raise ValueError(f"every: wanted 'epoch' or a number of optimizer steps >= 1; got {every!r}")
@@ -116,39 +135,71 @@ class ProximalStep:
         if division not in MODES:
             raise ValueError(f"division: wanted one of {', '.join(MODES)}; got {division!r}")
         row_axes(fold, 2)
-        self.optimizer, self.every, self.scale_by_lr = unwrapped_optimizer(optimizer), every, scale_by_lr
+        self.optimizer, self.every, self.scale_by_lr = optimizer_chain(optimizer)[-1], every, scale_by_lr
         self.order, self.fold, self.warmup = tuple(PENALTIES if order is None else order), fold, warmup
         self.model, self.center = unwrapped(model), center
         self._reshard()
-        self.layers, self.skipped = foldable_layers(self.model, skip, training=True)
-        names = [layer.name for layer in self.layers]
-        strengths = {"nuclear": nuclear, "firm": firm, "group": group, "l1": l1}
-        _check_order(self.order, strengths)
-        self.strengths = {
-            name: {penalty: _strength(spec, name, penalty) for penalty, spec in strengths.items()} for name in names
-        }
-        for penalty, spec in strengths.items():
-            require_matches(list(spec) if isinstance(spec, Mapping) else [], names, penalty)
+        self._finder = LayerFinder(self.model, skip, {"nuclear": nuclear, "firm": firm, "group": group, "l1": l1})
+        self._finder.check_order(self.order)
+        self._find_layers()
         if not self._trained():
-            raise ValueError(
-                "optimizer: wanted the weight of a Linear or convolution of this model; got none: nothing to shrink"
-            )
-        self.centers = None if center is None else _centers(unwrapped(center), self.layers, self.strengths)
-        self.steps = self.applied = 0
-        self.warm = WarmState()
+            reasons = "".join(f"; {name}: {reason}" for name, reason in list(self.skipped.items())[:3])
+            raise ValueError("optimizer: wanted the weight of a Linear or convolution of this model; got none: nothing "
+                             f"to shrink{reasons}")  # fmt: skip
+        self.steps = self.applied = self._steps_at_last = 0
+        self.warm, self.error_feedback, self.residuals = WarmState(), error_feedback, Residuals()
         ranks, settings = process_group or data_parallel_group(model), Settings(self.order, gamma)
         self._coordinator = Coordinator(ranks, division, settings)
         self._coordinator.warn_if_not_distributed(self.layers)
-        self._hook = self.optimizer.register_step_post_hook(self._after_optimizer_step)
+        self._warn_of_others()
+        if is_schedule_free(self.optimizer):
+            warnings.warn(f"optimizer: what {type(self.optimizer).__name__}.eval() shows is an average, whose small "
+                          "singular values vanish only as 1 / steps: choose ranks by energy", stacklevel=2)  # fmt: skip
+        self._outer, self._warned = optimizer, False
+        self._hooks: StepHooks | None = self._attach()
 
-    @torch.compiler.disable
-    def _after_optimizer_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        """Count an optimizer step, and take the proximal step after every k of them."""
+    def _attach(self) -> StepHooks:
+        return StepHooks(self._outer, self, self._counts, self._after_optimizer_step)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_hooks": self._hooks is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, of copies of the model and the optimizer, is attached to that optimizer if the original is."""
+        vars(self).update(state)
+        self._hooks = self._attach() if state["_hooks"] else None
+
+    def _find_layers(self) -> None:
+        """Find the layers, again if modules of the model have been replaced or added."""
+        if self._finder.is_current():
+            return
+        self.layers, self.skipped, self.strengths = self._finder.find()
+        self.centers = None if self.center is None else _centers(unwrapped(self.center), self.layers, self.strengths)
+
+    def _warn_of_others(self) -> None:
+        """Warn of other ProximalSteps on the optimizer that have the same penalties on the same weights."""
+        mine = self._penalized()
+        for other in attached(self.optimizer):
+            if both := sorted({mine[key] for key in mine.keys() & other._penalized().keys()}):
+                warnings.warn(f"optimizer: another ProximalStep on it shrinks {', '.join(both)} by the same penalties, "
+                              "so it is done twice: remove() the other one if this one replaces it",
+                              stacklevel=3)  # fmt: skip
+
+    def _penalized(self) -> dict[tuple[int, str], str]:
+        """Name of the layer by weight and penalty."""
+        return {(id(p), penalty): layer.name for layer in self.layers for p in layer.parameters
+                for penalty, strength in self.strengths[layer.name].items() if strength}  # fmt: skip
+
+    def _counts(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> bool:
+        """Whether a step of the optimizer has moved weights."""
         overflow = getattr(optimizer, "found_inf", None)  # set by GradScaler; fused optimizers skip the step themselves
         if overflow is not None and bool(overflow):
-            return
-        if kwargs == {"closure": None} and not any(group["lr"] for group in optimizer.param_groups):
-            return  # torch.distributed.checkpoint initializes an optimizer's state by such a step; no weight changes
+            return False
+        # torch.distributed.checkpoint initializes an optimizer's state by such a step; no weight changes
+        return kwargs != {"closure": None} or any(group["lr"] for group in optimizer.param_groups)
+
+    def _after_optimizer_step(self) -> None:
+        """Count an optimizer step, and take the proximal step after every k of them."""
         if self.every != "epoch" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"every: wanted 'epoch' and calls of step(), because a CUDA graph replays "
                                f"optimizer steps without their hooks; got {self.every}")  # fmt: skip
@@ -163,15 +214,19 @@ class ProximalStep:
                 reshard(model)
 
     def remove(self) -> None:
-        """Remove the hook from the optimizer: its steps are no longer counted and take no proximal steps."""
-        self._hook.remove()
+        """Remove the hooks from the optimizer: its steps are no longer counted and take no proximal steps."""
+        if self._hooks:
+            self._hooks.remove()
+            self._hooks = None
 
     @torch.compiler.disable
+    @uninterrupted
     @torch.no_grad()
     def step(self) -> None:
         """Take one proximal step on every layer; a collective call where weights are sharded or replicated.
 
-        All or nothing: on an error no weight is changed. On a GPU nothing is synchronized: the device finds NaN or Inf
+        All or nothing: on an error no weight is changed. Signals, as that of Ctrl-C, are handled when the step has
+        ended; a second one does not end it sooner. On a GPU nothing is synchronized: the device finds NaN or Inf
         and then changes no weight, and a later step raises.
 
         Raises:
@@ -181,12 +236,15 @@ class ProximalStep:
                 leaves the others waiting until the timeout of the process group.
         """
         self._reshard()
+        self._find_layers()
         records = self._records()
+        if not records:
+            self._warn_of_no_change()
         before = self.warm.state_dict()
         try:
             self._coordinator.shrink(records, self.warm)
             write_back(records)
-        except Exception as error:
+        except BaseException as error:
             self.warm.load_state_dict(before)
             if isinstance(error, RuntimeError) and dist.is_available() and dist.is_initialized():
                 raise RuntimeError(
@@ -194,21 +252,42 @@ class ProximalStep:
                 ) from error
             raise
         self.applied += 1
+        self._steps_at_last = self.steps
 
     def _records(self) -> list[LayerRecord]:
         """Records of the layers that the next proximal step changes: trained, with a threshold > 0."""
         records = []
         for layer, bias, lr in self._trained():
             rows, center = layer.rows.detach(), (self.centers or {}).get(layer.name)
-            taus = {penalty: tau for penalty, tau in self._taus(layer.name, rows, bias, lr).items() if tau > 0}
+            average = None if layer.is_parametrized else self._average(layer.weight)
+            share = average.share if average else 1.0
+            taus = {penalty: tau * share for penalty, tau in self._taus(layer.name, rows, bias, lr).items() if tau > 0}
             if taus:
                 bias = bias if any(PENALTIES[penalty].with_bias for penalty in taus) else None
-                records.append(LayerRecord.of(layer, rows, bias, center, self.fold, taus))
+                residuals = self.residuals if self.error_feedback else None
+                averages = average, None if bias is None or average is None else self._average(bias)
+                records.append(LayerRecord.of(layer, rows, bias, center, self.fold, taus, residuals, *averages))
         return records
+
+    def _average(self, p: Tensor) -> Average | None:
+        return average_of(self.optimizer, p, self.steps - self._steps_at_last)
+
+    def _warn_of_no_change(self) -> None:
+        """Warn, once, of a step that changes no layer, unless that is because the learning rates are 0 for now."""
+        trained = self._trained()
+        penalized = any(any(by.values()) for by in self.strengths.values())
+        if self._warned or not penalized or any(any(self.strengths[layer.name].values()) for layer, _, _ in trained):
+            return
+        self._warned = True
+        why = ("the optimizer trains only layers without a penalty" if trained else
+               "the optimizer trains none of the model's weights: they are frozen, or were replaced after it was made "
+               "(as by model.double() under torch.__future__.set_overwrite_module_params_on_conversion)")  # fmt: skip
+        warnings.warn(f"proximal step: no layer was changed; {why}", stacklevel=3)
 
     def thresholds(self) -> dict[str, dict[str, float]]:
         """Thresholds of the next proximal step, layer -> penalty -> tau, for the current learning rates."""
         self._reshard()
+        self._find_layers()
         return {layer.name: self._taus(layer.name, layer.rows, bias, lr) for layer, bias, lr in self._trained()}
 
     def _taus(self, name: str, rows: Tensor, bias: Tensor | None, lr: float) -> dict[str, float]:
@@ -247,37 +326,43 @@ class ProximalStep:
     def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint, besides those of the model and the optimizer: resuming is then bitwise reproducible.
 
-        Two numbers and a text: for ``torch.save`` (loads with ``weights_only=True``) and, if the ProximalStep itself is
-        in the dictionary, for ``torch.distributed.checkpoint``. A copy that later steps do not change, equal on all
-        ranks, and loadable with any number of ranks. A collective call if sharded weights have owners.
+        Two numbers, a text, and with weights in half precision their residuals: for ``torch.save`` (loads with
+        ``weights_only=True``) and, if the ProximalStep itself is in the dictionary, for
+        ``torch.distributed.checkpoint``. A copy that later steps do not change, equal on all ranks (residuals of
+        sharded weights: DTensors), and loadable with any number of ranks. A collective call if sharded weights have
+        owners.
         """
         self._coordinator.collect_bases(self.warm)
-        return {"steps": self.steps, "applied": self.applied, "warm": to_text(self.warm.state_dict())}
+        state = {"steps": self.steps, "applied": self.applied, "warm": to_text(self.warm.state_dict())}
+        self._reshard()
+        for layer, bias, _ in self._trained() if self.error_feedback else ():  # a template has those of every layer
+            rows, strengths = layer.rows.detach(), self.strengths[layer.name]
+            used = [PENALTIES[penalty] for penalty, strength in strengths.items() if strength]
+            if used:
+                self.residuals.of(f"{layer.name}.weight", rows)
+            if bias is not None and any(penalty.with_bias for penalty in used):
+                self.residuals.of(f"{layer.name}.bias", distribute_bias(bias.detach(), rows))
+        return state | ({"residuals": {key: E.clone() for key, E in self.residuals.items()}} if self.residuals else {})
 
+    @uninterrupted
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`.
+        """Restore :meth:`state_dict`. Residuals that are missing, as in a state of fp32 weights, start at 0.
 
         Raises:
-            ValueError: ``state`` has other entries or types; nothing has changed.
+            ValueError: ``state`` has other entries or types, negative numbers, or residuals of other layers or shapes;
+                nothing has changed.
         """
         wanted = {"steps": int, "applied": int, "warm": str}
         if (
             not isinstance(state, Mapping)
-            or state.keys() != wanted.keys()
-            or any(not isinstance(state[key], kind) for key, kind in wanted.items())
+            or state.keys() - {"residuals"} != wanted.keys()
+            or any(not isinstance(state[key], kind) or isinstance(state[key], bool) for key, kind in wanted.items())
+            or not all(0 <= state[key] < 1 << 63 for key in ("steps", "applied"))
         ):
             raise ValueError(f"state: wanted a ProximalStep state with {', '.join(wanted)}; got {state!r:.200}")
+        residuals = Residuals.loaded(state.get("residuals", {}), self.layers)
         self.warm.load_state_dict(from_text(state["warm"]))
-        self.steps, self.applied = state["steps"], state["applied"]
-
-
-def _check_order(order: Sequence[str], strengths: Mapping[str, Strength]) -> None:
-    """Raise ValueError for an unknown or repeated penalty, or one that has a strength and is missing."""
-    if len(set(order)) != len(order) or not set(order) <= set(PENALTIES):
-        raise ValueError(f"order: wanted some of {', '.join(PENALTIES)}, each at most once; got {tuple(order)}")
-    for penalty, spec in strengths.items():
-        if penalty not in order and (any(spec.values()) if isinstance(spec, Mapping) else spec):
-            raise ValueError(f"order: wanted {penalty} in it, which has a strength; got {tuple(order)}")
+        self.steps, self.applied, self.residuals = state["steps"], state["applied"], residuals
 
 
 def _centers(center: nn.Module, layers: list[Layer], strengths: Mapping[str, Mapping[str, float]]) -> dict[str, Layer]:
@@ -296,15 +381,3 @@ def _centers(center: nn.Module, layers: list[Layer], strengths: Mapping[str, Map
         if any(p is q for p in layer.parameters for q in other.parameters):
             raise ValueError(f"center: wanted a copy made before training; got the model's own weight for {layer.name}")
     return found
-
-
-def _strength(spec: Strength, name: str, penalty: str) -> float:
-    """Strength of a penalty for one layer: the number, or that of the first matching name pattern, else 0."""
-    value = (
-        next((v for pattern, v in spec.items() if fnmatchcase(name, pattern)), 0.0)
-        if isinstance(spec, Mapping)
-        else spec
-    )
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{penalty}: wanted a finite strength >= 0; got {value!r} for {name}")
-    return float(value)

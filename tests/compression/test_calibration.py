@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import compaware_kernels as ck
-from compaware_kernels.compression.calibration import Calibration, second_moment
+from compaware_kernels.compression.calibration import RIDGE, Calibration, columns
 from compaware_kernels.demo.networks import small_convnet
 from compaware_kernels.folds import FOLDS, from_matrix
 from compaware_kernels.nn.discovery import Layer
@@ -31,6 +31,18 @@ def inputs(shape):
     """Inputs with uneven channels, whose second moments are far from the identity."""
     torch.manual_seed(3)
     return torch.randn(shape).cumsum(1 if len(shape) > 3 else -1).double()
+
+
+def second_moment(module, x, fold):
+    """C = sum x x^T ``[G, n, n]`` over all columns that the layer reads."""
+    return sum(X.mT @ X for X in columns(module, x, fold))
+
+
+def roots(C):
+    """``C^(1/2)`` and its inverse, of the regularized C."""
+    values, Q = torch.linalg.eigh(C)
+    root = (values.clamp_min(0) + RIDGE * values.mean(-1, keepdim=True)).sqrt()[..., None, :]
+    return Q * root @ Q.mT, Q / root @ Q.mT
 
 
 def responses(module, x, M, fold="paper"):
@@ -64,7 +76,7 @@ def test_factors_are_optimal(name, fold):
     module, x = make().double(), inputs(shape)
     M = Layer("0", module).matrix(fold).detach()
     seen = Calibration(nn.Sequential(module), ["0"], [(x,)], [fold])
-    root, inverse = seen._roots("0", fold)
+    root, inverse = roots(second_moment(module, x, fold))
     torch.testing.assert_close(root @ inverse, torch.eye(len(root[0])).expand_as(root).double(), atol=1e-9, rtol=0)
 
     def loss(R):
@@ -74,9 +86,12 @@ def test_factors_are_optimal(name, fold):
     R = seen.svd("0", fold, M).nearest(rank)
     s = seen.spectrum("0", fold, M)
     torch.testing.assert_close(seen.svd("0", fold, M).s, s)
+    torch.testing.assert_close(s, torch.linalg.svdvals(M @ root))
     U, V = seen.svd("0", fold, M).factors(rank, torch.float64)
     torch.testing.assert_close(U @ V, R)
     assert loss(R) == pytest.approx(float(s[:, rank:].square().sum()), abs=1e-9)
+    U, sigma, Vh = torch.linalg.svd(M @ root, full_matrices=False)
+    torch.testing.assert_close((U[..., :rank] * sigma[:, None, :rank]) @ Vh[:, :rank] @ inverse, R)
     U, sigma, Vh = torch.linalg.svd(M, full_matrices=False)
     assert loss(R) <= loss((U[..., :rank] * sigma[:, None, :rank]) @ Vh[:, :rank]) + 1e-9
     U, sigma, Vh = torch.linalg.svd(R, full_matrices=False)
@@ -122,7 +137,7 @@ def test_rank_rules_see_output_energy():
 def test_batches_add_up():
     torch.manual_seed(0)
     model, x = small_convnet().double().eval(), torch.randn(12, 1, 8, 8).double()
-    whole, parts = (Calibration(model, ["2"], batches, ["paper"])._moments["2", "paper"]
+    whole, parts = (Calibration(model, ["2"], batches, ["paper"])._moments["2", "paper"].K
                     for batches in ([(x,)], [(x[:5],), (x[5:],)]))  # fmt: skip
     torch.testing.assert_close(whole, parts)
 
@@ -136,13 +151,14 @@ def test_model_is_left_as_it_was():
 
 
 def test_shared_weights_are_kept():
-    """The head is factorized; the embedding that shares its weight is not."""
+    """Factors would be stored besides the embedding, which shares the head's weight and stays."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 50, bias=False))
     model[1].weight = model[0].weight
     words = torch.arange(50)
-    small, _ = ck.compress(model, ck.ranks.fixed(4), (words,), goal="size", calibration=[(words,)])
-    assert small[1].rank == 4 and torch.equal(small[0].weight, model[0].weight)
+    small, report = ck.compress(model, ck.ranks.fixed(4), (words,), goal="size", calibration=[(words,)])
+    assert small[1].weight is small[0].weight and torch.equal(small[0].weight, model[0].weight)
+    assert report.params == report.params_before and "shares its weight with 0.weight" in report.layers[0].reason
 
 
 def test_training_modes_are_restored_per_module():
@@ -196,3 +212,99 @@ def test_convolution_that_pads_in_its_own_forward_is_not_calibrated():
     assert all(map(torch.equal, moments.svd("0", "paper", M), SVD.of(M)))
     M = torch.randn(1, 16, 16)
     assert not torch.equal(moments.svd("1", "paper", M).s, SVD.of(M).s)
+
+
+class Encoder(nn.Module):
+    """torch's encoder between two layers of its own; in eval mode it packs the tokens that are not masked."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.embed, self.body, self.head = nn.Linear(8, 16), nn.TransformerEncoder(layer, 2), nn.Linear(16, 8)
+
+    def forward(self, x, mask):
+        return self.head(self.body(self.embed(x), src_key_padding_mask=mask))
+
+
+def test_encoder_with_a_padding_mask():
+    """Its nested tensors reach no hook; the model's own outputs do not change by it."""
+    torch.manual_seed(0)
+    model, x = Encoder().eval(), torch.randn(4, 5, 8)
+    mask = torch.zeros(4, 5).bool()
+    mask[:, 3:] = True
+    with torch.no_grad():
+        wanted = model(x, mask)
+        small, report = ck.compress(model, ck.ranks.share(1.0), (x, mask), goal="size", calibration=[(x, mask)])
+        assert torch.equal(model(x, mask), wanted) and torch.backends.mha.get_fastpath_enabled()
+        ranks = ck.allocate(model, 0.7, (x, mask), calibration=[(x, mask)])
+        small, report = ck.compress(model, ranks, (x, mask), goal="size", calibration=[(x, mask)])
+    rows = {row.name: row for row in report.layers}
+    assert rows["embed"].rank and rows["head"].rank and report.macs < report.macs_before
+    assert float((small(x, mask) - wanted)[:, :3].norm() / wanted[:, :3].norm()) < 0.5
+
+
+def test_nested_inputs_of_a_layer_count_their_entries():
+    parts = [torch.randn(n, 12, dtype=torch.float64) for n in (3, 1, 5)]
+    linear = nn.Linear(12, 20).double()
+    C = second_moment(linear, torch.cat(parts), "paper")
+    for layout in (torch.strided, torch.jagged):
+        torch.testing.assert_close(second_moment(linear, torch.nested.nested_tensor(parts, layout=layout), "paper"), C)
+
+
+class Keyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        return self.layer(input=x)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(4096, 64), (6272, 64), (64, 4096)])
+def test_only_the_shorter_side_is_decomposed(inputs, outputs, monkeypatch):
+    """Neither time nor memory is of n x n (4096 -> 64 took 30 s, and 0.05 s now): no more than 64 x 64 is kept."""
+    shapes = []
+    for name in ("svd", "eigh", "cholesky"):
+        real = getattr(torch.linalg, name)
+        monkeypatch.setattr(torch.linalg, name, lambda A, real=real, **k: (shapes.append(A.shape), real(A, **k))[1])
+    model, x = nn.Sequential(nn.Linear(inputs, outputs)), torch.randn(40, inputs)
+    seen = Calibration(model, ["0"], [(x,)], ["paper"])
+    assert seen._moments["0", "paper"].K.shape == (1, 64, 64)
+    seen.svd("0", "paper", Layer("0", model[0]).matrix()).factors(8, torch.float32)
+    assert shapes and all(min(shape[-2:]) <= 64 and shape[-1] * shape[-2] <= 64 * max(inputs, outputs)
+                          for shape in shapes)  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [1e-170, 1e-100, 1.0, 1e100])
+@pytest.mark.parametrize("count", [1, 3])
+def test_few_and_tiny_inputs(scale, count):
+    """One input leaves C with rank 1, and 1e-170 squared is zero: both give finite factors of the same matrix."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 5).double())
+    x = torch.randn(count, 12, dtype=torch.float64)
+    M = Layer("0", model[0]).matrix().detach()
+    svd = Calibration(model, ["0"], [(x * scale,)], ["paper"]).svd("0", "paper", M)
+    assert svd.s.isfinite().all() and (svd.s[:, 1:] <= svd.s[:, :-1]).all()
+    torch.testing.assert_close(svd.nearest(5), M)
+    if scale > 1e-170:
+        torch.testing.assert_close(x @ (svd.nearest(count) - M)[0].mT, x[:, :5] * 0, atol=0.1, rtol=0)
+
+
+def test_dead_inputs_and_low_rank_weights():
+    """Zero columns of M and zero inputs: C and M are singular, and a matrix of the rank is kept."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 20).double())
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(20, 3).double() @ torch.randn(3, 30).double())
+        model[0].weight[:, 4] = 0
+    M, x = Layer("0", model[0]).matrix().detach(), torch.randn(50, 30).double()
+    x[:, 7:20] = 0
+    svd = Calibration(model, ["0"], [(x,)], ["paper"]).svd("0", "paper", M)
+    assert float(svd.s[0, 3]) < 1e-13 * float(svd.s[0, 0])
+    torch.testing.assert_close(svd.nearest(3), M, atol=1e-12, rtol=0)
+
+
+def test_a_layer_called_by_keyword_is_calibrated():
+    model, x = Keyword().double(), inputs((2, 3, 9, 8))
+    moments = Calibration(model, ["layer"], [{"x": x}], ["paper"])._moments["layer", "paper"]
+    assert float(moments.energy) == pytest.approx(float(second_moment(model.layer, x, "paper")[0].trace()))

@@ -229,7 +229,7 @@ def test_a_layer_that_stays_dense_still_shares_its_weight():
     model = nn.Sequential(*(nn.Conv2d(32, 32, 1, 2, bias=False) for _ in range(2)))
     model[1].weight, x = model[0].weight, torch.randn(1, 32, 8, 8)
     small, report = by_size(model, ck.ranks.fixed(12), (x,), fold="input")
-    assert "its factors need" in report.layers[0].reason and small[0].weight is small[1].weight
+    assert "shares its weight with 1.weight" in report.layers[0].reason and small[0].weight is small[1].weight
 
 
 def test_a_model_that_is_one_layer(tmp_path):
@@ -275,7 +275,7 @@ def test_bad_arguments():
 @pytest.mark.parametrize(("fold", "matrices"), [("paper", 2), ("auto", 1 + 3)])
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_each_matrix_is_decomposed_once(fold, matrices, calibrated, monkeypatch):
-    """For its rank and its factors; with calibration also its moments, and the best matrix of the chosen rank.
+    """For its rank and its factors; with calibration also the best matrix of the chosen rank, to balance its factors.
 
     The folds of a linear layer are one matrix.
     """
@@ -289,5 +289,27 @@ def test_each_matrix_is_decomposed_once(fold, matrices, calibrated, monkeypatch)
     x, batches = torch.randn(2, 4, 4, 4), [(torch.randn(8, 4, 4, 4),)]
     _, report = by_size(model, ck.ranks.fixed(2), (x,), fold=fold, calibration=batches if calibrated else None)
     assert [r.rank for r in report.layers] == [2, 2]
-    wanted = {"svd": matrices + 2 * calibrated, "eigh": matrices * calibrated}
-    assert {name: calls.count(name) for name in ("svd", "eigh", "svdvals")} == wanted | {"svdvals": 0}
+    wanted = {"svd": matrices + 2 * calibrated, "eigh": 0, "svdvals": 0}
+    assert {name: calls.count(name) for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("fold", ["paper", "auto"])
+def test_no_svd_of_layers_that_no_rank_makes_faster(fold, monkeypatch):
+    """Nor of those that the example inputs do not reach."""
+    calls, real = [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: (calls.append(1), real(*a, **k))[1])
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8 * 4, 10))
+    _, report = ck.compress(model, ck.ranks.fixed(2), (torch.randn(2, 4, 4, 4),), fold=fold)
+    assert not calls and all(row.reason.startswith("even rank ") for row in report.layers)
+    aside = Aside()
+    _, report = ck.compress(aside, ck.ranks.fixed(2), (torch.randn(2, 8),), measure=True)
+    assert report.layers[1].reason == "the example inputs do not reach it" and len(calls) == 1
+
+
+class Aside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.a(x)

@@ -207,3 +207,29 @@ def test_onnx_of_fused_layers(kind, tmp_path):
     (got,) = run_as_onnx(model, inputs, tmp_path / "m.onnx")
     with torch.no_grad():
         close(got, model(*inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_that_ask_for_the_dtype_of_a_weight(dtype):
+    """As ViT, CLIP and T5 do; a weight that is used as a matrix cannot be had of two layers, and fails on its shape."""
+
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = ck.LowRankLinear(8, 6, 2)
+
+        def forward(self, x):
+            weight = self.layer.weight
+            return self.layer(x.to(weight.dtype).to(weight.device)) / weight.shape[0]
+
+    class Computes(Asks):
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.layer.weight)
+
+    model, x = Asks().to(dtype).eval(), torch.randn(3, 8)
+    plain = ck.to_plain(model)
+    torch.testing.assert_close(plain(x), model(x))
+    assert plain.state_dict().keys() == {"layer.0.weight", "layer.1.weight", "layer.1.bias"}
+    assert plain.double().layer.weight.dtype == torch.float64 and plain(x).dtype == torch.float64
+    with pytest.raises(RuntimeError, match="shape"):
+        ck.to_plain(Computes())(x)

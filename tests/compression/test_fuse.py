@@ -280,3 +280,36 @@ def test_refusals():
     by_size = Net(lambda m, x: m.layer(x) * torch.rand(()), layer=conv())
     with pytest.raises(ValueError, match="does not give the outputs of the model"):
         ck.fuse(by_size, (IMAGE,))
+
+
+class Options(nn.Module):
+    """Branches on its arguments, which torch.fx can follow only if they are constants."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = ck.LowRankLinear(16, 16, 5)
+
+    def forward(self, x, mask=None, *, scale=1.0, relu: bool = False):
+        y = self.layer(x)
+        y = y if mask is None else y * mask
+        return scale * (F.relu(y) if relu else y)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        ((TOKENS,), {}),
+        ((TOKENS,), {"relu": True}),
+        ({"x": TOKENS, "scale": 0.5}, None),
+        ({"x": TOKENS, "relu": True}, {"scale": 0.5}),
+        ((TOKENS, TOKENS.sign()), {"relu": True}),
+        ((TOKENS,), {"mask": TOKENS.sign(), "scale": 2.0}),
+    ],
+)
+def test_keywords_and_arguments_that_are_not_given(args, kwargs):
+    model, given = Options().eval(), {**(args if isinstance(args, dict) else {}), **(kwargs or {})}
+    fused = ck.fuse(model, args, kwargs)
+    positional = () if isinstance(args, dict) else args
+    same(fused(*positional, **given), model(*positional, **given))
+    if given == {"relu": True} and len(positional) == 1:
+        assert fused.get_submodule("layer").activation == "relu"

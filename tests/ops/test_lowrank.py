@@ -308,16 +308,6 @@ def test_gradients_of_some_arguments_only():
         assert [A.grad is not None for A in inputs] == [i == only for i in range(5)]
 
 
-def test_forward_mode_derivatives_are_refused():
-    """torch would treat them as zero."""
-    x, V, U, *_ = (A.detach() for A in tiny("paper"))
-    with pytest.raises(NotImplementedError, match="forward-mode"):
-        torch.func.jvp(lambda x: ck.lowrank_conv2d(x, V, U, **TINY_GEOMETRY), (x,), (x.cos(),))
-    x, V, U = (checks.values(s, torch.Generator().manual_seed(3)) for s in ((2, 5), (3, 5), (4, 3)))
-    with pytest.raises(NotImplementedError, match="forward-mode"):
-        torch.func.jvp(lambda x: ck.lowrank_linear(x, V, U), (x,), (x.cos(),))
-
-
 def test_autocast_equals_that_of_torch():
     args, linear = conv2d_case("4 groups", "paper", residual=True), linear_case("tokens", residual=True)
     for op, reference, case in ((ck.lowrank_conv2d, checks.reference_conv2d, args),

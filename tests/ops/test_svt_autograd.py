@@ -8,7 +8,7 @@ from torch.library import opcheck
 
 import compaware_kernels as ck
 from compaware_kernels._utils.dtypes import compute_dtype
-from compaware_kernels.ops.svt import differentiable_svt as svt
+from compaware_kernels.ops.svt import svt
 from tests.helpers.cases import DTYPES, SPECTRA, TAU, matrix
 
 SMOOTH = {  # three singular values different from TAU, where P is smooth
@@ -290,6 +290,6 @@ def test_exports_for_any_batch_with_its_gradient(strict):
 @pytest.mark.parametrize("shape", [(2, 5, 4), (2, 4, 5), (4, 4)], ids=str)
 def test_opcheck(shape, dtype):
     W, G, H = torch.randn(3, *shape, dtype=dtype)
-    g, tau, h = (torch.rand((*shape[:-2], *k), dtype=dtype) for k in ((4,), (), ()))
+    g, tau, h = (torch.rand((*shape[:-2], *k), dtype=dtype) for k in ((4,), (), (4,)))
     opcheck(torch.ops.compaware.svt_backward.default, tuple(x.clone().requires_grad_() for x in (W, tau, G, g)))
     opcheck(torch.ops.compaware.svt_double_backward.default, (W, tau, G, g, H, h))

@@ -1,11 +1,12 @@
 """Search for violations of the SVT solver's error bounds and tolerance, over seeded random cases.
 
-    python -m tests.proximal.hunt 20000 --seed 0 [--family "tau +- 1 ulp"] [--op firm_svt_]
+    python -m tests.proximal.hunt 20000 --seed 0 [--family "tau +- 1 ulp"] [--op firm_svt_] [--extreme]
 
 ``case(seed)`` makes a case, ``check`` compares it with the fp64 truth. Whatever the matrix, the scale and the state:
 the bounds hold, the tolerance is met, ``s`` and ``rank`` are those of the result, a repeated call gives the same bits,
-and no finite input is refused. Most matrices are too small for the subspace route to be chosen: in half of the cases it
-is forced.
+and no finite input is refused, unless its result is beyond the range of its dtype: then nothing has changed. Scales go
+from the smallest subnormal number of each dtype to its largest one, also within one matrix. Most matrices are too small
+for the subspace route to be chosen: in half of the cases it is forced.
 """
 
 from __future__ import annotations
@@ -75,6 +76,12 @@ SPECTRA = {  # singular values in units of tau, from (k, the largest, rng)
     "rank 1": lambda k, top, rng: np.where(np.arange(k) == 0, top, 0),
 }
 
+
+def _low(rng) -> float:
+    """Exponent of ten of the smallest scale within a matrix: roundoff, subnormal numbers of fp32, those of fp64."""
+    return float(rng.choice([-8, -40, -300]))
+
+
 MATRICES = {  # matrices, from (m, n, rng)
     "zero": lambda m, n, rng: np.zeros((m, n)),
     "constant": lambda m, n, rng: np.full((m, n), rng.choice([1, 1 / 3, 0.1, 1.0000001])),
@@ -92,6 +99,12 @@ MATRICES = {  # matrices, from (m, n, rng)
     "spiked columns": lambda m, n, rng: rng.standard_normal((m, n)) * 10 ** rng.uniform(-6, 0, n),
     "Hadamard": lambda m, n, rng: (-1.0) ** np.bitwise_count(np.arange(m)[:, None] & np.arange(n)),
     "Toeplitz": lambda m, n, rng: 0.9 ** abs(np.arange(m)[:, None] - np.arange(n)),
+    "rank one": lambda m, n, rng: np.outer(rng.standard_normal(m), rng.standard_normal(n)),
+    "scaled rows": lambda m, n, rng: rng.standard_normal((m, n)) * 10 ** rng.uniform(_low(rng), 0, (m, 1)),
+    "scaled entries": lambda m, n, rng: rng.standard_normal((m, n)) * 10 ** rng.uniform(_low(rng), 0, (m, n)),
+    "one huge entry": lambda m, n, rng: (
+        10 ** rng.uniform(_low(rng), 0) * rng.standard_normal((m, n)) + np.eye(m, n) * (np.arange(n) == n // 2)
+    ),
 }
 
 
@@ -149,10 +162,10 @@ def _next(W: np.ndarray, how: str, rng) -> np.ndarray:
     }[how]
 
 
-def case(seed: int, family: str | None = None, wanted: str | None = None) -> Case:
-    """The case of this seed: the same on every machine."""
+def case(seed: int, family: str | None = None, wanted: str | None = None, extreme: bool = False) -> Case:
+    """The case of this seed: the same on every machine; ``extreme``: at the ends of the range of the dtype."""
     rng = np.random.default_rng(seed)
-    op = str(rng.choice(["svt_", "spectral_ball_", "weighted_svt_", "truncate_"], p=[0.7, 0.1, 0.1, 0.1]))
+    op = str(rng.choice(["svt_", "spectral_ball_", "weighted_svt_", "truncate_", "svt"], p=[0.64, 0.1, 0.1, 0.1, 0.06]))
     op = op if wanted is None else wanted.replace("firm_", "")
     names, A, taus, shape = [], [], [], (_dim(rng), _dim(rng))
     for _ in range(1 if rng.random() < 0.7 else int(rng.integers(2, 5))):
@@ -163,27 +176,39 @@ def case(seed: int, family: str | None = None, wanted: str | None = None) -> Cas
         W, tau = _layer(names[-1], batch, *shape, rng)
         A, taus = [*A, W], [*taus, float(tau)]
     dtype = [torch.float32, torch.float64, torch.bfloat16, torch.float16][rng.choice(4, p=[0.6, 0.15, 0.15, 0.1])]
-    widest = {torch.float64: (-250, 250), torch.float16: (-4, 2)}.get(dtype, (-42, 36))
-    ranges = [(0, 0), (-3, 2), (-4, 2) if dtype == torch.float16 else (-30, 30), widest]
-    scale = 10 ** rng.uniform(*ranges[rng.choice(4, p=[0.7, 0.2, 0.09, 0.01])])
-    layout, warm = rng.random(), rng.random() < 0.4
-    largest, kwargs = torch.finfo(dtype).max / 16, {"tol": 10.0 ** -rng.choice([1, 2, 3, 3, 3, 4, 5, 6]), "fold": None}
+    info, warm, layout = torch.finfo(dtype), rng.random() < 0.4, rng.random()
+    ends = math.log10(info.smallest_normal) + math.log10(info.eps), math.log10(info.max)
+    ranges = [(0, 0), (-3, 2), (-4, 2) if dtype == torch.float16 else (-30, 30), ends]
+    which = rng.choice(4, p=[0.6, 0.15, 0.1, 0.15])
+    scale = 10 ** rng.uniform(*ranges[which])
+    if (which == 3 and rng.random() < 0.4) or extreme:  # at the end of the range
+        which = 3
+        scale = 10 ** rng.choice([ends[0] + rng.uniform(0, 3), ends[1] - rng.uniform(0, 3)])
+    largest = info.max if which == 3 else info.max / 16
+    kwargs = {"tol": 10.0 ** -rng.choice([1, 2, 3, 3, 3, 4, 5, 6]), "fold": None}
 
     def tensor(W: np.ndarray) -> torch.Tensor:
-        T = torch.tensor(np.clip(W * scale, -largest, largest)).to(dtype)
+        with np.errstate(over="ignore"):
+            T = torch.tensor(np.clip(W * scale, -largest, largest)).to(dtype)
         T = T.mT.contiguous().mT if layout < 0.1 else T
         return torch.cat([T, T], -1)[..., : T.shape[-1]] if 0.1 < layout < 0.2 else T
 
-    parameter, calls = [tau * scale for tau in taus], [A]
+    parameter, calls = [tau * min(scale, 1e308 / max(1, tau)) for tau in taus], [A]
+    if rng.random() < 0.03:  # at the limits of the range
+        parameter = [float(rng.choice([5e-324, 1e-310, 1e-45, 1e-40, 1e30, 1e39, 1e308])) for _ in taus]
+    if op == "svt":  # thresholds are rounded to the dtype it computes in
+        compute = torch.promote_types(dtype, torch.float32)
+        parameter = [float(torch.tensor(min(tau, torch.finfo(compute).max), dtype=compute)) for tau in parameter]
     if op == "truncate_":
         parameter = [int(rng.integers(0, rng.choice([4, min(W.shape[-2:]) + 2]))) for W in A]
     if op == "weighted_svt_":
         rises = [np.cumsum(rng.random(min(W.shape[-2:]))) * rng.choice([0, 0, 1e-3, 0.1, 10]) for W in A]
-        parameter = [torch.tensor(tau * (1 + rise) * scale) for tau, rise in zip(taus, rises, strict=True)]
+        rises = [np.minimum(tau * (1 + rise), 1e308 / max(1, scale)) for tau, rise in zip(taus, rises, strict=True)]
+        parameter = [torch.tensor(rise * scale) for rise in rises]
     if op == "svt_" and rng.random() < 0.1:
         sizes = [rng.choice([1e-3, 1, 1e3]) * abs(W).max() for W in A]
         kwargs["center"] = [tensor(size * rng.standard_normal(W.shape)) for W, size in zip(A, sizes, strict=True)]
-    same_shape = op == "weighted_svt_" or "center" in kwargs
+    warm, same_shape = warm and op != "svt", op == "weighted_svt_" or "center" in kwargs
     how = rng.choice(["same", "drift", "new direction", "replaced", "new shape"][: 5 - same_shape])
     for _ in range(int(rng.integers(1, 4)) if warm else 0):
         calls.append([_next(W, how, rng) for W in calls[-1]])
@@ -191,48 +216,107 @@ def case(seed: int, family: str | None = None, wanted: str | None = None) -> Cas
     made = Case(" + ".join(names), op, calls, parameter, kwargs, forced=bool(rng.random() < 0.6))
     made.first, made.state = int(rng.choice([1, 8, 32])), ck.WarmState(int(rng.integers(99))) if warm else None
     made.wrong = int(rng.integers(1, 2**32)) if warm and rng.random() < 0.3 else None
-    if wanted == "firm_svt_" or (wanted is None and op == "svt_" and rng.random() < 0.2):
-        made.op = "firm_svt_"
+    if wanted == f"firm_{op}" or (wanted is None and op in ("svt", "svt_") and rng.random() < 0.2):
+        made.op = f"firm_{op}"
         kwargs["gamma"] = float(rng.choice([1.5, 2, 3, 1 + 10 ** rng.uniform(-1, 1), 1 + 10 ** rng.uniform(-4, 4)]))
     return made
 
 
-def run(case: Case) -> list[tuple[list[torch.Tensor], list[ck.SvtInfo]]]:
-    """For every call the weights after it and its reports."""
+def run(case: Case) -> list[tuple[list[torch.Tensor], list[ck.SvtInfo] | ValueError]]:
+    """For every call the weights after it and its reports, or the refusal, after which there are no more calls."""
     state, out, patches = copy.deepcopy(case.state), [], {"FIRST": case.first}
     if case.forced:
         patches |= {"worth_it": lambda m, n, columns: True, "jacobi": mock.Mock(wraps=jacobi)}
         patches["jacobi"].small_shapes, patches["jacobi"].Group = lambda weights: set(), jacobi.Group
     with mock.patch.multiple(solver, **patches), mock.patch.object(subspace_iteration, "FIRST", case.first):
         for weights in copy.deepcopy(case.calls):
-            out.append((weights, getattr(ck, case.op)(weights, case.parameter, state=state, **case.kwargs)))
+            before = copy.deepcopy(state)
+            try:
+                out.append(_call(case, weights, state))
+            except ValueError as error:
+                same = state is None or (state.calls == before.calls and state.bases.keys() == before.bases.keys())
+                assert same and all(
+                    torch.equal(V, before.bases[key]) for key, V in (state.bases if state else {}).items()
+                )
+                return [*out, (weights, error)]
             if case.wrong is not None and len(out) == 1:
                 rng = np.random.default_rng(case.wrong)
                 state.bases = {key: _wrong(V, rng) for key, V in state.bases.items()}
     return out
 
 
+def _same_state(a: ck.WarmState | None, b: ck.WarmState | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    same = a.calls == b.calls and a.bases.keys() == b.bases.keys()
+    return same and all(torch.equal(V, b.bases[key]) for key, V in a.bases.items())
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def _call(case: Case, weights: list[torch.Tensor], state: ck.WarmState | None):
+    op = getattr(ck, case.op)
+    if case.op.endswith("_"):
+        return weights, op(weights, case.parameter, state=state, **case.kwargs)
+    gamma = [case.kwargs["gamma"]] if "gamma" in case.kwargs else []
+    results = [op(W, tau, *gamma, return_info=True) for W, tau in zip(weights, case.parameter, strict=True)]
+    return tuple(map(list, zip(*results, strict=True)))
+
+
 def measure(case: Case) -> Iterator[Measured]:
     out = run(case)
     first, again = ([P for results, _ in calls for P in results] for calls in (out, run(case)))
-    if not all(map(torch.equal, first, again)):
+    if not all(map(_same_bits, first, again)):
         yield Measured("any", problems=["not deterministic"])
-    for t, (weights, (results, infos)) in enumerate(zip(case.calls, out, strict=True)):
-        centers = case.kwargs.get("center") or map(torch.zeros_like, weights)
+    for t, (weights, (results, infos)) in enumerate(zip(case.calls, out, strict=False)):
+        centers = case.kwargs.get("center") or list(map(torch.zeros_like, weights))
+        if isinstance(infos, ValueError):
+            changed = not all(map(torch.equal, weights, results))
+            beyond = any(_beyond(case, *each) for each in zip(weights, centers, case.parameter, strict=True))
+            yield Measured(
+                "refused", problems=["refused, but changed"] * changed + [f"refused: {infos}"] * (not beyond)
+            )
+            return
         for W, P, C, info, parameter in zip(weights, results, centers, infos, case.parameter, strict=True):
             m, n = W.shape[-2:]
             where = f"call {t}, {tuple(W.shape)} {W.dtype}{', center' * ('center' in case.kwargs)}, {info.method}"
             if not torch.equal((info.s > 0).sum(-1), info.rank):
                 yield Measured(info.method, problems=[f"{where}: rank is not the number of positive s"])
-            s, bounds = info.s.reshape(-1, min(m, n)).numpy(), info.error_bound.flatten().tolist()
+            s, bounds = info.s.double().reshape(-1, min(m, n)).numpy(), info.error_bound.flatten().tolist()
             for parts in zip(*(x.reshape(-1, m, n) for x in (W, P, C)), s, bounds, strict=True):
                 got = _compare(case, *parts, parameter)
                 got.route, got.problems = info.method, [f"{where} ({info.reason}): {what}" for what in got.problems]
                 yield got
 
 
+def _beyond(case: Case, W, C, parameter) -> bool:
+    """Whether the exact result of one weight, or its norm, is beyond the range of its dtype."""
+    m, n = W.shape[-2:]
+    largest = torch.finfo(W.dtype).max
+    for X, D in zip(*(x.double().reshape(-1, m, n).numpy() for x in (W, C)), strict=True):
+        e, exact, t = _exact(case, X, D, parameter)
+        slack = 0.0 if case.op in ("truncate_", "weighted_svt_") else case.kwargs["tol"] * float(t)
+        norm = np.linalg.norm(np.ldexp(X, e) - np.ldexp(D, e))
+        with np.errstate(over="ignore"):
+            if abs(exact).max() + slack > np.ldexp(0.97 * largest, e) or norm > np.ldexp(1.6e308, e):
+                return True
+    return False
+
+
+def _exact(case: Case, W, C, parameter):
+    """Exponent e near which nothing over- or underflows, the exact result and the parameter, both times ``2^e``."""
+    e = -int(np.frexp(max(abs(W).max(), abs(C).max()))[1])
+    W, C = np.ldexp(W, e), np.ldexp(C, e)
+    with np.errstate(over="ignore"):
+        t = parameter if case.op == "truncate_" else np.ldexp(np.asarray(parameter), e)
+    shrunk = _truth(case.op, W - C, t, case.kwargs.get("gamma", math.inf))
+    return e, W - shrunk if case.op == "spectral_ball_" else C + shrunk, t
+
+
 def _truth(op: str, X: np.ndarray, parameter, gamma: float) -> np.ndarray:
-    if op == "firm_svt_":
+    if op.startswith("firm_svt"):
         return oracle.firm_svt(X, parameter, gamma)
     if op != "truncate_":
         return oracle.svt(X, parameter)
@@ -244,14 +328,12 @@ def _compare(case: Case, W, R, C, s, bound: float, parameter) -> Measured:
     """Compare one result R [m, n] with the truth, all scaled by a power of two so that nothing overflows here."""
     info, got = torch.finfo(W.dtype), Measured("")
     if not bool(R.isfinite().all()):
-        return Measured("", problems=["not finite"])
+        return Measured("", problems=["not finite"] * (bound < math.inf))
     W, R, C = (x.double().numpy() for x in (W, R, C))
-    e = -int(np.frexp(max(abs(W).max(), abs(C).max()))[1])
+    e, exact, t = _exact(case, W, C, parameter)
     W, R, C, s, bound = (np.ldexp(x, e) for x in (W, R, C, s, bound))
-    t = parameter if case.op == "truncate_" else np.ldexp(np.asarray(parameter), e)
     gamma = case.kwargs.get("gamma", math.inf)
-    shrunk = _truth(case.op, W - C, t, gamma)
-    exact = W - shrunk if case.op == "spectral_ball_" else C + shrunk
+    shrunk = W - exact if case.op == "spectral_ball_" else exact - C
     norm, error = np.linalg.norm(W - C), np.linalg.norm(R - exact)
     noise = 50 * np.finfo(float).eps * (norm + np.linalg.norm(C)) / (1 - 1 / gamma)  # of the truth
     got.ratio = bound / error if error > noise else math.inf
@@ -263,7 +345,8 @@ def _compare(case: Case, W, R, C, s, bound: float, parameter) -> Measured:
         got.problems.append(f"s is off by {wrong:.3e}, bound {bound:.3e}, {about}")
     if case.op in ("svt_", "firm_svt_", "spectral_ball_") and t > 0:
         stored = info.eps * np.linalg.norm(exact) + math.sqrt(W.size) * np.ldexp(info.smallest_normal * info.eps, e)
-        got.use = max(0.0, np.linalg.norm(R - exact, 2) - stored - noise) / (case.kwargs["tol"] * t)
+        off = np.linalg.norm(R - exact, 2) - stored - noise
+        got.use = off / (case.kwargs["tol"] * t) if off > 0 else 0.0
         if got.use > 1:
             got.problems.append(f"tolerance: {got.use:.3g} times tol tau, {about}")
     return got
@@ -282,12 +365,14 @@ def check(case: Case, found: list[Measured] | None = None) -> tuple[bool, float,
     return not problems, min((got.ratio for got in found), default=math.inf), "; ".join(problems)
 
 
-def main(cases: int, seed: int = 0, family: str | None = None, op: str | None = None, show: int = 30) -> None:
+def main(
+    cases: int, seed: int = 0, family: str | None = None, op: str | None = None, extreme: bool = False, show: int = 30
+) -> None:
     """Check the cases of so many seeds; exit with 1 if anything does not hold."""
     torch.set_num_threads(1)
     count, ratio, use, bad = Counter(), defaultdict(lambda: math.inf), defaultdict(float), []
     for at in track(range(seed, seed + cases), "Hunting"):
-        made, found = case(at, family, op), []
+        made, found = case(at, family, op, extreme), []
         holds, _, message = check(made, found)
         for got in found:
             route = "several in one batch" if " + " in got.route else got.route

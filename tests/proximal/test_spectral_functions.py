@@ -1,6 +1,7 @@
 """Penalties on singular values as objects: the solver asks them, so that a new one is one class."""
 
 import ast
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from compaware_kernels.proximal import solver, spectral_functions
 from compaware_kernels.proximal.record import Record
 from compaware_kernels.proximal.spectral_functions import (
     FirmThreshold,
+    Rescaled,
     SoftThreshold,
     Spectral,
     Truncate,
@@ -23,7 +25,8 @@ PACKAGE = Path(spectral_functions.__file__).parents[1]
 MAKERS = ("functional.py", "inplace.py", "penalties.py", "spectral_functions.py", "selftest.py")
 CLASSES = {kind.__name__ for kind in Spectral.__subclasses__() if kind.__module__ == Spectral.__module__}
 FUNCTIONS = [SoftThreshold(1.0), FirmThreshold(1.0, 1.3), FirmThreshold(1.0, 40.0), Truncate(3),
-             WeightedThreshold(torch.linspace(1, 2, 40).double())]  # fmt: skip
+             WeightedThreshold(torch.linspace(1, 2, 40).double()), FirmThreshold(0.25, 1.3).scaled(2),
+             Rescaled(SoftThreshold(4.0), -2)]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,23 @@ def test_what_a_function_says_of_itself(function):
     else:
         assert not function.gram and function.ramp is None
         assert function.tolerance(1e-3) == 1e-3
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: type(f).__name__)
+@pytest.mark.parametrize("exponent", [-40, 7, 990])
+def test_a_scaled_function_is_that_of_a_scaled_matrix(function, exponent):
+    s = torch.linspace(3, 0.1, 40, dtype=torch.float64)
+    for scaled in (function.scaled(exponent), Rescaled(function, exponent)):
+        assert scaled.floor == function.floor * 2.0**exponent and scaled.count == function.count
+        assert torch.equal(scaled(s * 2.0**exponent), function(s) * 2.0**exponent)
+        if isinstance(scaled, Rescaled) and exponent > 900:  # its arguments may have lost their digits
+            assert scaled.lipschitz(s, 0.0, 0.0) == math.inf and not scaled.gram and scaled.slope is None
+            continue
+        assert scaled.slope == function.slope and scaled.gram == function.gram and scaled.tolerance(0.1) > 0
+        given = s * 2.0**exponent, 0.05 * 2.0**exponent, 1e-3 * 2.0**exponent
+        assert scaled.lipschitz(*given) == pytest.approx(function.lipschitz(s, 0.05, 1e-3))
+        torch.testing.assert_close(scaled.gain(*given[:2]), function.gain(s, 0.05), rtol=0, atol=1e-12)
+    assert Truncate(2).scaled(-5) == Truncate(2) != SoftThreshold(2.0)
 
 
 def test_pieces_of_the_firm_threshold():

@@ -13,7 +13,7 @@ from compaware_kernels.proximal.subspace_iteration import FRESH, NEAR, PART, PRO
 from tests.helpers.cases import low_rank
 from tests.helpers.processes import run
 
-ERROR_FLAG = 8  # bytes all-reduced to raise argument errors on all ranks
+ERROR_FLAGS = 2 * 8  # bytes all-reduced to raise errors of arguments, then of shared memory, on all ranks
 
 
 def warm_started_step(rank, processes, m, n, r, tau):
@@ -38,7 +38,7 @@ def test_bytes_of_a_warm_started_step_are_those_of_the_model(processes, m, n, r)
         assert passes == 1
         powers = (products - 3 * even(known + FRESH + known // PART)) // PROBES
         model = communication.subspace(min(m, n), known, wanted, near, powers)
-        assert sent["reduced"] - ERROR_FLAG == model.reduced
+        assert sent["reduced"] - ERROR_FLAGS == model.reduced
         assert sent["spread"] == model.spread
     turned = communication.turning(m, n, m >= n, processes)
     assert sum(sent["turned"] for *_, sent in found) * (processes - 1) / processes == pytest.approx(

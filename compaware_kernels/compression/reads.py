@@ -1,0 +1,54 @@
+"""Layers whose weight other code of the model reads, instead of calling the layer or besides; found by one run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from .._utils.eval_mode import layer_by_layer
+from ..nn.factored_weight import METADATA
+from .arguments import Inputs
+
+__all__ = ["weights_read"]
+
+
+def weights_read(model: nn.Module, names: Sequence[str], inputs: Inputs) -> set[str]:
+    """Those of the layers ``names`` whose weight is an argument of an op outside their own forward.
+
+    As a low-rank layer, such a layer works, but forms the product of its factors at each read. To ask for the dtype,
+    device or shape of a weight is no read: the product is not needed for that.
+    """
+    reads = _Reads({id(model.get_submodule(name).weight): name for name in names})
+    handles = []
+    for name in names:
+        layer = model.get_submodule(name)
+        handles.append(layer.register_forward_pre_hook(lambda *_, name=name: reads.running.append(name)))
+        handles.append(layer.register_forward_hook(lambda *_: reads.leave(), always_call=True))
+    try:
+        with layer_by_layer(model), torch.no_grad(), reads:
+            inputs.cloned().run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return reads.found
+
+
+class _Reads(TorchFunctionMode):
+    """Names of the layers, given by ``id`` of their weights, whose weights ops use while the layer does not run."""
+
+    def __init__(self, weights: dict[int, str]):
+        super().__init__()
+        self.weights, self.running, self.found = weights, [], set()
+
+    def leave(self) -> None:
+        self.running.pop()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func not in METADATA:
+            used = {self.weights[id(leaf)] for leaf in tree_leaves((args, kwargs)) if id(leaf) in self.weights}
+            self.found |= used - set(self.running)
+        return func(*args, **(kwargs or {}))

@@ -144,7 +144,7 @@ def test_where_nothing_can_be_written_is_said_first(tmp_path, command_line, monk
 
 
 def test_nothing_factorized_is_said(tmp_path, command_line, monkeypatch):
-    monkeypatch.setattr(latency_model, "choose", lambda *_: (None, 0.9, "would be 0.9x as fast"))
+    monkeypatch.setattr(latency_model, "choose", lambda *_, **__: (None, 0.9, "would be 0.9x as fast"))
     torch.save(STATE, tmp_path / "w.pt")
     done = compress(command_line, tmp_path / "w.pt", "--goal", "speed")
     assert done.returncode == 0 and "No layer was factorized, for the reasons in the notes. --goal size wo" in done.out

@@ -419,6 +419,7 @@ def pruned():
 @pytest.mark.parametrize("make", [old_weight_norm, pruned])
 def test_fresh_models_with_computed_weights(tmp_path, make):
     model, fresh = make(), make()
+    fresh[0].seen = [fresh[0].weight * 2]
     fresh(x := torch.randn(2, model[0].in_features))
     ck.save(model, tmp_path / "m")
     torch.testing.assert_close(ck.load(tmp_path / "m", fresh).eval()(x), model.eval()(x), rtol=0, atol=0)

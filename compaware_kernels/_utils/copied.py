@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,13 +16,13 @@ __all__ = ["copied"]
 MODULE_STATE = vars(nn.Module())
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module, instead: Mapping[int, object] | None = None) -> nn.Module:
     """Deep copy of a model; computed tensors that it keeps (a cache, the last loss) are copied without their graph.
 
     Parameters in one storage stay in one: ``copy.deepcopy`` keeps a tied parameter, but separates two parameters of
-    the same data.
+    the same data. ``instead``: what takes the place of tensors, by their ``id``.
     """
-    memo: dict[int, object] = {**_in_shared_storages(model), **_not_strided(model)}
+    memo: dict[int, object] = {**_in_shared_storages(model), **_not_strided(model), **(instead or {})}
     with _DetachedCopies():
         new = copy.deepcopy(model, memo)
         for module in model.modules():

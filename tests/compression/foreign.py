@@ -53,6 +53,7 @@ KNOWN = {
     ("torch.weight decay in forward", "to_plain"): "relative error",
     ("torch.nested tensors", "counts"): "unknown",
     ("timm.beit_base_patch16_224", "to_plain"): "shapes cannot be multiplied",
+    ("timm.eva02_tiny_patch14_224", "to_plain"): "shapes cannot be multiplied",
     ("transformers.mamba", "to_plain"): "Expected size",
     ("transformers.wavlm", "to_plain"): "has no attribute 'bias'",
 }

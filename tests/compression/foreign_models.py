@@ -129,7 +129,7 @@ TIMM: dict[str, dict] = {
     )},
     **{name: {} for name in (
         "convmixer_768_32", "crossvit_tiny_240", "cs3darknet_s", "cspdarknet53", "davit_tiny", "densenet121", "dla46_c",
-        "dpn48b", "edgenext_xx_small", "efficientvit_b0", "efficientvit_m0", "fastvit_t8", "focalnet_tiny_srf",
+        "dpn48b", "edgenext_xx_small", "efficientvit_b0", "efficientvit_m0", "fastvit_t8",
         "fbnetc_100",
         "gcresnet33ts", "ghostnet_050", "halonet26t", "hardcorenas_a", "hgnetv2_b0", "hrnet_w18_small",
         "inception_next_atto", "lcnet_035", "levit_128s", "mambaout_femto", "mnasnet_small", "mobilenetv3_small_050",
@@ -144,18 +144,12 @@ TIMM: dict[str, dict] = {
 TINY = {  # fewer or narrower blocks than the smallest one published
     "beit_base_patch16_224": {"depth": 2, "embed_dim": 64, "num_heads": 4},
     "cait_xxs24_224": {"depth": 2},
-    "convmixer_768_32": {"dim": 64, "depth": 2},
     "deit_tiny_distilled_patch16_224": {"depth": 2},
     "eva02_tiny_patch14_224": {"depth": 2, "img_size": 56},
-    "gmixer_12_224": {"num_blocks": 2, "embed_dim": 64},
-    "gmlp_ti16_224": {"num_blocks": 2},
-    "mixer_s32_224": {"num_blocks": 2, "embed_dim": 64},
-    "resmlp_12_224": {"num_blocks": 2, "embed_dim": 64},
     "swin_tiny_patch4_window7_224": {"depths": (1, 1, 1, 1), "embed_dim": 24, "img_size": 224},
     "tnt_s_legacy_patch16_224": {"depth": 2},
     "vit_tiny_patch16_224": {"depth": 2},
     "xcit_nano_12_p16_224": {"depth": 2},
-    "focalnet_tiny_srf": {"depths": (1, 1, 1, 1), "embed_dim": 24},
     "davit_tiny": {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 64), "num_heads": (1, 2, 4, 4)},
     "hiera_tiny_224": {"stages": (1, 1, 1, 1), "embed_dim": 16, "img_size": (64, 64)},
 }  # fmt: skip

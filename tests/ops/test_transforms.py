@@ -308,6 +308,14 @@ def test_autocast_changes_no_bit_in_place(call, shape):
     assert torch.equal(*plain, *cast)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_autocast_changes_no_bit_of_a_dense_layer(name):
+    layer = LAYERS[name][0]()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = layer.to_dense()
+    assert torch.equal(cast.weight, layer.to_dense().weight)
+
+
 # --- low-rank ops ---------------------------------------------------------------------------------------------------
 
 

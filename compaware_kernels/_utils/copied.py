@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,13 +16,13 @@ __all__ = ["copied"]
 MODULE_STATE = vars(nn.Module())
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module, instead: Mapping[int, object] | None = None) -> nn.Module:
     """Deep copy of a model; computed tensors that it keeps (a cache, the last loss) are copied without their graph.
 
     Parameters in one storage stay in one: ``copy.deepcopy`` keeps a tied parameter, but separates two parameters of
-    the same data.
+    the same data. ``instead``: what takes the place of tensors, by their ``id``.
     """
-    memo: dict[int, object] = {**_in_shared_storages(model), **_not_strided(model)}
+    memo: dict[int, object] = {**_in_shared_storages(model), **_not_strided(model), **(instead or {})}
     with _DetachedCopies():
         new = copy.deepcopy(model, memo)
         for module in model.modules():
@@ -34,16 +35,22 @@ def _complete(new: fx.GraphModule, old: fx.GraphModule, memo: dict[int, object])
     """Give a copy what torch.fx does not copy: the name of its class, hooks, attributes of a subclass."""
     type(new).__name__ = type(old).__name__
     for name, value in vars(old).items():
-        if name not in vars(new) or (name in MODULE_STATE and "hooks" in name):
+        lost = name not in vars(new) and name != "_compiled_call_impl"  # which deepcopy of other modules drops, too
+        if lost or (name in MODULE_STATE and "hooks" in name):
             vars(new)[name] = copy.deepcopy(value, memo)
 
 
 class _DetachedCopies(TorchFunctionMode):
     """Deep copies of tensors that an operation computed are detached; ``copy.deepcopy`` refuses them otherwise."""
 
+    def __init__(self):
+        super().__init__()
+        self.alive: list[Tensor] = []  # the memo of deepcopy goes by id, which another tensor would get
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is Tensor.__deepcopy__ and not args[0].is_leaf:
-            args = (args[0].detach(), *args[1:])
+            self.alive.append(args[0].detach())
+            args = (self.alive[-1], *args[1:])
         return func(*args, **(kwargs or {}))
 
 

@@ -48,8 +48,19 @@ class Inputs:
         return cls(tuple(example_inputs), kwargs)
 
     def run(self, model: Callable[..., object]) -> object:
-        """The model's output."""
-        return model(*self.args, **self.kwargs)
+        """The model's output.
+
+        Raises:
+            ValueError: the model fails, and one of its weights, which is named, is on the meta device.
+        """
+        try:
+            return model(*self.args, **self.kwargs)
+        except Exception as error:
+            weights = model.named_parameters() if isinstance(model, nn.Module) else ()
+            name = next((name for name, weight in weights if weight.is_meta), None)
+            if name is None:
+                raise
+            raise ValueError(f"{name}: wanted a weight with values; got one on the meta device") from error
 
     def cloned(self) -> Inputs:
         """The same arguments with clones of the tensors: a model may modify its inputs in place."""

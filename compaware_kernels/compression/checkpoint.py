@@ -69,7 +69,7 @@ def load(path: str | os.PathLike, model: nn.Module, *, verify: bool = True) -> n
     """
     file, model = tensor_file.read(path, verify), without_wrappers(model)
     trial = _restructured(on_meta(model), file.layers, str(path))
-    own = trial.state_dict()
+    own = trial.state_dict(keep_vars=True)
     state = OrderedDict(file.state | _values_of_shared(file, own))
     state._metadata = own._metadata  # versions, without which torch and torchvision expect the oldest form
     if (problem := misfit(own, state)) and not _converts(trial, state, _within_others(file, model)):
@@ -87,7 +87,7 @@ def _converts(trial: nn.Module, state: OrderedDict[str, object], given: set[str]
 
     ``given`` are names that may be missing.
     """
-    own = trial.state_dict()
+    own = trial.state_dict(keep_vars=True)
     empty = OrderedDict((name, T.to("meta") if isinstance(T, Tensor) else T) for name, T in state.items())
     empty._metadata = state._metadata
     try:

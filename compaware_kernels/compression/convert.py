@@ -22,7 +22,7 @@ def to_plain(model: nn.Module) -> nn.Module:
 
     For models that ask a layer for the dtype or device of its weight (ViT, CLIP, T5), the ``nn.Sequential`` has a
     ``weight`` ``[O, 0]`` without numbers, which is not in the state dict. A model that computes with the weight itself
-    fails on its shape: use :func:`to_dense`.
+    fails on its shape, and one that gives a transposed convolution an ``output_size`` on that: use :func:`to_dense`.
 
     Raises:
         ValueError: a residual sum was fused into a layer (:func:`compaware_kernels.fuse`).

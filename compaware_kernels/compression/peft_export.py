@@ -24,6 +24,7 @@ from ..folds import CONVS, to_matrix
 from ..nn.discovery import require_matches, why_no_matrix
 from ..nn.factorization import SVD
 from ..nn.holders import why_read_or_overridden
+from ..nn.module_surgery import short_name
 from ..nn.unwrap import without_wrappers
 from ..ranks import break_even
 from .arguments import RankRule, rank_of, rule_of, rules_by_pattern
@@ -223,7 +224,7 @@ def _partition(
 def _why_whole(module: nn.Module, fixed: Mapping[int, str]) -> str:
     """Why PEFT cannot adapt and merge the layer, so that it is stored whole; "" if it can."""
     if type(module) not in (nn.Linear, *CONVS):
-        return f"a {type(module).__name__} has no low-rank update"
+        return f"a {short_name(type(module))} has no low-rank update"
     if reason := fixed.get(id(module)) or why_no_matrix(module.weight):
         return reason
     if isinstance(module, CONVS) and module.groups > 1:

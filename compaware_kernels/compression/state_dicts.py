@@ -22,16 +22,25 @@ DEPTH = 4  # of nesting
 def misfit(wanted: Mapping[str, object], got: Mapping[str, object]) -> str:
     """Difference of a state dict ``got`` from a model's: three names of each kind, and the likely cause; "" if it fits.
 
-    Names, and shapes and dtypes of tensors, are compared.
+    Names, and shapes and dtypes of tensors, are compared. Of a model's state dict with ``keep_vars=True`` also what
+    two names have in common: a tied tensor must not have two values.
     """
     missing, unexpected = [n for n in wanted if n not in got], [n for n in got if n not in wanted]
     both = [(n, wanted[n], got[n]) for n in wanted if n in got]
     shapes = [f"{n} is {_shape(b)}, wanted {_shape(a)}" for n, a, b in both if _shape(a) != _shape(b)]
     dtypes = [f"{n} is {_dtype(b)}, wanted {_dtype(a)}" for n, a, b in both if _dtype(a) != _dtype(b)]
-    kinds = {"missing": missing, "not of the model": unexpected, "of other shapes": shapes, "of other dtypes": dtypes}
+    kinds = {"missing": missing, "not of the model": unexpected, "of other shapes": shapes, "of other dtypes": dtypes,
+             "of two values for one tied tensor": _untied(both)}  # fmt: skip
     found = [f"{len(names)} {kind} ({', '.join(names[:SHOWN])}{', ...' * (len(names) > SHOWN)})"
              for kind, names in kinds.items() if names]  # fmt: skip
     return f"{'; '.join(found)}. {_cause(wanted, got, kinds)}" if found else ""
+
+
+def _untied(both: Sequence[tuple[str, object, object]]) -> list[str]:
+    """Names of tensors that are one in the model, and have another value than that in the state dict."""
+    first: dict[int, object] = {}
+    pairs = [(name, value, first.setdefault(id(own), value)) for name, own, value in both if isinstance(value, Tensor)]
+    return [name for name, value, other in pairs if value is not other and not torch.equal(value, other)]
 
 
 def _shape(T: object) -> str:
@@ -44,7 +53,7 @@ def _dtype(T: object) -> str:
 
 def _cause(wanted: Mapping[str, object], got: Mapping[str, object], kinds: dict[str, list[str]]) -> str:
     """The likely cause of a misfit, as a sentence."""
-    missing, unexpected, shapes, _ = kinds.values()
+    missing, unexpected, shapes, dtypes, _ = kinds.values()
     if any(name.endswith(("first.weight", "second.weight")) for name in unexpected):
         return "It is a compressed model: ck.load reads those"
     if prefix := _prefix([(name,) for name in wanted], got):
@@ -57,6 +66,8 @@ def _cause(wanted: Mapping[str, object], got: Mapping[str, object], kinds: dict[
         return "Another architecture, or another variant of it"
     if shapes:
         return "The same architecture in other sizes"
+    if not dtypes:
+        return "Untie them in the model first"
     floats = all("float" in _dtype(got[name]) for name in wanted if _dtype(wanted[name]) != _dtype(got[name]))
     return "Convert the model first: model.to(dtype)" if floats else "No file of this model"
 

@@ -15,6 +15,7 @@ from .._utils.dtypes import DTYPES
 from ..folds import CONVS, TRANSPOSED, oriented, to_matrix
 from . import parametrization
 from .holders import kind_of, why_read_or_overridden
+from .module_surgery import short_name
 from .unwrap import name_without_wrappers, wrapped_module
 
 __all__ = ["Layer", "foldable_layers", "require_matches", "why_no_matrix"]
@@ -145,7 +146,7 @@ def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 def _not_foldable(module: nn.Module, training: bool) -> str | None:
     """Why the module's weight does not fold to matrices, or None."""
-    kind = type(module).__name__
+    kind = short_name(type(module))
     parametrized = list(module.parametrizations) if parametrize.is_parametrized(module) else []
     if parametrized and not (training and parametrized == ["weight"]):
         return f"{kind}: parametrized ({', '.join(parametrized)}); remove the parametrization first"

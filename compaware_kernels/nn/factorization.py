@@ -20,7 +20,8 @@ class SVD(NamedTuple):
     @classmethod
     def of(cls, M: Tensor) -> SVD:
         """SVD of ``M`` ``[G, m, n]``, any floating dtype, computed in fp64; detached."""
-        return cls(*torch.linalg.svd(M.detach().double(), full_matrices=False))
+        U, s, Vh = torch.linalg.svd(_tall(M), full_matrices=False)
+        return cls(U, s, Vh) if M.shape[-2] >= M.shape[-1] else cls(Vh.mT, s, U.mT)
 
     def factors(self, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Rank-r factors ``[G, m, r]``, ``[G, r, n]`` in ``dtype``, as of :func:`factors`."""
@@ -31,7 +32,12 @@ class SVD(NamedTuple):
 
 def singular_values(M: Tensor) -> Tensor:
     """Singular values of ``M`` ``[..., m, n]``, descending, fp64 ``[..., min(m, n)]``; detached."""
-    return torch.linalg.svdvals(M.detach().double())
+    return torch.linalg.svdvals(_tall(M))
+
+
+def _tall(M: Tensor) -> Tensor:
+    """M or its transpose in fp64, the one with more rows: LAPACK takes up to three times as long for wide matrices."""
+    return (M if M.shape[-2] >= M.shape[-1] else M.mT).detach().double()
 
 
 def factors(M: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from inspect import signature
 from types import CellType, FunctionType, MethodType
 
 from torch import Tensor, nn
 
 from .._utils.memory import span
-from .lowrank import LowRank
+from .lowrank import FACTORS, LowRank
 from .module_surgery import plain_attributes, why_irreplaceable
 from .registry import LOW_RANK
 from .unwrap import wrapped_module
@@ -87,12 +88,30 @@ def _why_not_taken_over(layer: nn.Module) -> str:
     """Why a low-rank layer in the place of this one would lack something that it has; "" if it takes over all."""
     if own := _own_names(type(layer)):
         return _subclass(layer, own)
-    used = {*plain_attributes(layer), *layer._buffers, *layer._parameters} & {
-        *LowRank.own_attributes,
-        "first",
-        "second",
-    }
-    return f"an attribute called {min(used)}, as low-rank layers have" if used else why_irreplaceable(layer)
+    used = {*plain_attributes(layer), *layer._buffers, *layer._parameters} & {*LowRank.own_attributes, *FACTORS}
+    if used:
+        return f"an attribute called {min(used)}, as low-rank layers have"
+    return why_irreplaceable(layer) or _why_not_as_made(layer)
+
+
+def _why_not_as_made(layer: nn.Module) -> str:
+    """Why the layer is not what its class makes of its attributes; "" if it is, so that these describe it."""
+    bias, base = layer.bias, next(base for base in type(layer).__mro__ if base in LOW_RANK)
+    if bias is not None and not isinstance(bias, nn.Parameter):
+        return "a bias that is no parameter"
+    arguments = {name: getattr(layer, name, None) for name in signature(base).parameters}
+    try:
+        made = base(**arguments | {"bias": bias is not None, "device": "meta", "dtype": layer.weight.dtype})
+    except (TypeError, ValueError) as error:
+        return f"attributes that were changed to invalid ones: {error}"
+    for name in ("weight", "bias"):
+        now, then = getattr(layer, name), getattr(made, name)
+        if now is not None and (now.shape, now.dtype) != (then.shape, then.dtype):
+            return f"a {name} {list(now.shape)} {now.dtype}, where its attributes say {list(then.shape)} {then.dtype}"
+    for name, value in plain_attributes(made).items():
+        if getattr(layer, name, None) != value:
+            return f"{name} = {getattr(layer, name, None)}, where its other attributes say {value}"
+    return ""
 
 
 def _own_names(kind: type[nn.Module]) -> set[str]:

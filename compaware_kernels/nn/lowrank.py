@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .._utils.autocast import without_autocast
 from ..folds import oriented, to_matrix
 from ..ops import backends
 from ..ops.lowrank import ACTIVATIONS, lowrank_pack
@@ -194,7 +195,7 @@ class LowRank(nn.Module, ABC):
 
     def _copy_to(self, layer: nn.Module) -> nn.Module:
         """Set the dense ``layer`` to the product of the factors, and to the bias and mode of this layer."""
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast():
             layer.weight.copy_(self.product())
             if self.bias is not None:
                 layer.bias.copy_(self.bias)

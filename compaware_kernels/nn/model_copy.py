@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
+
+from .._utils.copied import copied
 
 __all__ = ["on_meta", "with_memory"]
 
 
 def on_meta(model: nn.Module) -> nn.Module:
     """Copy of a model whose parameters and buffers are on the meta device: shapes and dtypes without memory."""
-    memo: dict[int, object] = {}
+    empties: dict[int, object] = {}
     for module in model.modules():
         for T in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
             if isinstance(T, Tensor) and _is_plain(T):
                 empty = T.detach().to("meta")
-                memo[id(T)] = nn.Parameter(empty, T.requires_grad) if isinstance(T, nn.Parameter) else empty
-    return copy.deepcopy(model, memo)
+                empties[id(T)] = nn.Parameter(empty, T.requires_grad) if isinstance(T, nn.Parameter) else empty
+    return copied(model, empties)
 
 
 def with_memory(model: nn.Module) -> nn.Module:

@@ -11,8 +11,8 @@ from torch.nn.modules.module import _WrappedHook
 
 from ..folds import CONVS, TRANSPOSED
 
-__all__ = ["NORMS", "copy_requires_grad", "is_plain", "is_shared", "keep_inputs",
-           "keep_outputs", "plain_attributes", "replace", "resized", "sizes", "to_channels_last", "why_fixed",
+__all__ = ["NORMS", "copy_requires_grad", "is_plain", "is_shared", "keep_inputs", "keep_outputs", "plain_attributes",
+           "replace", "resized", "short_name", "sizes", "to_channels_last", "why_fixed",
            "why_irreplaceable"]  # fmt: skip
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -87,9 +87,15 @@ def keep_inputs(module: nn.Module, keep: Tensor, constant: Tensor) -> nn.Module:
     return new
 
 
+def short_name(kind: type) -> str:
+    """Name of a class; with its module if torch.nn has another one of this name."""
+    alone = getattr(nn, kind.__name__, kind) is kind
+    return kind.__name__ if alone else f"{kind.__module__}.{kind.__name__}"
+
+
 def why_fixed(module: nn.Module) -> str:
     """Why this layer cannot be resized; "" for a plain Linear, ungrouped convolution or batch norm."""
-    kind = f"a {type(module).__name__}"
+    kind = f"a {short_name(type(module))}"
     if type(module) not in (nn.Linear, *CONVS, *NORMS):  # a subclass may do anything in its forward
         return kind
     if getattr(module, "groups", 1) > 1:
@@ -168,6 +174,9 @@ def _take_over(old: nn.Module, new: nn.Module) -> None:
     new._is_full_backward_hook = old._is_full_backward_hook
     if isinstance(getattr(old, "weight", None), Tensor) and isinstance(getattr(new, "weight", None), Tensor):
         copy_requires_grad(old, new)
+    mine, theirs = (getattr(module, "second", module) for module in (old, new))
+    if (mine is old) != (theirs is new) and _same_kind(getattr(mine, "bias", None), getattr(theirs, "bias", None)):
+        theirs.bias = mine.bias  # to or from a low-rank layer: a bias that others share stays shared
     for name, parameter in old._parameters.items():
         if not hasattr(new, name) and name not in ("weight", "bias"):
             new.register_parameter(name, parameter)
@@ -177,6 +186,13 @@ def _take_over(old: nn.Module, new: nn.Module) -> None:
     for name, value in plain_attributes(old).items():
         if name not in own_attributes:
             vars(new).setdefault(name, value)
+
+
+def _same_kind(a: object, b: object) -> bool:
+    """Whether both are parameters of the same shape and dtype on the same device."""
+    if not (isinstance(a, nn.Parameter) and isinstance(b, nn.Parameter)):
+        return False
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
 def to_channels_last(model: nn.Module) -> nn.Module:

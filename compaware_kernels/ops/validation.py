@@ -9,8 +9,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import UninitializedTensorMixin
 
+from .._utils import memory
 from .._utils.dtypes import DTYPES, compute_dtype
-from . import memory
 
 __all__ = [
     "Check",
@@ -29,7 +29,6 @@ __all__ = [
     "checked",
     "checked_list",
     "checked_tau",
-    "has_memory",
     "has_values",
     "one_per_weight",
 ]
@@ -69,7 +68,7 @@ def check_layout(t: Tensor, name: str) -> None:
         raise TypeError(f"{name}: wanted a dense tensor; got a {kind} one")
     if t.device.type == "meta":
         raise ValueError(f"{name}: wanted a tensor with values; got one on the meta device")
-    if has_memory(t) and memory.is_freed(t):
+    if memory.has_memory(t) and memory.is_freed(t):
         raise ValueError(f"{name}: wanted a tensor with values; got one whose memory was freed (by FSDP?)")
 
 
@@ -82,7 +81,7 @@ def check_writable(t: Tensor, name: str) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    if not has_memory(t):
+    if not memory.has_memory(t):
         transformed = torch._C._functorch.is_functorch_wrapped_tensor(t)
         got = "one inside a torch.func transform" if transformed else f"a {type(t).__name__}"
         raise TypeError(f"{name}: wanted a tensor that can be written in place; got {got}")
@@ -142,13 +141,6 @@ def check_center(center: Sequence[Tensor], weights: Sequence[Tensor], names: Seq
         if C.shape != W.shape or C.dtype != W.dtype or C.device != W.device:
             raise ValueError(f"{name}: wanted {W.dtype} {list(W.shape)} on {W.device}, as the weight; "
                              f"got {C.dtype} {list(C.shape)} on {C.device}")  # fmt: skip
-
-
-def has_memory(t: Tensor) -> bool:
-    """Whether t has an address of its own: not while torch.compile traces, nor a tensor of a transform or wrapper."""
-    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(t):
-        return False
-    return type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def has_values(x: Tensor) -> bool:

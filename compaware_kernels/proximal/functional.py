@@ -3,7 +3,7 @@
 In W and in the thresholds they have first and second derivatives, in reverse and in forward mode (``svt`` and
 ``firm_svt`` no third, the others any), and all transforms of ``torch.func``: ``grad``, ``vjp``, ``jvp``, ``jacrev``,
 ``jacfwd``, ``hessian``, ``vmap``.  Where a threshold is met exactly there is no derivative; it counts as below, and as
-above at zero.  ``torch.compile``, ``torch.export``, ``make_fx`` and fake tensors trace each as one op.
+above at zero.  ``torch.compile``, ``torch.export``, ``make_fx`` and fake tensors trace them.
 
 Every function raises:
 

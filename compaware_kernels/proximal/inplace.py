@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from .. import folds
+from .._utils.memory import overlapping_pairs, view_of
 from .._utils.uninterrupted import uninterrupted
 from ..distributed.collectives import synchronize_errors
 from ..distributed.dtensor import communication_device, local, process_groups
-from ..ops.memory import overlapping_pairs, view_of
 from ..ops.validation import (
     check_above_one,
     check_apart,

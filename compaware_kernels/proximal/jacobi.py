@@ -114,9 +114,9 @@ def _compute_alike(groups: Sequence[Group], tol: float, ball: bool) -> None:
     half = 2 * storage(groups[0].W.dtype, 1.0, 0)  # two roundings: adding the center, storing the result
     stored = norms(P)
     narrow = groups[0].stored_as or groups[0].W.dtype
-    if float(stored.max()) > torch.finfo(narrow).max:
+    if bool((stored > torch.finfo(narrow).max).any()):
         _check(groups, counts, P.to(narrow).isfinite().all(-1).all(-1), f"a result that fits {narrow}")
-    error += half * stored + storage(groups[0].W.dtype, 0.0, P[0].numel())
+    error += half * stored + storage(groups[0].W.dtype, 0.0, P.shape[1:].numel())
     new, method = new.cpu(), f"jacobi, fp{torch.finfo(dtype).bits}"
     parts = (_per_weight(each, groups, counts) for each in (P, new, (new > 0).sum(-1), error))
     for entry, entry.P, entry.s, entry.rank, entry.error in zip(groups, *parts, strict=True):

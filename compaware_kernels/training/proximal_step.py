@@ -86,8 +86,8 @@ class ProximalStep:
             all-reduces; with ``"owner"``, one rank gathers each layer, shrinks it and scatters it back.
         error_feedback: bf16 and fp16 weights keep what rounding cuts off of each proximal step and get it back in the
             next one, so that small steps accumulate as in fp32 instead of vanishing. It takes two bytes per such
-            weight, kept in :meth:`state_dict`, four more during a step, and on a CPU 20 ns of one core; replicas then
-            exchange results in fp32. Without it a step that is too small for the dtype warns, once.
+            weight, kept in :meth:`state_dict`, four more during a step, and on a CPU 5 to 20 ns of one core; replicas
+            then exchange results in fp32. Without it a step that is too small for the dtype warns, once.
 
     Attributes:
         layers: the layers that are shrunk.  skipped: name -> reason, for all others that have weights.

@@ -52,6 +52,8 @@ KNOWN = {
     ("torch.reads the weight", "to_plain"): "shapes cannot be multiplied",
     ("torch.weight decay in forward", "to_plain"): "relative error",
     ("torch.nested tensors", "counts"): "unknown",
+    ("timm.beit_base_patch16_224", "to_plain"): "shapes cannot be multiplied",
+    ("timm.eva02_tiny_patch14_224", "to_plain"): "shapes cannot be multiplied",
     ("transformers.mamba", "to_plain"): "Expected size",
     ("transformers.wavlm", "to_plain"): "has no attribute 'bias'",
 }
@@ -292,11 +294,14 @@ def main(arguments: Sequence[str]) -> int:
         task = bar.add_task("", total=len(names))
         for name in names:
             bar.update(task, description=name)
-            start = time.perf_counter()
+            start, found = time.perf_counter(), []
             try:
-                rows += [(name, *failure) for failure in failures(name)]
+                found = list(failures(name))
             except Exception as error:
-                rows.append((name, "the model itself", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
+                found = [("the model itself", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")]
+            for failure in found:
+                bar.console.print(f"{name}, {': '.join(failure)}", markup=False, highlight=False)
+            rows += [(name, *failure) for failure in found]
             took[name] = time.perf_counter() - start
             bar.advance(task)
     slowest = sorted(took, key=took.get, reverse=True)[:5]

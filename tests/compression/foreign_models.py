@@ -123,13 +123,14 @@ TIMM: dict[str, dict] = {
     **{name: {"img_size": 64} for name in (
         "beit_base_patch16_224", "cait_xxs24_224", "deit_tiny_distilled_patch16_224", "eva02_tiny_patch14_224",
         "gmixer_12_224", "mixer_s32_224", "pit_ti_224", "resmlp_12_224", "swin_tiny_patch4_window7_224",
-        "tnt_s_legacy_patch16_224", "vit_tiny_patch16_224", "xcit_nano_12_p16_224", "crossvit_tiny_240", "convit_tiny",
+        "tnt_s_legacy_patch16_224", "vit_tiny_patch16_224", "xcit_nano_12_p16_224", "convit_tiny",
         "visformer_tiny", "gmlp_ti16_224",
         "efficientformer_l1", "efficientformerv2_s0", "coat_tiny", "tiny_vit_5m_224", "volo_d1_224", "hiera_tiny_224",
     )},
     **{name: {} for name in (
-        "convmixer_768_32", "cs3darknet_s", "cspdarknet53", "davit_tiny", "densenet121", "dla46_c", "dpn48b",
-        "edgenext_xx_small", "efficientvit_b0", "efficientvit_m0", "fastvit_t8", "focalnet_tiny_srf", "fbnetc_100",
+        "convmixer_768_32", "crossvit_tiny_240", "cs3darknet_s", "cspdarknet53", "davit_tiny", "densenet121", "dla46_c",
+        "dpn48b", "edgenext_xx_small", "efficientvit_b0", "efficientvit_m0", "fastvit_t8",
+        "fbnetc_100",
         "gcresnet33ts", "ghostnet_050", "halonet26t", "hardcorenas_a", "hgnetv2_b0", "hrnet_w18_small",
         "inception_next_atto", "lcnet_035", "levit_128s", "mambaout_femto", "mnasnet_small", "mobilenetv3_small_050",
         "mobilenetv4_conv_small_035", "mobileone_s0", "mobilevit_xxs", "mobilevitv2_050", "nf_regnet_b0", "nf_resnet26",
@@ -143,22 +144,14 @@ TIMM: dict[str, dict] = {
 TINY = {  # fewer or narrower blocks than the smallest one published
     "beit_base_patch16_224": {"depth": 2, "embed_dim": 64, "num_heads": 4},
     "cait_xxs24_224": {"depth": 2},
-    "convmixer_768_32": {"dim": 64, "depth": 2},
     "deit_tiny_distilled_patch16_224": {"depth": 2},
     "eva02_tiny_patch14_224": {"depth": 2, "img_size": 56},
-    "gmixer_12_224": {"num_blocks": 2, "embed_dim": 64},
-    "gmlp_ti16_224": {"num_blocks": 2},
-    "mixer_s32_224": {"num_blocks": 2, "embed_dim": 64},
-    "resmlp_12_224": {"num_blocks": 2, "embed_dim": 64},
     "swin_tiny_patch4_window7_224": {"depths": (1, 1, 1, 1), "embed_dim": 24, "img_size": 224},
     "tnt_s_legacy_patch16_224": {"depth": 2},
     "vit_tiny_patch16_224": {"depth": 2},
     "xcit_nano_12_p16_224": {"depth": 2},
-    "focalnet_tiny_srf": {"depths": (1, 1, 1, 1), "embed_dim": 24},
-    "davit_tiny": {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 64), "num_heads": (1, 2, 4, 4),
-                   "num_groups": (1, 2, 4, 4)},
+    "davit_tiny": {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 64), "num_heads": (1, 2, 4, 4)},
     "hiera_tiny_224": {"stages": (1, 1, 1, 1), "embed_dim": 16, "img_size": (64, 64)},
-    "volo_d1_224": {"layers": (1, 1, 1, 1), "embed_dims": (32, 64, 64, 64), "num_heads": (2, 4, 4, 4)},
 }  # fmt: skip
 
 
@@ -166,7 +159,7 @@ def of_timm(name: str) -> tuple[nn.Module, tuple]:
     import timm
 
     options = TIMM[name] | TINY.get(name, {})
-    size = options.get("img_size", 64)
+    size = options.get("img_size", {"crossvit_tiny_240": 240, "levit_128s": 224}.get(name, 64))
     size = size[0] if isinstance(size, tuple) else size
     model = timm.create_model(name, pretrained=False, num_classes=10, **options)
     if name.startswith("test_"):

@@ -308,3 +308,13 @@ def test_a_layer_called_by_keyword_is_calibrated():
     model, x = Keyword().double(), inputs((2, 3, 9, 8))
     moments = Calibration(model, ["layer"], [{"x": x}], ["paper"])._moments["layer", "paper"]
     assert float(moments.energy) == pytest.approx(float(second_moment(model.layer, x, "paper")[0].trace()))
+
+
+def test_parts_of_an_encoder_with_a_padding_mask():
+    torch.manual_seed(0)
+    model, x = Encoder().eval(), torch.randn(4, 5, 8)
+    mask = torch.arange(5).expand(4, 5) >= 3
+    parts = [f"body.layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
+    seen = Calibration(model, parts, [(x, mask)], ["paper"])
+    assert set(seen._moments) == {(name, "paper") for name in parts}
+    assert all(float(moments.energy) > 0 for moments in seen._moments.values())

@@ -313,3 +313,13 @@ class Aside(nn.Module):
 
     def forward(self, x):
         return self.a(x)
+
+
+@pytest.mark.parametrize("call", [
+    lambda model, x: ck.compress(model, ck.ranks.fixed(2), (x,)),
+    lambda model, x: ck.allocate(model, 0.5, (x,)),
+], ids=["compress", "allocate"])  # fmt: skip
+def test_weights_on_the_meta_device_are_named(call):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, device="meta"))
+    with pytest.raises(ValueError, match=r"\b1\.weight: wanted a weight with values; got one on the meta device"):
+        call(model, torch.zeros(2, 8))

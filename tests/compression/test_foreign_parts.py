@@ -117,12 +117,14 @@ def test_computed_tensors_as_attributes():
     """deepcopy refuses them: a cache of the last output, in containers, a buffer; their copies are detached."""
     model = nn.Sequential(lin(), lin())
     model.cache, model.inside = 2 * model[0].weight, [{"a": 3 * model[1].weight}]
+    model.many = [i * model[1].bias for i in range(50)]
     model.register_buffer("scale", model[0].weight.sum())
     small, report = ck.compress(model, rank, (X,), goal="size")
     assert [r.rank for r in report.layers] == [2, 2]
     for other in (small, ck.to_dense(small), ck.to_plain(small), copied(model)):
         assert torch.equal(other.cache, model.cache) and other.cache.is_leaf and model.cache.grad_fn is not None
         assert torch.equal(other.inside[0]["a"], model.inside[0]["a"])
+        assert all(map(torch.equal, other.many, model.many))
     torch.testing.assert_close(ck.fuse(small, (X,))(X), small(X))
     assert set(ck.allocate(model, 0.9, (X,))) == {"0", "1"}
 

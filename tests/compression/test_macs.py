@@ -109,3 +109,23 @@ def test_hooks_are_removed_and_modes_restored():
         count_macs(model, (X.T,))
     assert [m.training for m in model.modules()] == [True, True, False]
     assert before == (len(torch.nn.modules.module._global_forward_hooks), torch.backends.mha.get_fastpath_enabled())
+
+
+def test_a_layer_that_fails_and_is_caught():
+    """What runs after it is not its."""
+
+    def run(m, x):
+        try:
+            m.a(x.T)
+        except RuntimeError:
+            return m.b(x)
+
+    assert count_macs(Net(run), (X,)) == {"": 3 * 64, "b": 3 * 64}
+
+
+def test_parts_of_encoders_are_counted():
+    """Torch's fused kernels would hide them, with a padding mask in nested tensors."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1).eval()
+    mask = torch.tensor([[False, False, True]])
+    macs = count_macs(encoder, (X[None],), {"src_key_padding_mask": mask})
+    assert macs["layers.0.linear1"] == macs["layers.0.linear2"] == 3 * 8 * 16 and macs[""] > 6 * 8 * 16

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import compaware_kernels as ck
 from compaware_kernels.nn.lowrank import LowRank
@@ -173,6 +173,15 @@ def _state_dict_hook(layer, _):
     layer.register_state_dict_post_hook(lambda module, state, prefix, _: state.pop(prefix + "bias"))
 
 
+def _buffer_as_bias(layer, _):
+    bias = layer._parameters.pop("bias").detach()
+    layer.register_buffer("bias", bias)
+
+
+def _wider(layer, _):
+    layer.in_features = 17  # nn.Linear does not read it
+
+
 LEFT_DENSE = {
     "forward": (_own_forward, "a forward set on the object"),
     "accelerate": (lambda layer, _: add_hook_to_module(layer, Doubled()), "accelerate.hooks.remove_hook_from_module"),
@@ -185,6 +194,9 @@ LEFT_DENSE = {
     "method": (lambda layer, model: setattr(model, "call", layer.forward), "the attribute call holds it"),
     "closure of a hook": (_in_a_closure, "the attribute _forward_hooks holds it"),
     "attribute": (lambda layer, _: setattr(layer, "rank", 3), "an attribute called rank"),
+    "pruned bias": (lambda layer, _: prune.l1_unstructured(layer, "bias", 0.5), "a bias that is no parameter"),
+    "buffer as bias": (_buffer_as_bias, "a bias that is no parameter"),
+    "another shape": (_wider, "a weight [16, 16] torch.float32, where its attributes say [16, 17]"),
     "buffer": (lambda layer, _: layer.register_buffer("fold", torch.ones(1)), "an attribute called fold"),
 }
 
@@ -200,6 +212,28 @@ def test_left_dense_with_the_reason(what):
     assert type(small[0]) is nn.Linear and torch.equal(small[0].weight, model[0].weight)
     assert set(ck.allocate(model, 0.9, (X,))) == {"1"}
     same_function(small, model)
+
+
+def test_a_convolution_whose_attributes_were_changed():
+    """torch reads another attribute for padding modes than for zeros, which keeps its old value."""
+    x, model = torch.randn(1, 8, 9, 9), nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)).eval()
+    model[0].padding, model[0].padding_mode, model[1].stride = (1, 1), "circular", (2, 2)
+    small, report = compressed(model, x)
+    assert [row.rank for row in report.layers] == [None, RANK] and small[1].stride == (2, 2)
+    assert "_reversed_padding_repeated_twice = (0, 0, 0, 0), where its other" in report.layers[0].reason
+    same_function(small, model, x)
+
+
+def test_a_bias_that_layers_share_stays_shared(tmp_path):
+    model = network()
+    model[1].bias = model[0].bias
+    small, report = compressed(model)
+    ck.save(small, tmp_path / "small.safetensors")
+    for other in (small, ck.to_dense(small), ck.to_plain(small), ck.load(tmp_path / "small.safetensors", model)):
+        biases = [p for name, p in other.named_parameters(remove_duplicate=False) if name.endswith("bias")]
+        assert len(biases) == 2 and biases[0] is biases[1]
+        torch.testing.assert_close(other(X), small(X))
+    assert report.params == sum(p.numel() for p in small.parameters()) == 4 * 16 * RANK + 16
 
 
 def test_a_weak_reference_holds_nothing():

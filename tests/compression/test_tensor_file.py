@@ -5,6 +5,7 @@ import json
 import resource
 import struct
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -169,6 +170,16 @@ def test_nan_is_refused_by_name_unless_told(path, place):
     assert path.read_bytes() == before
     ck.save(model, path, verify=False)
     refused(path, words="NaN")
+
+
+def test_threads_that_save_to_one_name(tmp_path):
+    """The file is one of theirs, and nothing else is left."""
+    models = [network().apply(lambda m, i=i: [nn.init.constant_(p, i) for p in m.parameters()]) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda model: [ck.save(model, tmp_path / "m") for _ in range(20)], models))
+    loaded = ck.load(tmp_path / "m", network())
+    assert len({float(x) for p in loaded.parameters() for x in p.detach().flatten()}) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_infinity_is_a_number(tmp_path):
@@ -355,6 +366,21 @@ def test_tied_weights_on_the_meta_device_stay_tied(tmp_path):
     assert loaded[1].weight is loaded[0].weight and torch.equal(loaded[0].weight, model[0].weight)
 
 
+def test_a_tied_tensor_has_one_value(tmp_path):
+    """The model may have been saved after it was untied."""
+
+    def model(tie):
+        model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6, bias=False))
+        model[1].weight = model[0].weight if tie else model[1].weight
+        return model
+
+    ck.save(apart := model(False), tmp_path / "m")
+    refused(tmp_path / "m", model(True), r"1 of two values for one tied tensor \(1\.weight\)\. Untie them")
+    apart[1].weight.data.copy_(apart[0].weight)
+    ck.save(apart, tmp_path / "m")
+    assert torch.equal(ck.load(tmp_path / "m", model(True))[1].weight, apart[1].weight)
+
+
 def test_a_buffer_without_values_is_refused(tmp_path):
     ck.save(network(), tmp_path / "m")
     empty = network().to("meta")
@@ -393,6 +419,7 @@ def pruned():
 @pytest.mark.parametrize("make", [old_weight_norm, pruned])
 def test_fresh_models_with_computed_weights(tmp_path, make):
     model, fresh = make(), make()
+    fresh[0].seen = [fresh[0].weight * 2]
     fresh(x := torch.randn(2, model[0].in_features))
     ck.save(model, tmp_path / "m")
     torch.testing.assert_close(ck.load(tmp_path / "m", fresh).eval()(x), model.eval()(x), rtol=0, atol=0)

@@ -78,6 +78,10 @@ def compress(model: nn.Module, x: Tensor) -> nn.Module:
     ck.compress(model, {"body.*": ck.ranks.fixed(4), "*": lambda s: int((s > 1).sum())}, [x], measure=True)
     budget = ck.allocate(model, 0.4, (x,), of="params", by="equal", calibration=[(x,)])
     ck.compress(model, budget, (x,), goal="size", calibration=[(x,)])
+    ck.compress(
+        model, ck.ranks.fixed(4), {"x": x}, example_kwargs={"mask": None}, calibration=[{"x": x}], progress=False
+    )
+    assert_type(ck.fuse(model, (x,), {"mask": None}), nn.Module)
     return small
 
 

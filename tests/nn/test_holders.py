@@ -1,5 +1,7 @@
 """Which layers can become low-rank: ProximalStep, compress, allocate and export_lora agree, and say why not."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -87,6 +89,29 @@ def test_a_subclass_that_only_prints_otherwise_is_factorized(tmp_path):
 def test_a_subclass_with_methods_that_others_may_call_stays_dense():
     _, report = ck.compress(nn.Sequential(Merging(16, 16)), ck.ranks.fixed(2), (X,), goal="size")
     assert report.layers[0].rank is None and "with its own merge" in report.layers[0].reason
+
+
+class Foreign(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+Foreign.__name__ = "Linear"
+
+
+def test_a_class_that_only_has_the_name_of_torchs_is_named_with_its_module(tmp_path):
+    model = nn.Sequential(nn.Linear(16, 16), Foreign())
+    reason = f"{__name__}.Linear: only Linear and (transposed) convolutions fold to matrices"
+    assert ck.compress(model, ck.ranks.fixed(2), (X,), goal="size")[1].skipped == {"1": reason}
+    base = copy.deepcopy(model)
+    with torch.no_grad():
+        model[1].weight += 1
+    row = ck.export_lora(model, base, tmp_path / "adapter").layers[-1]
+    assert row.name == "1" and f"a {__name__}.Linear has no low-rank update" in row.note
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -106,8 +106,8 @@ def test_jacobians_of_both_modes_are_equal(name, batch):
 
 @prox
 def test_forward_mode_is_the_derivative(name):
-    f, args, _ = prox_case(name, (2,))
-    leaves = tuple(x.clone().requires_grad_() for x in args)
+    f, (W, *taus), _ = prox_case(name)
+    leaves = tuple(x.clone().requires_grad_() for x in (W[:3, :2], *taus))
     check = {"check_batched_grad": True, "check_undefined_grad": False}
     torch.autograd.gradcheck(f, leaves, check_forward_ad=True, check_batched_forward_grad=True, **check)
     torch.autograd.gradgradcheck(f, leaves, check_fwd_over_rev=True, check_rev_over_rev=True)
@@ -251,7 +251,7 @@ def test_vmap_refuses_what_a_call_refuses():
 # --- tracing --------------------------------------------------------------------------------------------------------
 
 
-@prox
+@pytest.mark.parametrize("name", ["sparse_group_shrink", "svt"])
 def test_transforms_compile_in_one_graph(name):
     f, (W, *taus), _ = prox_case(name)
 
@@ -280,6 +280,40 @@ def test_fake_tensors():
         W = fake.from_tensor(normal(2, 4, 5))
         for f, count in PROX.values():
             assert f(W, *[torch.rand(2)] * count).shape == W.shape
+
+
+@prox
+def test_autocast_changes_no_bit(name):
+    """bf16 products would move a result by a thousand times its error bound."""
+    f, (W, *taus), _ = prox_case(name)
+    W, taus = W.float().requires_grad_(), [tau.float() for tau in taus]
+    wanted = f(W, *taus)
+    gradient = torch.autograd.grad(wanted.sum(), W)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = f(W, *taus)
+        assert torch.equal(got, wanted) and torch.equal(torch.autograd.grad(got.sum(), W)[0], gradient)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (300, 200), (1000, 30)])
+@pytest.mark.parametrize("call", [
+    lambda weights: ck.truncate_(weights, 3),
+    lambda weights: ck.svt_(weights, 3.0),
+    lambda weights: ck.spectral_ball_(weights, 3.0),
+], ids=["truncate_", "svt_", "spectral_ball_"])  # fmt: skip
+def test_autocast_changes_no_bit_in_place(call, shape):
+    plain, cast = ([normal(*shape, dtype=torch.float32)] for _ in range(2))
+    call(plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        call(cast)
+    assert torch.equal(*plain, *cast)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_autocast_changes_no_bit_of_a_dense_layer(name):
+    layer = LAYERS[name][0]()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = layer.to_dense()
+    assert torch.equal(cast.weight, layer.to_dense().weight)
 
 
 # --- low-rank ops ---------------------------------------------------------------------------------------------------

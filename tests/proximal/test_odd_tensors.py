@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import compaware_kernels as ck
-from compaware_kernels.ops import memory
+from compaware_kernels._utils import memory
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(quantized|CSR|nested)")
 

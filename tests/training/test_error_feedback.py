@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -276,3 +277,31 @@ def shards(rank, mode):
 @pytest.mark.parametrize("mode", slow_but(["auto"], ["auto", "owner"]))
 def test_shards(mode):
     run(shards, 2, mode)
+
+
+def checkpoint(rank, folder, resume):
+    """Five steps, written to a checkpoint; or that checkpoint loaded, and the five steps after it."""
+    model = fully_shard(build("perceptron", torch.bfloat16))
+    _, prox = attached(model)
+    state = {"model": model.state_dict(), "prox": prox}
+    if resume:
+        dcp.load(state, checkpoint_id=folder)
+        model.load_state_dict(state["model"])
+    for _ in range(5):
+        prox.step()
+    if not resume:
+        dcp.save({"model": model.state_dict(), "prox": prox}, checkpoint_id=folder)
+    return [full(p) for p in model.parameters()]
+
+
+@pytest.mark.slow
+def test_residuals_of_shards_are_resumed_by_another_number_of_ranks(tmp_path):
+    run(checkpoint, 2, str(tmp_path / "checkpoint"), False)
+    found = run(checkpoint, 3, str(tmp_path / "checkpoint"), True)
+    model = build("perceptron", torch.bfloat16)
+    _, prox = attached(model)
+    for _ in range(10):
+        prox.step()
+    for p, *parts in zip(model.parameters(), *found, strict=True):
+        for part in parts:
+            torch.testing.assert_close(part, p.detach())

@@ -290,7 +290,8 @@ def close(got: Tensor, wanted: Tensor, what: str, tolerance: float = 0.0) -> Ite
         yield f"{what}: {got.dtype} {list(got.shape)}; wanted {wanted.dtype} {list(wanted.shape)}"
     elif got.numel():
         size, error = float(wanted.double().abs().max()), float((got.double() - wanted.double()).abs().max())
-        if not error <= (tolerance or 1e3 * torch.finfo(got.dtype).eps) * size:
+        info = torch.finfo(got.dtype)  # and a few of its smallest numbers
+        if not error <= (tolerance or 1e3 * info.eps) * size + 8 * info.smallest_normal * info.eps:
             yield f"{what}: off by {error:.3g} of {size:.3g}"
 
 

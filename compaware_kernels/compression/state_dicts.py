@@ -40,7 +40,9 @@ def _untied(both: Sequence[tuple[str, object, object]]) -> list[str]:
     """Names of tensors that are one in the model, and have another value than that in the state dict."""
     first: dict[int, object] = {}
     pairs = [(name, value, first.setdefault(id(own), value)) for name, own, value in both if isinstance(value, Tensor)]
-    return [name for name, value, other in pairs if value is not other and not torch.equal(value, other)]
+    pairs = [pair for pair in pairs if pair[1] is not pair[2]]
+    dense = {name for name, *values in pairs if all(T.layout == torch.strided for T in values)}
+    return [name for name, value, other in pairs if name not in dense or not torch.equal(value, other)]
 
 
 def _shape(T: object) -> str:
@@ -48,7 +50,9 @@ def _shape(T: object) -> str:
 
 
 def _dtype(T: object) -> str:
-    return str(T.dtype).removeprefix("torch.") if isinstance(T, Tensor) else "no tensor"
+    if not isinstance(T, Tensor):
+        return "no tensor"
+    return str(T.dtype if T.layout == torch.strided else f"{T.layout} {T.dtype}").removeprefix("torch.")
 
 
 def _cause(wanted: Mapping[str, object], got: Mapping[str, object], kinds: dict[str, list[str]]) -> str:

@@ -281,15 +281,20 @@ def loop(f: Callable, args, dims, tolerance: float = 0.0) -> Iterator[str]:
     pick = lambda i: [x if dim is None else x.select(dim, i) for x, dim in zip(mapped, dims, strict=True)]  # noqa: E731
     got, each = vmap(f, tuple(dims))(*mapped), [f(*pick(i)) for i in range(3)]
     got, each = (got,) if isinstance(got, Tensor) else got, [(x,) if isinstance(x, Tensor) else x for x in each]
-    for x, wanted in zip(got, map(torch.stack, zip(*each, strict=True)), strict=True):
-        yield from close(x, wanted, "vmap", tolerance)
+    each = [torch.stack(results) for results in zip(*each, strict=True)]
+    size = max((float(x.abs().max()) for x in each if x.numel()), default=0.0)  # sums in one of them may cancel
+    for x, wanted in zip(got, each, strict=True):
+        yield from close(x, wanted, "vmap", tolerance, size)
 
 
-def close(got: Tensor, wanted: Tensor, what: str, tolerance: float = 0.0) -> Iterator[str]:
+def close(got: Tensor, wanted: Tensor, what: str, tolerance: float = 0.0, least: float = 0.0) -> Iterator[str]:
     if got.shape != wanted.shape or got.dtype != wanted.dtype:
         yield f"{what}: {got.dtype} {list(got.shape)}; wanted {wanted.dtype} {list(wanted.shape)}"
     elif got.numel():
-        size, error = float(wanted.double().abs().max()), float((got.double() - wanted.double()).abs().max())
+        size, error = (
+            max(least, float(wanted.double().abs().max())),
+            float((got.double() - wanted.double()).abs().max()),
+        )
         info = torch.finfo(got.dtype)  # and a few of its smallest numbers
         if not error <= (tolerance or 1e3 * info.eps) * size + 8 * info.smallest_normal * info.eps:
             yield f"{what}: off by {error:.3g} of {size:.3g}"

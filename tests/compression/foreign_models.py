@@ -41,7 +41,6 @@ TRANSFORMERS: dict[str, tuple[str, dict]] = {
         "ernie", "esm", "fnet", "ibert", "layoutlm", "mobilebert", "mpnet", "mra", "nystromformer", "rembert",
         "roberta", "roformer", "squeezebert", "xlm-roberta", "yoso",
     )},
-    "funnel": (TEXT, {"block_sizes": [1, 1], "block_repeats": [1, 1], "d_head": 8, "num_hidden_layers": None}),
     "longformer": (TEXT, {"attention_window": 4}),
     "big_bird": (TEXT, {"attention_type": "original_full"}),
     "modernbert": (CAUSAL.replace("CausalLM", "MaskedLM"), {}),

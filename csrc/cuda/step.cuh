@@ -371,11 +371,11 @@ CK_DEVICE void account(const Layer& layer, double tol) {
   if (threadIdx.x) return;
   const double slope = *layer.slope, weights = slope * slope + (slope - 1) * (slope - 1);  // weight / tau, summed
   const double found = kFactor * slope * tau * lack + (layer.m + 100) * kUnit64 * norm * norm * weights / (slope * tau);
+  layer.report[kRank] = rint((double(n) + trace) / 2);
+  layer.report[kMethod] = found <= tol * tau * sqrt(double(n)) ? kFull : kUnsure;
   const Storage storage = storage_of(layer.dtype);
   const double rounding = storage.relative * norm + 2 * kUnit32 * tau * sqrt(double(n));
   layer.report[kError] = storage.bound(found + rounding, norm, layer.m * n);
-  layer.report[kRank] = rint((double(n) + trace) / 2);
-  layer.report[kMethod] = found <= tol * tau * sqrt(double(n)) ? kFull : kUnsure;
   for (int64_t j = 0; j < n; ++j) layer.s[j] = NAN;
 }
 

@@ -74,9 +74,7 @@ def case(rng: random.Random) -> tuple[str, Callable[[], Iterator[str]]]:
 
 
 def _true(truth: Callable, W: Tensor, parameter: float) -> Tensor:
-    if isinstance(parameter, int):  # a rank
-        return true_value(lambda W, _: truth(W, parameter), W, [0.0])
-    return true_value(truth, W, [parameter])
+    return true_value(lambda W, _: truth(W, parameter), W, [0.0])  # thresholds stay fp64 in these ops
 
 
 def _plain(W: Tensor) -> Tensor:

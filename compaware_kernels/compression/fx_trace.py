@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 
 import torch
 from torch import fx, nn
@@ -56,7 +58,7 @@ def _traced(
             node.target = node.target.removesuffix("_1")
         starred = node.target.startswith("*")  # *args; no model with **kwargs can be traced for some
         values += given[node.target.lstrip("*")] if starred else [given[node.target]]
-    with torch.no_grad():
+    with torch.no_grad(), redirect_stderr(io.StringIO()):  # where it prints a traceback of errors that it raises, too
         ShapeProp(fx.GraphModule(model, graph)).propagate(*values)
     metas = {node: node.meta.get("tensor_meta") for node in graph.nodes}
     return graph, {node: meta.shape for node, meta in metas.items() if hasattr(meta, "shape")}

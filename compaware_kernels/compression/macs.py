@@ -64,6 +64,8 @@ def count_macs(
                 inputs.cloned().run(model)
         except Exception as error:
             inputs.cloned().run(model)
-            logging.getLogger("compaware_kernels").warning("multiply-adds are not counted: %s", error)
+            logging.getLogger("compaware_kernels").warning(
+                "multiply-adds are not counted: %s", str(error).partition("\n")[0]
+            )
             return None
     return {"": 0} | {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}

@@ -10,6 +10,7 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -32,12 +33,17 @@ def results(module: str, first: int, count: int) -> Iterator[Result]:
     end = first + count
     while first < end:
         command = [sys.executable, "-m", "tests.fuzz.driver", module, str(first), str(end)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        with (
+            tempfile.TemporaryFile("w+") as errors,  # a pipe that nobody reads would block a child that says much
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as child,
+        ):
             for line in child.stdout:
                 if line.startswith(MARK):
                     yield Result(*json.loads(line.removeprefix(MARK)))
                     first += 1
-            said = child.stderr.read()[-300:]
+            child.wait()
+            errors.seek(0)
+            said = errors.read()[-300:]
         if child.returncode:
             how = signal.Signals(-child.returncode).name if child.returncode < 0 else f"{child.returncode}: {said}"
             yield Result(first, "?", [f"the process ended with {how}"])

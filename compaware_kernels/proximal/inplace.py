@@ -17,27 +17,29 @@ Signals that arrive within a call, as that of Ctrl-C, are handled when it has en
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import folds
-from .._utils.memory import overlapping_pairs, view_of
 from .._utils.uninterrupted import uninterrupted
-from ..distributed.collectives import synchronize_errors
-from ..distributed.dtensor import communication_device, local, process_groups
 from ..ops.validation import (
     check_above_one,
-    check_apart,
-    check_center,
-    checked_list,
     one_per_weight,
 )
 from . import solver
+from .arguments import (
+    check_biases,
+    check_memory,
+    checked,
+    checked_center,
+    on_all_ranks,
+    records_of,
+    with_residuals,
+)
 from .cuda import backend as gpu
-from .error_feedback import check_residuals, error_feedback, spectrum_size, warn_if_rounded_away
-from .record import Record
+from .error_feedback import spectrum_size
 from .shrinkage import shrink_elements_, shrink_elements_and_rows_, shrink_neurons_
 from .spectral_functions import FirmThreshold, SoftThreshold, Truncate, WeightedThreshold
 from .svt_info import SvtInfo
@@ -100,7 +102,7 @@ def svt_(
 
     Sources: as :func:`svt`; with a center: Alvarez & Salzmann, NIPS 2017, and Moreau's translation rule.
     """
-    tau = _checked(weights, tau, names, finite=not gpu.on_gpu(weights))
+    tau = checked(weights, tau, names, finite=not gpu.on_gpu(weights))
     if torch.compiler.is_compiling():
         return _traced("svt_", weights, [tau], state, tol, center, residuals, fold, groups, names)
     functions = [SoftThreshold(t) for t in tau.tolist()]
@@ -134,8 +136,8 @@ def firm_svt_(
 
     Sources: as :func:`firm_svt`.
     """
-    tau = _checked(weights, tau, names, finite=not gpu.on_gpu(weights))
-    gamma = _check_on_all_ranks(lambda: one_per_weight(gamma, len(weights), "gamma", check_above_one), weights)
+    tau = checked(weights, tau, names, finite=not gpu.on_gpu(weights))
+    gamma = on_all_ranks(lambda: one_per_weight(gamma, len(weights), "gamma", check_above_one), weights)
     if torch.compiler.is_compiling():
         return _traced("firm_svt_", weights, [tau, gamma], state, tol, center, residuals, fold, groups, names)
     functions = [FirmThreshold(*each) for each in zip(tau.tolist(), gamma.tolist(), strict=True)]
@@ -166,12 +168,12 @@ def weighted_svt_(
 
     Source: Gu, Zhang, Zuo & Feng, CVPR 2014.
     """
-    _checked(weights, 0.0, names)
+    checked(weights, 0.0, names)
     if len(sigma_weights) != len(weights):
         raise ValueError(f"sigma_weights: wanted {len(weights)}, one sequence per weight; got {len(sigma_weights)}")
     functions = []
     shapes = [torch.empty(W.shape, device="meta") for W in weights]
-    for record, w in zip(_records(shapes, names, fold=fold, groups=groups), sigma_weights, strict=True):
+    for record, w in zip(records_of(shapes, names, fold=fold, groups=groups), sigma_weights, strict=True):
         W = record.matrices()
         w = torch.as_tensor(w, dtype=torch.float64, device="cpu")
         if w.shape != (min(W.shape[-2:]),) or not (w.isfinite().all() and (w >= 0).all() and (w.diff() >= 0).all()):
@@ -204,7 +206,7 @@ def truncate_(
 
     Source: Eckart & Young, Psychometrika 1(3), 1936.
     """
-    _checked(weights, 0.0, names)
+    checked(weights, 0.0, names)
     ranks = [rank] * len(weights) if isinstance(rank, int) else list(rank)
     if len(ranks) != len(weights) or any(not isinstance(r, int) or r < 0 for r in ranks):
         raise ValueError(f"rank: wanted a whole number >= 0, or {len(weights)}, one per weight; got {rank!r}")
@@ -233,52 +235,9 @@ def spectral_ball_(
 
     Source: Moreau, Bull. Soc. Math. France 93, 1965; Parikh & Boyd, Proximal Algorithms, 2014, 6.7.2.
     """
-    radius = _checked(weights, radius, names, "radius")
+    radius = checked(weights, radius, names, "radius")
     functions = [SoftThreshold(t) for t in radius.tolist()]
     return _shrink(weights, functions, state, tol, fold, groups, names, ball=True)
-
-
-def _checked(weights, tau, names, what: str = "tau", axes: int = 2, finite: bool = True) -> Tensor:
-    """Thresholds fp64 ``[L]``, checked with the local shards of the weights; an error on one rank is raised on all."""
-    return _check_on_all_ranks(lambda: checked_list(_local_shards(weights), tau, names, what, axes, finite), weights)
-
-
-def _check_on_all_ranks(check, weights: Sequence[Tensor]):
-    """The result of ``check()``; an error on one rank is raised on every rank that shares a weight."""
-    return synchronize_errors(check, process_groups(weights, replicas=False), communication_device(weights))
-
-
-def _check_apart(records: Sequence[Record], parameters: Sequence[object]) -> None:
-    """:func:`check_apart` of the local weights and biases; parameters: of the operator, one per record.
-
-    Weights that are tied on one rank are tied on all, so only biases need a collective call.
-    """
-    biased = [i for i, record in enumerate(records) if record.bias is not None]
-    owners = [*range(len(records)), *biased]
-    tensors = [record.weight for record in records] + [records[i].bias for i in biased]
-    labels = [record.label for record in records] + [f"bias of {records[i].label}" for i in biased]
-
-    def arguments(i: int) -> tuple:
-        record = records[owners[i]]
-        others = [view_of(local(t)) for t in (record.center, record.bias) if t is not None]
-        return parameters[owners[i]], record.groups, others
-
-    def check() -> None:
-        check_apart(_local_shards(tensors), labels, lambda i, j: arguments(i) == arguments(j))
-
-    _check_on_all_ranks(check, tensors) if biased else check()
-
-
-def _unshared(center: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-    """The centers; those that share memory with a weight, which is going to change, as copies."""
-    pairs = overlapping_pairs([local(t) for t in (*weights, *center)])
-    shared = {j - len(weights) for i, j in pairs if i < len(weights) <= j}
-    return [C.clone() if i in shared else C for i, C in enumerate(center)]
-
-
-def _local_shards(weights: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Local shards of the weights; a single tensor, which the checks refuse, is passed through."""
-    return weights if isinstance(weights, Tensor) else [local(W) for W in weights]
 
 
 @torch.no_grad()
@@ -289,48 +248,22 @@ def _shrink(
         raise ValueError(f"tol: wanted a number > 0; got {tol!r}")
     if state is not None and not isinstance(state, WarmState):
         raise TypeError(f"state: wanted a WarmState; got {type(state).__name__}")
-    if center is not None:
-        _check_on_all_ranks(lambda: check_center(_local_shards(center), _local_shards(weights), names), weights)
-        center = _unshared(center, weights)
-    records = _records(weights, names, fold=fold, groups=groups, center=center)
-    _check_apart(records, functions)
+    center = checked_center(center, weights, names)
+    records = records_of(weights, names, fold=fold, groups=groups, center=center)
+    check_memory(records, functions)
     taus = [0.0 if ball or function.ramp is None else function.floor for function in functions]
-    with _with_residuals(records, residuals, taus, spectrum_size):
+    with with_residuals(records, residuals, taus, spectrum_size):
         infos = solver.shrink_(records, functions, tol=tol, state=state, ball=ball)
     if state:
         state.advance()
     return infos
 
 
-def _with_residuals(records: Sequence[Record], residuals, taus: Sequence[float], count: Callable[[Record], int]):
-    """:func:`.error_feedback`, checked; count: how many numbers of a record are shrunk by its tau."""
-    if residuals is not None:
-        weights, labels = [record.weight for record in records], [record.label for record in records]
-        _check_on_all_ranks(lambda: check_residuals(residuals, weights, labels), weights)
-    alone = [i for i in range(len(records)) if residuals is None or residuals[i] is None]
-    if not torch.compiler.is_compiling():
-        steps = [(records[i], taus[i], count(records[i])) for i in alone]
-        warn_if_rounded_away(steps, "residuals=[torch.zeros_like(W, dtype=torch.int16) ...] keeps what it cuts off")
-    return error_feedback(records, residuals)
-
-
-def _records(
-    weights: Sequence[Tensor], names: Sequence[str] | None, fold: str | None = "paper", **lists
-) -> list[Record]:
-    """One record per weight; ``lists``: further fields of :class:`Record`, each a list with one entry per weight."""
-    given = {what: values for what, values in lists.items() if values is not None} | ({"name": names} if names else {})
-    for what, values in given.items():
-        if len(values) != len(weights):
-            raise ValueError(f"{what}: wanted {len(weights)}, one per weight; got {len(values)}")
-    return [Record(W, index=i, fold=fold, **{what: values[i] for what, values in given.items()})
-            for i, W in enumerate(weights)]  # fmt: skip
-
-
 def _traced(op: str, weights, parameters, state, tol, center, residuals, fold, groups, names) -> list[SvtInfo]:
     """The step as one custom op ``compaware::<op>``, traceable by torch.compile; no state, center or residuals."""
     if state is not None or center is not None or residuals is not None:
         raise ValueError(f"{op}: state, center and residuals are not available inside torch.compile")
-    mats = [record.matrices() for record in _records(weights, names, fold=fold, groups=groups)]
+    mats = [record.matrices() for record in records_of(weights, names, fold=fold, groups=groups)]
     spectra, bounds = getattr(torch.ops.compaware, op)(mats, *parameters, tol)
     for W, M in zip(weights, mats, strict=True):
         if fold is not None:
@@ -366,11 +299,11 @@ def group_shrink_(
 
     Other arguments and errors as :func:`svt_`; all or nothing.
     """
-    _check_biases(biases, weights, names)
-    tau = _checked(weights, tau, names)
-    records = _records(weights, names, bias=biases)
-    _check_apart(records, tau.tolist())
-    with _with_residuals(records, residuals, tau.tolist(), lambda record: len(record.weight)):
+    check_biases(biases, weights, names)
+    tau = checked(weights, tau, names)
+    records = records_of(weights, names, bias=biases)
+    check_memory(records, tau.tolist())
+    with with_residuals(records, residuals, tau.tolist(), lambda record: len(record.weight)):
         shrink_neurons_(records, tau)
 
 
@@ -384,10 +317,10 @@ def soft_threshold_(
     names: Sequence[str] | None = None,
 ) -> None:
     """Elementwise soft-thresholding of every tensor, in place; arguments and errors as :func:`svt_`, all or nothing."""
-    tau = _checked(weights, tau, names, axes=0)
-    records = _records(weights, names)
-    _check_apart(records, tau.tolist())
-    with _with_residuals(records, residuals, tau.tolist(), lambda record: record.weight.numel()):
+    tau = checked(weights, tau, names, axes=0)
+    records = records_of(weights, names)
+    check_memory(records, tau.tolist())
+    with with_residuals(records, residuals, tau.tolist(), lambda record: record.weight.numel()):
         shrink_elements_([record.weight for record in records], tau)
 
 
@@ -402,23 +335,8 @@ def sparse_group_shrink_(
     names: Sequence[str] | None = None,
 ) -> None:
     """Sparse group lasso shrinkage of a list of weights, in place: L1 by ``l1``, rows by ``tau``; all or nothing."""
-    l1, tau = _checked(weights, l1, names, "l1"), _checked(weights, tau, names)
-    records = _records(weights, names)
-    _check_apart(records, list(zip(l1.tolist(), tau.tolist(), strict=True)))
-    with _with_residuals(records, residuals, tau.tolist(), lambda record: len(record.weight)):
+    l1, tau = checked(weights, l1, names, "l1"), checked(weights, tau, names)
+    records = records_of(weights, names)
+    check_memory(records, list(zip(l1.tolist(), tau.tolist(), strict=True)))
+    with with_residuals(records, residuals, tau.tolist(), lambda record: len(record.weight)):
         shrink_elements_and_rows_([record.weight for record in records], l1, tau)
-
-
-def _check_biases(biases, weights: Sequence[Tensor], names: Sequence[str] | None) -> None:
-    """Raise unless every bias given is finite and ``[O]``, with the dtype and device of its weight ``[O, ...]``."""
-    if biases is None:
-        return
-    if len(biases) != len(weights):
-        raise ValueError(f"biases: wanted {len(weights)}, one per weight; got {len(biases)}")
-    names = names or [f"biases[{i}]" for i in range(len(biases))]
-    given = [(b, W, name) for b, W, name in zip(biases, weights, names, strict=True) if b is not None]
-    for b, W, name in given:
-        if b.shape != W.shape[:1] or b.dtype != W.dtype or b.device != W.device:
-            raise ValueError(f"{name}: wanted a bias {W.dtype} {list(W.shape[:1])} on {W.device}; "
-                             f"got {b.dtype} {list(b.shape)} on {b.device}")  # fmt: skip
-    _checked([b for b, _, _ in given], 0.0, [name for _, _, name in given], axes=1)

@@ -17,6 +17,7 @@ from ..distributed.dtensor import distribute_bias
 from ..folds import row_axes
 from ..nn.discovery import Layer, foldable_layers
 from ..nn.unwrap import data_parallel_group, optimizer_chain, reshard, unwrapped
+from ..proximal.error_feedback import HALF
 from ..proximal.warm_state import WarmState, from_text, to_text
 from .coordinator import Coordinator
 from .layer_finder import LayerFinder, Strength
@@ -87,7 +88,8 @@ class ProximalStep:
         error_feedback: bf16 and fp16 weights keep what rounding cuts off of each proximal step and get it back in the
             next one, so that small steps accumulate as in fp32 instead of vanishing. It takes two bytes per such
             weight, kept in :meth:`state_dict`, four more during a step, and on a CPU 5 to 20 ns of one core; replicas
-            then exchange results in fp32. Without it a step that is too small for the dtype warns, once.
+            then exchange results in fp32. Without it a step that is too small for the dtype warns, once. Not under a
+            schedule-free optimizer, whose average would need it, too: keep its weights in fp32.
 
     Attributes:
         layers: the layers that are shrunk.  skipped: name -> reason, for all others that have weights.
@@ -153,8 +155,11 @@ class ProximalStep:
         self._coordinator.warn_if_not_distributed(self.layers)
         self._warn_of_others()
         if is_schedule_free(self.optimizer):
+            half = any(layer.weight.dtype in HALF for layer, _, _ in self._trained())
+            small = "; weights in half precision have no error feedback under it: keep them in fp32" if half else ""
             warnings.warn(f"optimizer: what {type(self.optimizer).__name__}.eval() shows is an average, whose small "
-                          "singular values vanish only as 1 / steps: choose ranks by energy", stacklevel=2)  # fmt: skip
+                          f"singular values vanish only as 1 / steps: choose ranks by energy{small}",
+                          stacklevel=2)  # fmt: skip
         self._outer, self._warned = optimizer, False
         self._hooks: StepHooks | None = self._attach()
 
@@ -167,7 +172,10 @@ class ProximalStep:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy, of copies of the model and the optimizer, is attached to that optimizer if the original is."""
         vars(self).update(state)
-        self._hooks = self._attach() if state["_hooks"] else None
+        self._hooks = None
+        if state["_hooks"]:
+            self._warn_of_others()  # copy.copy keeps the optimizer
+            self._hooks = self._attach()
 
     def _find_layers(self) -> None:
         """Find the layers, again if modules of the model have been replaced or added."""
@@ -178,9 +186,9 @@ class ProximalStep:
 
     def _warn_of_others(self) -> None:
         """Warn of other ProximalSteps on the optimizer that have the same penalties on the same weights."""
-        mine = self._penalized()
         for other in attached(self.optimizer):
-            if both := sorted({mine[key] for key in mine.keys() & other._penalized().keys()}):
+            mine, theirs = self._penalized(), other._penalized()
+            if both := sorted({mine[key] for key in mine.keys() & theirs.keys()}):
                 warnings.warn(f"optimizer: another ProximalStep on it shrinks {', '.join(both)} by the same penalties, "
                               "so it is done twice: remove() the other one if this one replaces it",
                               stacklevel=3)  # fmt: skip
@@ -335,6 +343,7 @@ class ProximalStep:
         self._coordinator.collect_bases(self.warm)
         state = {"steps": self.steps, "applied": self.applied, "warm": to_text(self.warm.state_dict())}
         self._reshard()
+        self._find_layers()
         for layer, bias, _ in self._trained() if self.error_feedback else ():  # a template has those of every layer
             rows, strengths = layer.rows.detach(), self.strengths[layer.name]
             used = [PENALTIES[penalty] for penalty, strength in strengths.items() if strength]
@@ -342,7 +351,8 @@ class ProximalStep:
                 self.residuals.of(f"{layer.name}.weight", rows)
             if bias is not None and any(penalty.with_bias for penalty in used):
                 self.residuals.of(f"{layer.name}.bias", distribute_bias(bias.detach(), rows))
-        return state | ({"residuals": {key: E.clone() for key, E in self.residuals.items()}} if self.residuals else {})
+        residuals = self.residuals.saved(self.layers)
+        return state | ({"residuals": residuals} if residuals else {})
 
     @uninterrupted
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -360,6 +370,8 @@ class ProximalStep:
             or not all(0 <= state[key] < 1 << 63 for key in ("steps", "applied"))
         ):
             raise ValueError(f"state: wanted a ProximalStep state with {', '.join(wanted)}; got {state!r:.200}")
+        self._reshard()
+        self._find_layers()
         residuals = Residuals.loaded(state.get("residuals", {}), self.layers)
         self.warm.load_state_dict(from_text(state["warm"]))
         self.steps, self.applied, self.residuals = state["steps"], state["applied"], residuals

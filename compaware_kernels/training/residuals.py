@@ -43,6 +43,11 @@ class Residuals(dict[str, Tensor]):
             E = self[key] = torch.zeros_like(W, dtype=torch.int16)
         return E
 
+    def saved(self, layers: Sequence[Layer]) -> dict[str, Tensor]:
+        """Copies of the residuals that :meth:`loaded` takes for these layers; layers may have been replaced since."""
+        wanted = _by_key(layers)
+        return {key: E.clone() for key, E in self.items() if _fits(E, wanted.get(key))}
+
     @classmethod
     def loaded(cls, state: Mapping[str, Tensor], layers: Sequence[Layer]) -> Residuals:
         """Copy of saved residuals on the devices of the layers.
@@ -52,11 +57,19 @@ class Residuals(dict[str, Tensor]):
         """
         if not isinstance(state, Mapping):
             raise ValueError(f"residuals: wanted a mapping of tensors; got {type(state).__name__}")
-        wanted = {f"{layer.name}.weight": layer.rows for layer in layers}
-        wanted |= {f"{layer.name}.bias": layer.module.bias for layer in layers if layer.module.bias is not None}
+        wanted = _by_key(layers)
         for key, E in state.items():
-            fits = isinstance(E, Tensor) and E.dtype == torch.int16 and key in wanted and E.shape == wanted[key].shape
-            if not fits:
+            if not _fits(E, wanted.get(key)):
                 shape = list(wanted[key].shape) if key in wanted else "a weight or bias of a layer that is shrunk"
                 raise ValueError(f"residual of {key}: wanted torch.int16 {shape}; got {E!r:.80}")
         return cls({key: E.detach().to(wanted[key].device, copy=True) for key, E in state.items()})
+
+
+def _by_key(layers: Sequence[Layer]) -> dict[str, Tensor]:
+    """Weights, output axis first, and biases by the keys of their residuals."""
+    weights = {f"{layer.name}.weight": layer.rows for layer in layers}
+    return weights | {f"{layer.name}.bias": layer.module.bias for layer in layers if layer.module.bias is not None}
+
+
+def _fits(E: object, W: Tensor | None) -> bool:
+    return isinstance(E, Tensor) and E.dtype == torch.int16 and W is not None and E.shape == W.shape

@@ -175,6 +175,31 @@ def test_a_bad_state_is_refused_and_changes_nothing(bad):
     assert all(tau >= 0 for taus in prox.thresholds().values() for tau in taus.values())
 
 
+def test_states_after_layers_were_replaced_are_of_the_layers_there_are():
+    def changed(model):
+        layers = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 48)), nn.Linear(32, 20, bias=False)
+        model[0], model[4] = (layer.bfloat16() for layer in layers)
+        return [*model[0].parameters(), *model[4].parameters()]
+
+    def steps(model, optimizer):
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+
+    model, again = build("perceptron", torch.bfloat16), build("perceptron", torch.bfloat16)
+    (optimizer, prox), (other, resumed) = attached(model), attached(again)
+    steps(model, optimizer)
+    optimizer.add_param_group({"params": changed(model)})
+    other.add_param_group({"params": changed(again)})
+    steps(model, optimizer)
+    weights = {"0.0.weight", "0.1.weight", "2.weight", "4.weight"}
+    state = prox.state_dict()
+    assert state["residuals"].keys() == weights | {"0.0.bias", "0.1.bias", "2.bias"}
+    resumed.load_state_dict(state)
+    assert same_state(resumed, prox)
+
+
 def test_residuals_of_weights_that_are_no_more_are_harmless():
     """Loaded, pruned or converted weights: the next step is that of new residuals, up to an ulp of the weight."""
     model = build("perceptron", torch.bfloat16)

@@ -275,6 +275,15 @@ def schedule_free(model, **more):
         return optimizer, attached(model, optimizer, **more)
 
 
+def test_half_precision_under_a_schedule_free_optimizer_warns():
+    model = network().bfloat16()
+    with pytest.warns(UserWarning, match="average.*half precision have no error feedback under it.*fp32"):
+        attached(model, ScheduleFree(model.parameters(), 0.1))
+    model = network()
+    with pytest.warns(UserWarning, match="ranks by energy$"):
+        attached(model, ScheduleFree(model.parameters(), 0.1))
+
+
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_the_average_of_a_schedule_free_optimizer_is_shrunk(mode):
     """x' = prox(x, c tau); z moves by 1 / c as much; y is what the optimizer makes of both."""
@@ -360,6 +369,13 @@ def test_a_copy_is_attached_to_its_own_optimizer(way):
     assert (again.steps, again.applied) == (prox.steps, prox.applied) == (6, 3)
     assert_same_weights(again.model, model)
     assert again.state_dict() == prox.state_dict()
+
+
+def test_a_shallow_copy_on_the_same_optimizer_warns():
+    model = network()
+    prox = attached(model, sgd(model))
+    with pytest.warns(UserWarning, match="another ProximalStep on it shrinks 0, 2 by the same penalties"):
+        copy.copy(prox).remove()
 
 
 def test_a_copy_of_a_removed_one_is_removed():

@@ -143,6 +143,29 @@ def test_where_nothing_can_be_written_is_said_first(tmp_path, command_line, monk
     assert done.returncode == 1 and words in done.err and done.err.count("\n") == 1, done.err
 
 
+@pytest.mark.parametrize("same", ["weights and out", "out and report", "weights and report"])
+def test_no_file_is_overwritten_by_another(tmp_path, command_line, same):
+    weights, out, report = (tmp_path / name for name in ("w.safetensors", "o.safetensors", "r.json"))
+    save_file(STATE, weights)
+    before = weights.read_bytes()
+    (tmp_path / "link").symlink_to(weights)
+    if same == "weights and out":
+        out = tmp_path / "link"
+    else:
+        report = tmp_path / "link" if "weights" in same else out
+    done = compress(command_line, weights, "--report", report, out=out)
+    assert done.returncode == 1 and "wanted different files to read and to write; got" in done.err, done.err
+    assert weights.read_bytes() == before and not (tmp_path / "o.safetensors").exists()
+
+
+def test_pickled_objects_are_named(tmp_path, command_line):
+    torch.save({"state_dict": STATE, "config": small_convnet()}, tmp_path / "w.pt")
+    done = compress(command_line, tmp_path / "w.pt")
+    assert "got an object of torch.nn.modules.container.Sequential: save model.state_dict() alone" in done.err, done.err
+    (tmp_path / "w.pt").write_bytes(b"")
+    assert compress(command_line, tmp_path / "w.pt").err.endswith("wanted a readable state dict; got EOFError\n")
+
+
 def test_nothing_factorized_is_said(tmp_path, command_line, monkeypatch):
     monkeypatch.setattr(latency_model, "choose", lambda *_, **__: (None, 0.9, "would be 0.9x as fast"))
     torch.save(STATE, tmp_path / "w.pt")
@@ -200,6 +223,7 @@ def test_version(command_line):
         ({"--model": "torch.nn:Identity"}, "wanted a state dict of torch.nn:Identity"),
         ({"--model": "no_such_module:f"}, "No module named"),
         ({"--input": "1,3,8,8"}, "3 channels"),
+        ({"--input": "100000000,100000000"}, "--input: wanted a shape that"),
     ],
     ids=str,
 )

@@ -48,10 +48,10 @@ def run(
     rule = ranks.parse(rank)
     _check_outputs(weights, out, report)
     network = _build(model, model_args)
-    said, x = read_into(network, weights, key, model), torch.zeros(shape)
-    for what in said:
+    for what in read_into(network, weights, key, model):
         print(f"{weights}: {what}")
     try:
+        x = torch.zeros(shape)
         with torch.no_grad():
             network.eval()(x)
     except (RuntimeError, IndexError) as error:
@@ -93,7 +93,10 @@ def _check_outputs(weights: Path, out: Path, report: Path | None) -> None:
                          f"{out.with_suffix(SUFFIX)} would do")  # fmt: skip
     if not weights.is_file():
         raise FileNotFoundError(f"{weights}: no such file")
-    for path in filter(None, (out, report)):
+    paths = [path for path in (weights, out, report) if path]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError(f"wanted different files to read and to write; got {', '.join(map(str, paths))}")
+    for path in paths[1:]:
         if path.is_dir():
             raise IsADirectoryError(f"{path}: wanted a file to write; got a folder")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -103,8 +103,8 @@ def compress(
     folded matrix ``[G, m, n]`` is truncated to the rank r given by its rule and replaced by two factors, unless they
     would be no smaller: ``r >= m n / (m + n)``, or no fewer multiply-adds on the example inputs. The low-rank layer
     takes over the dense one's hooks, buffers and attributes. A layer that cannot be replaced without a change of
-    something else stays dense: one with a forward of its own, one that others hold, and, with ``goal="size"``, one
-    whose weight is tied to another's, as it would be stored besides. The report has the reason.
+    something else stays dense: one with a forward of its own, one that others hold, and one whose weight is tied to
+    another's, as its factors would be separate and stored besides. The report has the reason.
 
     With ``goal="speed"`` a layer is factorized only if that also makes it faster on the device, thread count and
     shapes of the example inputs: predicted by :mod:`.latency_model`, or measured with ``measure=True``, which also
@@ -147,7 +147,7 @@ def compress(
     row_axes(folds[0], 0)
     layers, skipped = foldable_layers(model, skip)
     names = [layer.name for layer in layers]
-    rules, fixed = rules_by_pattern(ranks, names), fixed_layers(model, names, by_size=goal == "size")
+    rules, fixed = rules_by_pattern(ranks, names), fixed_layers(model, names)
     for layer in layers:
         if not layer.weight.isfinite().all():
             raise ValueError(f"{layer.name}: its weight contains NaN or Inf; nothing was compressed")
@@ -182,15 +182,13 @@ def compress(
     return small, _report(model, small, layers, skipped, macs_before, count_macs(small, inputs), removed, notes, gains)
 
 
-def fixed_layers(model: nn.Module, names: Sequence[str], *, by_size: bool) -> dict[str, str]:
-    """Reasons by name of the layers that :func:`compress` leaves dense, whatever their rank.
-
-    Args:
-        by_size: of ``goal="size"``: factors of a weight that others keep would come on top of it.
-    """
-    tied = tied_weights(model, names) if by_size else {}
-    more = {name: f"shares its weight with {other}, which stays: factors would be more" for name, other in tied.items()}
-    return more | why_dense(model, names)
+def fixed_layers(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """Reasons by name of the layers that :func:`compress` leaves dense, whatever their rank."""
+    tied = tied_weights(model, names).items()
+    apart = {
+        name: f"shares its weight with {other}: factors would be separate, and stored besides" for name, other in tied
+    }
+    return apart | why_dense(model, names)
 
 
 def _factorize(

@@ -121,7 +121,7 @@ def _layers(
 ) -> list[_Layer]:
     """Cost-error curves of all layers that :func:`compress` may factorize: ranks cheaper than dense, and dense."""
     found = foldable_layers(model, skip)[0]
-    fixed = fixed_layers(model, [layer.name for layer in found], by_size=True)
+    fixed = fixed_layers(model, [layer.name for layer in found])
     found = [layer for layer in found if layer.name not in fixed]
     names, small = [layer.name for layer in found], set_mode(copied(model), False)
     for layer in found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -72,7 +73,11 @@ def _cause(wanted: Mapping[str, object], got: Mapping[str, object], kinds: dict[
         return "The same architecture in other sizes"
     if not dtypes:
         return "Untie them in the model first"
-    floats = all("float" in _dtype(got[name]) for name in wanted if _dtype(wanted[name]) != _dtype(got[name]))
+    floats = all(
+        _dtype(got[name]).startswith(("float", "bfloat"))
+        for name in wanted
+        if _dtype(wanted[name]) != _dtype(got[name])
+    )
     return "Convert the model first: model.to(dtype)" if floats else "No file of this model"
 
 
@@ -136,7 +141,9 @@ def _read(path: Path) -> object:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling damaged bytes raises anything
-        raise ValueError(f"{path}: wanted a readable state dict; got {one_line(error).partition('. ')[0]}") from error
+        kind = re.search(r"GLOBAL (\S+)", str(error))
+        got = f"an object of {kind[1]}: save model.state_dict() alone" if kind else one_line(error).partition(". ")[0]
+        raise ValueError(f"{path}: wanted a readable state dict; got {got}") from error
 
 
 def _state_dicts(content: object, where: str = "", depth: int = 0) -> Iterator[tuple[str, Mapping[str, object]]]:

@@ -113,7 +113,8 @@ def _json(message: str, parse: Callable[[], dict]) -> dict:
 
 def one_line(error: Exception) -> str:
     """Type and text of an error, without the stack of C++ that torch appends."""
-    return f"{type(error).__name__}: {' '.join(str(error).partition('Exception raised from')[0].split())}"
+    text = " ".join(str(error).partition("Exception raised from")[0].split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 # --- what can be stored ---------------------------------------------------------------------------------------------

@@ -146,6 +146,12 @@ class LowRank(nn.Module, ABC):
     def product(self) -> Tensor:
         """Dense weight: the folded ``U V``, in the dtype of the factors, differentiable."""
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name in ("weight", "bias"):  # torch would say that the attribute exists already
+            raise TypeError(f"{name} of a low-rank layer: wanted reads only, it is that of its factors; got an "
+                            "assignment: set first.weight, second.weight or second.bias")  # fmt: skip
+        super().register_parameter(name, param)
+
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
         return self if mode else self._pack()

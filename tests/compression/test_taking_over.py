@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import compaware_kernels as ck
+from compaware_kernels.compression import latency_model
 from compaware_kernels.nn.lowrank import LowRank
 
 X = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
@@ -264,6 +265,11 @@ class Language(nn.Module):
         return self.head(self.body(self.embed(tokens)))
 
 
+class Upper(Language):
+    def forward(self, hidden):
+        return self.head(self.body(hidden))
+
+
 TIES = {
     "parameter": lambda model: setattr(model.head, "weight", model.embed.weight),
     "data": lambda model: setattr(model.head.weight, "data", model.embed.weight.data),
@@ -289,6 +295,18 @@ def test_a_tied_weight_stays_dense_for_size(tie):
         _, report = ck.compress(model, rules, (tokens,), goal="size")
         assert report.params < report.params_before
     assert type(small.head) is nn.Linear
+
+
+@pytest.mark.parametrize("tie", TIES)
+def test_a_tied_weight_stays_tied_for_speed(tie, monkeypatch):
+    """Also where the example inputs do not reach the other layer that uses it."""
+    monkeypatch.setattr(latency_model, "choose", lambda dense, candidates, *_, **__: (candidates[0], 2.0, ""))
+    model = Upper(TIES[tie])
+    small, report = ck.compress(model, ck.ranks.fixed(8), (torch.randn(1, 6, 64),))
+    row = {r.name: r for r in report.layers}
+    assert row["body"].rank == 8 and "shares its weight with" in row["head"].reason
+    assert type(small.head) is nn.Linear
+    small.head.weight = small.embed.weight  # as transformers' tie_weights does
 
 
 def test_shared_memory_counts_once():

@@ -151,6 +151,7 @@ WRITES = {
     "gradient": lambda layer: setattr(layer.weight, "grad", torch.zeros(5, 7)),
     "out": lambda layer: torch.mul(torch.ones(5, 7), 2, out=layer.weight),
     "list": lambda layer: torch._foreach_mul_([layer.weight], 2.0),
+    "parameter": lambda layer: setattr(layer, "weight", nn.Parameter(torch.zeros(5, 7))),
     "normal_": lambda layer: nn.init.normal_(layer.weight),
     "xavier_uniform_": lambda layer: nn.init.xavier_uniform_(layer.weight),
 }

@@ -124,10 +124,11 @@ TIMM: dict[str, dict] = {
         "gmixer_12_224", "mixer_s32_224", "pit_ti_224", "resmlp_12_224", "swin_tiny_patch4_window7_224",
         "tnt_s_legacy_patch16_224", "vit_tiny_patch16_224", "xcit_nano_12_p16_224", "convit_tiny",
         "visformer_tiny", "gmlp_ti16_224",
-        "efficientformer_l1", "efficientformerv2_s0", "coat_tiny", "tiny_vit_5m_224", "volo_d1_224", "hiera_tiny_224",
+        "efficientformerv2_s0", "coat_tiny", "volo_d1_224", "hiera_tiny_224",
     )},
     **{name: {} for name in (
         "convmixer_768_32", "crossvit_tiny_240", "cs3darknet_s", "cspdarknet53", "davit_tiny", "densenet121", "dla46_c",
+        "efficientformer_l1", "tiny_vit_5m_224",
         "dpn48b", "edgenext_xx_small", "efficientvit_b0", "efficientvit_m0", "fastvit_t8",
         "fbnetc_100",
         "gcresnet33ts", "ghostnet_050", "halonet26t", "hardcorenas_a", "hgnetv2_b0", "hrnet_w18_small",
@@ -154,11 +155,14 @@ TINY = {  # fewer or narrower blocks than the smallest one published
 }  # fmt: skip
 
 
+ONLY = {"crossvit_tiny_240": 240, "efficientformer_l1": 224, "levit_128s": 224, "tiny_vit_5m_224": 224}  # their size
+
+
 def of_timm(name: str) -> tuple[nn.Module, tuple]:
     import timm
 
     options = TIMM[name] | TINY.get(name, {})
-    size = options.get("img_size", {"crossvit_tiny_240": 240, "levit_128s": 224}.get(name, 64))
+    size = options.get("img_size", ONLY.get(name, 64))
     size = size[0] if isinstance(size, tuple) else size
     model = timm.create_model(name, pretrained=False, num_classes=10, **options)
     if name.startswith("test_"):

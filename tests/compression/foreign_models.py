@@ -171,8 +171,8 @@ def of_timm(name: str) -> tuple[nn.Module, tuple]:
 
 
 TORCHVISION: dict[str, int] = {
-    "efficientnet_b0": 64, "googlenet": 64, "mnasnet0_5": 64, "mobilenet_v2": 64,
-    "mobilenet_v3_large": 64, "mobilenet_v3_small": 64, "regnet_y_400mf": 64, "resnet18": 64, "shufflenet_v2_x0_5": 64, "squeezenet1_1": 64,
+    "efficientnet_b0": 64, "googlenet": 64, "mnasnet0_5": 64, "mobilenet_v2": 64, "mobilenet_v3_large": 64,
+    "mobilenet_v3_small": 64, "regnet_y_400mf": 64, "resnet18": 64, "shufflenet_v2_x0_5": 64, "squeezenet1_1": 64,
 }  # fmt: skip
 
 

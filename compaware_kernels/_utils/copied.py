@@ -11,9 +11,9 @@ from torch.overrides import TorchFunctionMode
 
 from .memory import has_memory, span
 
-__all__ = ["copied"]
+__all__ = ["MODULE_STATE", "copied"]
 
-MODULE_STATE = vars(nn.Module())
+MODULE_STATE = frozenset(vars(nn.Module()))  # what torch keeps in every module
 
 
 def copied(model: nn.Module, instead: Mapping[int, object] | None = None) -> nn.Module:

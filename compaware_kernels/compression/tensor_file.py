@@ -137,7 +137,7 @@ def storable(name: str, T: Tensor) -> Tensor:
 
 def require_values(name: str, T: Tensor) -> None:
     """Raise CheckpointError for a tensor of a lazy layer or on the meta device."""
-    lazy = isinstance(T, nn.parameter.UninitializedTensorMixin)
+    lazy = nn.parameter.is_lazy(T)
     if lazy or T.is_meta:
         what = (
             "of a lazy layer: run the model once" if lazy else "on the meta device: built without memory, or offloaded"

@@ -49,5 +49,6 @@ def with_memory(model: nn.Module) -> nn.Module:
 
 def _is_plain(T: Tensor) -> bool:
     """Whether it is an initialized tensor of numbers with strides, and of no subclass."""
-    lazy = isinstance(T, nn.parameter.UninitializedTensorMixin)
-    return not lazy and type(T.detach()) is Tensor and T.layout == torch.strided and not T.is_quantized
+    return (
+        not nn.parameter.is_lazy(T) and type(T.detach()) is Tensor and T.layout == torch.strided and not T.is_quantized
+    )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
 
+from .._utils.copied import MODULE_STATE
 from ..folds import CONVS, TRANSPOSED
 
 __all__ = ["NORMS", "copy_requires_grad", "is_plain", "is_shared", "keep_inputs", "keep_outputs", "plain_attributes",
@@ -17,7 +18,6 @@ __all__ = ["NORMS", "copy_requires_grad", "is_plain", "is_shared", "keep_inputs"
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 STATE_KEYS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
-MODULE_STATE = {*vars(nn.Module()), "_compiled_call_impl"}  # what torch keeps in every module
 HOOKS = [name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict)]
 
 
@@ -134,7 +134,7 @@ def why_irreplaceable(module: nn.Module, parts: Collection[str] = ()) -> str:
 
 def plain_attributes(module: nn.Module) -> dict[str, object]:
     """Attributes of a module beside the state that torch keeps in every module: sizes, geometry, flags."""
-    return {name: value for name, value in vars(module).items() if name not in MODULE_STATE}
+    return {name: value for name, value in vars(module).items() if name not in (*MODULE_STATE, "_compiled_call_impl")}
 
 
 def copy_requires_grad(old: nn.Module, new: nn.Module) -> None:

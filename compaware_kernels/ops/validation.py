@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedTensorMixin
 
 from .._utils import memory
 from .._utils.dtypes import DTYPES, compute_dtype
@@ -52,7 +52,7 @@ def check_kind(W: Tensor, name: str, axes: int = 2) -> None:
     """:func:`check_weight` without reading values."""
     if not isinstance(W, Tensor):
         raise TypeError(f"{name}: wanted a torch.Tensor; got {type(W).__name__}")
-    if is_lazy(W):
+    if isinstance(W, UninitializedTensorMixin):  # is_lazy would break graphs of torch.compile
         raise ValueError(f"{name}: wanted a tensor with values; got one that is not initialized (a lazy module)")
     if W.dtype not in DTYPES:
         raise TypeError(f"{name}: wanted dtype {', '.join(str(d)[6:] for d in DTYPES)}; got {str(W.dtype)[6:]}")

@@ -8,18 +8,15 @@ of our own products with the weights and of writing the results, at the measured
 ``firm``: firm thresholding, gamma = 3, warm and cold, beside two of our SVTs, whose difference it is.
 """
 
-import copy
-
 import pyproximal
 import pytest
 import torch
 from sklearn.utils.extmath import randomized_svd
 
 import compaware_kernels as ck
-from bench.common import workloads
-from compaware_kernels.ops.linalg import product
+from bench.proximal.cases import CASES, TAU, full_rank, product_rate, regimes
 
-TAU, GAMMA = 1.0, 3.0
+GAMMA = 3.0
 
 
 def shrink(U, s, V):
@@ -78,15 +75,11 @@ def newton_schulz_clip(W, rank):
 PEERS = (svd, gram_eigh, gram_eigh_fp64, svd_lowrank, sklearn_randomized, pyproximal_nuclear, newton_schulz_clip)
 FAST = (gram_eigh, gram_eigh_fp64, svd_lowrank)  # the only baselines where an SVD takes minutes
 
-CASES = {
-    "lenet": (workloads.lenet(), 0.125, PEERS),
-    "resnet18": (workloads.resnet18(), 0.125, PEERS),
-    "resnet50": (workloads.resnet50(), 0.125, PEERS),
-    "resnet50, rank 6%": (workloads.resnet50(), 0.0625, PEERS),
-    "vit_b": (workloads.vit_b(), 0.125, (svd, *FAST)),
-    "4096 x 4096, rank 64": ([(4096, 4096)], 64, (svd, *FAST)),
-    "11008 x 4096, rank 64": ([(11008, 4096)], 64, FAST),
-    **{f"1000 of {n} x {n}": (workloads.small(n), 0.25, PEERS[:1]) for n in (16, 32, 64)},
+PEERS_OF = {
+    "vit_b": (svd, *FAST),
+    "4096 x 4096, rank 64": (svd, *FAST),
+    "11008 x 4096, rank 64": FAST,
+    **{f"1000 of {n} x {n}": PEERS[:1] for n in (16, 32, 64)},
 }
 FIRM = ("lenet", "resnet18", "resnet50", "1000 of 32 x 32")
 FULL = ("lenet", "resnet18", "resnet50", "vit_b", "1000 of 16 x 16", "1000 of 32 x 32", "1000 of 64 x 64")
@@ -95,31 +88,14 @@ FULL = ("lenet", "resnet18", "resnet50", "vit_b", "1000 of 16 x 16", "1000 of 32
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_low_rank(svt_race, name):
-    weights, ours = regimes(name, lambda Ws, state: ck.svt_(Ws, TAU, state=state, fold=None))
-    race(svt_race, name, weights, ours, CASES[name][2])
-
-
-def regimes(name, shrink):
-    """Weights that drifted since the last ``shrink(weights, state)``, and that call with its state, and without."""
-    torch.manual_seed(0)
-    bases, state = workloads.low_rank(*CASES[name][:2]), ck.WarmState()
-    weights = workloads.drifted(workloads.shrunk(bases), bases)
-    for _ in range(2):
-        shrink(weights, state)
-        weights = workloads.drifted(weights, bases)
-    saved = copy.deepcopy(state.state_dict())
-
-    def warm(Ws):
-        state.load_state_dict(saved)
-        return shrink(Ws, state)
-
-    return weights, {"warm": warm, "cold": lambda Ws: shrink(Ws, None)}
+    weights, ours = regimes(*CASES[name])
+    race(svt_race, name, weights, ours, PEERS_OF.get(name, PEERS))
 
 
 @pytest.mark.parametrize("name", FIRM)
 @torch.no_grad()
 def test_firm(svt_race, name):
-    weights, ours = regimes(name, lambda Ws, state: ck.firm_svt_(Ws, TAU, GAMMA, state=state, fold=None))
+    weights, ours = regimes(*CASES[name], lambda Ws, state: ck.firm_svt_(Ws, TAU, GAMMA, state=state, fold=None))
     states = ck.WarmState(), ck.WarmState()
 
     def svd(Ws):
@@ -146,13 +122,9 @@ def firm(W):
 @pytest.mark.parametrize("name", FULL)
 @torch.no_grad()
 def test_full_rank(svt_race, name):
-    shapes, _, peers = CASES[name]
-    torch.manual_seed(0)
-    weights = [torch.randn(shape) for shape in shapes]
-    weights = [
-        1.5 * W / torch.linalg.svdvals(W)[-1] if min(W.shape) > 40 else W + 3 * torch.eye(*W.shape) for W in weights
-    ]
-    race(svt_race, name + ", full rank", weights, {"cold": lambda Ws: ck.svt_(Ws, TAU, fold=None)}, peers)
+    weights = full_rank(CASES[name][0])
+    ours = {"cold": lambda Ws: ck.svt_(Ws, TAU, fold=None)}
+    race(svt_race, name + ", full rank", weights, ours, PEERS_OF.get(name, PEERS))
 
 
 def race(svt_race, name, weights, ours, peers):
@@ -187,10 +159,8 @@ def truth(W):
 
 def floor(weights, infos) -> float:
     """Milliseconds of the products with the weights and of writing the results."""
-    A, B = torch.randn(2048, 2048), torch.randn(2048, 128)
-    seconds = min(workloads.seconds(lambda: product(A, B)) for _ in range(20))
-    rate, flops = 2 * A.numel() * B.shape[1] / seconds, 0
+    flops = 0
     for W, info in zip(weights, infos, strict=True):
         columns = int(info.reason.split()[2]) if info.method.startswith("subspace") else 2 * min(W.shape)
         flops += 2 * W.numel() * (columns + min(int(info.rank.max()), min(W.shape) // 2))
-    return 1e3 * flops / rate
+    return 1e3 * flops / product_rate()

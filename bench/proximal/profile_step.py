@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import compaware_kernels as ck
 from bench.common import workloads
-from bench.proximal.cases import CASES, full_rank, product_rate, regimes, shrink
+from bench.proximal.cases import CASES, drifted, full_rank, product_rate, rank_floor, rank_of, svt_
 from compaware_kernels._utils.tables import text_table
 
 STEPS = ["resnet50, warm", "resnet50, rank 6%, warm", "vit_b, warm", "resnet50, cold"]
@@ -134,9 +134,9 @@ def steps(name: str):
     """Weights, and the function that takes the step of this name on them: case and regime."""
     case, _, regime = name.rpartition(", ")
     if regime == "full rank":
-        return full_rank(CASES[case][0]), lambda Ws: shrink(Ws, None)
-    weights, functions = regimes(*CASES[case])
-    return weights, functions[regime]
+        return full_rank(CASES[case][0]), lambda Ws: svt_(Ws, None)
+    found = drifted(*CASES[case])
+    return found.weights, found.calls[regime]
 
 
 def profile(name: str) -> tuple[list[Call], list[ck.SvtInfo], list[torch.Tensor], float, dict]:
@@ -155,14 +155,10 @@ def profile(name: str) -> tuple[list[Call], list[ck.SvtInfo], list[torch.Tensor]
     for call, *others in zip(*runs, strict=True):
         call.ms = max(0.0, median(each.ms for each in (call, *others)) - idle)
     state = ck.WarmState()
-    shrink([W.clone() for W in weights], state)
+    svt_([W.clone() for W in weights], state)
     bases = {tall(W): state.bases.get(f"{i}.0") for i, W in enumerate(weights)}
     kept = {shape: V.shape[1] if V is not None else 0 for shape, V in bases.items()}
     return runs[0], infos, weights, median(times), kept
-
-
-def floor_rank(W, info) -> int:
-    return min(int(info.rank.max()), min(W.shape) // 2)
 
 
 def nothing() -> float:
@@ -180,7 +176,7 @@ def layer_table(calls: list[Call], infos, weights, kept: dict) -> str:
     for W, info in zip(weights, infos, strict=True):
         shape = tall(W)
         layers[shape] += 1
-        ranks[shape] += floor_rank(W, info)
+        ranks[shape] += rank_of(W, info)
     found = {shape: dict.fromkeys(("rank", "spare", "fresh", "fp32", "fp64", "whole"), 0.0) for shape in layers}
     time = defaultdict(float)
     for call in (call for call in calls if call.shape):
@@ -262,11 +258,9 @@ def main(names: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(
     for name in names or STEPS:
         rate = product_rate()
         calls, infos, weights, total, kept = profile(name)
-        pairs = zip(weights, infos, strict=True)
-        floor = sum(6 * W.numel() * floor_rank(W, info) for W, info in pairs)
-        times = f"{total:.0f} ms, {1e-3 * total * rate / floor:.1f} x the floor of {1e3 * floor / rate:.0f} ms"
-        print(f"\n## {name}: {times}")
-        print(f"({1e-9 * floor:.1f} GFLOP in three products of the rank, at {1e-9 * rate:.0f} GFLOP/s)\n")
+        floor = rank_floor(weights, infos, rate)
+        print(f"\n## {name}: {total:.0f} ms, {total / floor:.1f} x the floor of {floor:.0f} ms")
+        print(f"({1e-12 * floor * rate:.1f} GFLOP in three products of the rank, at {1e-9 * rate:.0f} GFLOP/s)\n")
         print(layer_table(calls, infos, weights, kept), purpose_table(calls, total), caller_table(calls), sep="\n\n")
 
 

@@ -73,11 +73,11 @@ def svt_race(benchmark):
 
 @pytest.fixture
 def show_memory(benchmark):
-    """show_memory(case, rows): keeps and shows rows name -> measured MB (:func:`bench.proximal.memory.measure`)."""
+    """show_memory(case, measure): shows and keeps ``measure()``: name -> MB (:func:`bench.proximal.memory.measure`)."""
 
-    def show(case, rows):
+    def show(case, measure):
+        rows = benchmark.pedantic(measure)
         benchmark.extra_info |= rows
-        benchmark.pedantic(lambda: None)
         memory_rows.extend((case, name, row["peak MB"], row["weights MB"]) for name, row in rows.items())
 
     return show

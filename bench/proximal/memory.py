@@ -48,7 +48,7 @@ def measure(case: str, row: str) -> dict[str, float]:
 
 @torch.no_grad()
 def main(case: str, row: str) -> None:
-    found = drifted(*CASES[case])
+    found = drifted(*CASES[case], directions=256)
     Ws = [W.clone() for W in found.weights]
     if row in found.calls:
         call = found.calls[row]

@@ -35,7 +35,7 @@ from compaware_kernels._utils.tables import text_table
 STEPS = ["resnet50, warm", "resnet50, rank 6%, warm", "vit_b, warm", "resnet50, cold"]
 ROUNDS, RECORDED = 7, 3
 
-PURPOSES = {  # the first whose pattern matches the name of a calling function, from the inside out
+PURPOSES = {  # the first one whose pattern matches the name of any calling function
     "certificate": r"sketch|bound|probe|certif|tail|spectral_estimates",
     "write-back": r"^_?(write|store|fold_back|check_fits)",
     "norms, checks": r"^norms?$|^norm_of|^normalize$|^check|^unfold",

@@ -58,7 +58,7 @@ def test_profile_counts_the_columns_of_each_weight():
     with profile_step.Recorder([W, wide]) as recorder:
         Y = W @ torch.randn(30, 7)
         W.mT @ Y
-        torch.stack([wide, wide]) @ torch.randn(50, 3)  # a batch of copies
+        torch.stack([wide, wide]) @ torch.randn(2, 50, 3)  # a batch of copies
         wide.double() @ torch.randn(50, 2, dtype=torch.float64)  # a copy, known by its shape only: not counted
         torch.randn(9, 9) @ torch.randn(9, 9)
         torch.linalg.eigh(torch.eye(3))

@@ -14,7 +14,7 @@ enum class DType { f64, f32, f16, bf16 };
 // --- packed low-rank factors (cpu/lowrank.cpp) ----------------------------------------------------------------------
 
 constexpr int64_t kPackHeader = 16;   // floats before the packed factors
-constexpr int64_t kPackColumns = 16;  // columns are padded to a multiple of this, whatever the instruction set
+constexpr int64_t kPackColumns = 8;   // columns are padded to a multiple of this, whatever the instruction set
 
 // --- singular value thresholding, on the CPU and on a GPU -----------------------------------------------------------
 

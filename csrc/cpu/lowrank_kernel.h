@@ -5,6 +5,7 @@
 // zeros), by a weight packed in panels of as many columns as the registers hold.
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "simd.h"
 #include "lowrank_work.h"
@@ -15,11 +16,11 @@ namespace compaware::CK_ISA {
 struct Rows {
   const float* const* at;
   int64_t stride, taps, depth, offset;
-  int64_t count = 0, fresh = 0;  // taps from `fresh` on prefetch the next of `count` rows; count 0: no prefetch
+  int64_t fresh;  // taps from `fresh` on prefetch the rows of the next tile
 };
 
-// Prologue and epilogue of a tile: sums start from the bias and from `from` (in the layout of C: the residual, or C
-// itself; null: zeros), and are clamped at the end.
+// Epilogue of a tile: bias and `from` (in the layout of C: the residual, or C itself) are added to the sums unless they
+// are null, and the sums are clamped.
 struct Ends {
   const float *from = nullptr, *bias = nullptr;
   bool clamp = false;
@@ -31,132 +32,152 @@ constexpr int64_t kPiece = 8192;  // floats of a panel that fit in L1
 constexpr int64_t kLine = 16;     // floats per cache line
 
 constexpr int L = kLanes<float>;
-static_assert(kPackColumns % L == 0);
+constexpr int kNarrow = L < kPackColumns ? L : kPackColumns;
+static_assert(kPackColumns % kNarrow == 0 && L % kNarrow == 0);
 
-// A panel is kVectors vectors wide, the last one may be narrower. The sums of rows_at_once rows, one row of the panel
-// and one input fill the registers (32 with AVX-512, else 16).
+using Wide = Vector<float>;
+typedef float Narrow __attribute__((vector_size(kNarrow * sizeof(float))));
+template <class P>
+constexpr int kWidth = sizeof(P) / sizeof(float);
+
+// A panel is 1 to kVectors vectors wide, or one narrow vector, where whole ones would waste half of their lanes. The
+// sums of rows_at_once rows, one row of the panel and one input fill the registers (32 with AVX-512, else 16).
 constexpr int kVectors = L == 16 ? 4 : 2;
 constexpr int64_t kPanel = kVectors * L;
 constexpr int rows_at_once(int V) { return L == 16 ? (V == 4 ? 6 : V == 3 ? 8 : 10) : (V == 2 ? 6 : 8); }
 
-CK_INLINE Vector<float> load(const float* p) {
-  Vector<float> v;
-  std::memcpy(&v, p, sizeof(v));
+// Width of the next panel, of `left` columns (padded).
+inline int64_t panel_width(int64_t left) { return left >= kPanel ? kPanel : left > L ? left / L * L : left; }
+
+// f(0), ..., f(N - 1), with constants: arrays that they index stay in registers.
+template <int N, class F>
+CK_INLINE void unrolled(F f) {
+  [&]<int... n>(std::integer_sequence<int, n...>) CK_ALWAYS {
+    (f(std::integral_constant<int, n>()), ...);
+  }(std::make_integer_sequence<int, N>());
+}
+
+template <class P>
+CK_INLINE P load(const float* p) {
+  P v;
+  std::memcpy(&v, p, sizeof(P));
   return v;
 }
 
-// C [R, V vectors] = rows i .. i + R of A times B [taps depth, V vectors], with prologue and epilogue.
-template <int V, int R>
+// C [R, V vectors] = rows i .. i + R of A times B [taps depth, V vectors], with epilogue.
+template <class P, int V, int R>
 __attribute__((noinline)) void tile(const Rows& A, int64_t i, const float* B, int64_t B_tap, float* C, int64_t ldc,
                                     const Ends& ends) {
-  using P = Vector<float>;
-  P sum[R][V];
-  const auto each = [&](auto change) {
-    for (int m = 0; m < R; ++m)
-      for (int v = 0; v < V; ++v) change(sum[m][v], m * ldc + v * L, v * L);
+  constexpr int W = kWidth<P>;
+  P sum[R * V] = {};
+  const auto each = [&](auto change) CK_ALWAYS {  // change(sum, its offset in C, its column)
+    unrolled<R * V>([&](auto n) CK_ALWAYS { change(sum[n], n / V * ldc + n % V * W, n % V * W); });
   };
   if (ends.ahead) {
-    each([&](P&, int64_t at, int) { __builtin_prefetch(C + ends.ahead + at, 1, 3); });
-    if (ends.from) each([&](P&, int64_t at, int) { __builtin_prefetch(ends.from + ends.ahead + at, 0, 3); });
+    each([&](P&, int64_t at, int) CK_ALWAYS { __builtin_prefetch(C + ends.ahead + at, 1, 3); });
+    if (ends.from) each([&](P&, int64_t at, int) CK_ALWAYS { __builtin_prefetch(ends.from + ends.ahead + at, 0, 3); });
   }
-  each([&](P& s, int64_t at, int) { s = ends.from ? load(ends.from + at) : P{}; });
-  if (ends.bias) each([&](P& s, int64_t, int column) { s += load(ends.bias + column); });
   int64_t t = 0;
-  do {  // never empty: a loop that could be costs a copy of the sums
+  do {
     const float* a[R];
-    for (int m = 0; m < R; ++m) a[m] = A.at[t * A.stride + i + m] + A.offset;
+    unrolled<R>([&](auto m) CK_ALWAYS { a[m] = A.at[t * A.stride + i + m] + A.offset; });
+    if (t >= A.fresh)
+      for (int64_t m = i + R; m < std::min(i + 2 * R, A.stride); ++m)
+        for (int64_t k = 0; k < A.depth; k += kLine) __builtin_prefetch(A.at[t * A.stride + m] + A.offset + k, 0, 3);
     const float* b = B + t * B_tap;
     int64_t k = 0;
     do {
-      if (A.count && t >= A.fresh)
-        for (int m = 0; m < R; ++m)
-          __builtin_prefetch(A.at[t * A.stride + std::min(i + R + m, A.count - 1)] + A.offset + k, 0, 3);
-      const int64_t stop = std::min(k + kLine, A.depth);
-      do {
-        P row[V];
-        for (int v = 0; v < V; ++v) row[v] = load(b + v * L);
-        for (int m = 0; m < R; ++m) {
-          const float x = a[m][k];
-          for (int v = 0; v < V; ++v) sum[m][v] += x * row[v];
-        }
-        b += V * L;
-      } while (++k < stop);
-    } while (k < A.depth);
+      P row[V];
+      unrolled<V>([&](auto v) CK_ALWAYS { row[v] = load<P>(b + v * W); });
+      unrolled<R>([&](auto m) CK_ALWAYS {
+        const float x = a[m][k];
+        unrolled<V>([&](auto v) CK_ALWAYS { sum[m * V + v] += x * row[v]; });
+      });
+      b += V * W;
+    } while (++k < A.depth);
   } while (++t < A.taps);
+  if (ends.bias) each([&](P& s, int64_t, int column) CK_ALWAYS { s += load<P>(ends.bias + column); });
+  if (ends.from) each([&](P& s, int64_t at, int) CK_ALWAYS { s += load<P>(ends.from + at); });
   if (ends.clamp)
-    each([&](P& s, int64_t, int) {  // this form propagates NaN
+    each([&](P& s, int64_t, int) CK_ALWAYS {  // this form propagates NaN
       s = s < ends.low ? P{} + ends.low : s;
       s = s > ends.high ? P{} + ends.high : s;
     });
-  each([&](const P& s, int64_t at, int) { std::memcpy(C + at, &s, sizeof(P)); });
+  each([&](const P& s, int64_t at, int) CK_ALWAYS { std::memcpy(C + at, &s, sizeof(P)); });
 }
 
-template <int V, int R, class... Args>
+template <class P, int V, int R, class... Args>
 CK_INLINE void tile_of(int64_t rows, const Args&... args) {
   if constexpr (R > 1)
-    if (rows < R) return tile_of<V, R - 1>(rows, args...);
-  tile<V, R>(args...);
+    if (rows < R) return tile_of<P, V, R - 1>(rows, args...);
+  tile<P, V, R>(args...);
 }
 
 // A tile at the right edge of C, whose rows are not padded: computed in a padded buffer.
-template <int V, int R>
+template <class P, int V, int R>
 void edge(int64_t rows, int64_t columns, const Rows& A, int64_t i, const float* B, int64_t B_tap, float* C, int64_t ldc,
           Ends ends) {
-  float sums[R * V * L] = {}, bias[V * L] = {};
+  constexpr int64_t ld = V * kWidth<P>;
+  float sums[R * ld] = {}, bias[ld] = {};
   const auto move = [&](float* to, int64_t to_ld, const float* from, int64_t from_ld, int64_t count) {
     for (int64_t m = 0; m < count; ++m) std::memcpy(to + m * to_ld, from + m * from_ld, columns * sizeof(float));
   };
-  if (ends.from) move(sums, V * L, ends.from, ldc, rows), ends.from = sums;
+  if (ends.from) move(sums, ld, ends.from, ldc, rows), ends.from = sums;
   if (ends.bias) move(bias, 0, ends.bias, 0, 1), ends.bias = bias;
-  const int64_t ld = V * L;
-  tile_of<V, R>(rows, A, i, B, B_tap, static_cast<float*>(sums), ld, ends);
-  move(C, ldc, sums, V * L, rows);
+  tile_of<P, V, R>(rows, A, i, B, B_tap, static_cast<float*>(sums), ld, ends);
+  move(C, ldc, sums, ld, rows);
 }
 
-// One panel of V vectors, of which `columns` columns are stored, for rows 0 .. count, in tiles of nearly equal height.
-template <int V>
-void panel(int64_t count, int64_t columns, const Rows& A, const float* B, int64_t B_tap, float* C, int64_t ldc,
-           Ends ends) {
+// One panel of V vectors, of which `columns` columns are stored: rows i .. i + count, in tiles of nearly equal height.
+template <class P, int V>
+void panel(int64_t i, int64_t count, int64_t columns, const Rows& A, const float* B, int64_t B_tap, float* C,
+           int64_t ldc, Ends ends) {
   constexpr int R = rows_at_once(V);
   const int64_t groups = (count + R - 1) / R;
   const float* from = ends.from;
-  for (int64_t g = 0, i = 0; g < groups; ++g) {
-    const int64_t rows = count / groups + (g < count % groups);
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t rows = groups == 1 ? count : count / groups + (g < count % groups);
     float* c = C + i * ldc;
     if (from) ends.from = from + i * ldc;
-    if (columns == V * L) tile_of<V, R>(rows, A, i, B, B_tap, c, ldc, ends);
-    else edge<V, R>(rows, columns, A, i, B, B_tap, c, ldc, ends);
+    if (columns == V * kWidth<P>) tile_of<P, V, R>(rows, A, i, B, B_tap, c, ldc, ends);
+    else edge<P, V, R>(rows, columns, A, i, B, B_tap, c, ldc, ends);
     i += rows;
   }
 }
 
 template <int V = kVectors, class... Args>
-CK_INLINE void panel_of(int64_t vectors, const Args&... args) {
-  if constexpr (V > 1)
-    if (vectors < V) return panel_of<V - 1>(vectors, args...);
-  panel<V>(args...);
+CK_INLINE void panel_of(int64_t wide, const Args&... args) {
+  if constexpr (V > 1) {
+    if (wide < V * L) return panel_of<V - 1>(wide, args...);
+  } else if constexpr (kNarrow < L) {
+    if (wide < L) return panel<Narrow, 1>(args...);
+  }
+  panel<Wide, V>(args...);
 }
 
-// C [count, columns] = clamp(from + bias + A B); split along the sum so that each piece of a panel stays in L1.
-inline void product(int64_t count, const Rows& A, const float* B, int64_t columns, float* C, int64_t ldc,
+// C [count, columns] = clamp(A B + bias + from), `step` rows at a time; split along the sum so that each piece of a
+// panel stays in L1.
+inline void product(int64_t count, int64_t step, const Rows& A, const float* B, int64_t columns, float* C, int64_t ldc,
                     const Ends& ends) {
   const int64_t most = kPiece / std::min(kPanel, padded(columns));
   const int64_t cuts = (A.depth + most - 1) / most, depth = (A.depth + cuts - 1) / cuts;
-  const int64_t taps = std::max<int64_t>(1, most / std::max<int64_t>(1, A.depth));
-  for (int64_t t = 0; t < A.taps; t += taps)
-    for (int64_t k = 0; k < A.depth; k += depth) {
-      const Rows part{A.at + t * A.stride, A.stride, std::min(taps, A.taps - t), std::min(depth, A.depth - k),
-                      A.offset + k, A.count, A.fresh - t};
-      const bool first = t == 0 && k == 0, last = t + taps >= A.taps && k + depth >= A.depth;
-      for (int64_t j = 0; j < columns; j += kPanel) {
-        const int64_t wide = std::min(kPanel, padded(columns) - j), vectors = (wide + L - 1) / L;
-        const float* b = B + j * A.taps * A.depth + (t * A.depth + k) * wide;
-        const float* from = first ? ends.from : C;
-        const Ends here{from ? from + j : nullptr, first && ends.bias ? ends.bias + j : nullptr, last && ends.clamp,
-                        ends.low, ends.high, !ends.ahead ? 0 : j + kPanel < columns ? kPanel : count * ldc - j};
-        panel_of(vectors, count, std::min(wide, columns - j), part, b, A.depth * wide, C + j, ldc, here);
+  const int64_t taps = std::max<int64_t>(1, most / A.depth);
+  for (int64_t i = 0; i < count; i += step)
+    for (int64_t t = 0; t < A.taps; t += taps)
+      for (int64_t k = 0; k < A.depth; k += depth) {
+        const int64_t rows = std::min(step, count - i);
+        const Rows part{A.at + t * A.stride, A.stride, std::min(taps, A.taps - t), std::min(depth, A.depth - k),
+                        A.offset + k, A.fresh - t};
+        const bool first = t == 0 && k == 0, last = t + taps >= A.taps && k + depth >= A.depth;
+        const float *from = first ? ends.from : C, *bias = first ? ends.bias : nullptr;
+        for (int64_t j = 0, wide; j < columns; j += wide) {
+          wide = panel_width(padded(columns) - j);
+          const float* b = B + j * A.taps * A.depth + (t * A.depth + k) * wide;
+          const Ends at{from ? from + j : nullptr, bias ? bias + j : nullptr, last && ends.clamp,
+                        ends.low, ends.high, !ends.ahead ? 0 : j + wide < columns ? wide : rows * ldc - j};
+          panel_of(wide, i, rows, std::min(wide, columns - j), part, b, A.depth * wide, C + j, ldc, at);
+        }
       }
-    }
 }
 
 // Input pointers of a tile: rows[tap * count + i] for its i-th pixel, `zeros` in the padding.
@@ -189,24 +210,21 @@ inline void lowrank_tile(const LowRankConv& conv, int64_t first, int64_t count, 
   find_rows(conv, first, count, zeros, rows);
   for (int64_t g = 0; g < conv.G; ++g) {
     const float* V = conv.packed + g * packed_group(taps, C, r, O);
-    const Rows input{rows, count, taps, C, g * C, count, taps - conv.w.kernel};
-    product(count, input, V, ldt, T, ldt, Ends{});
+    const Rows input{rows, count, taps, C, g * C, taps - conv.w.kernel};
+    product(count, count, input, V, ldt, T, ldt, Ends{});
     const int64_t at = first * conv.O + g * O;
-    constexpr int64_t step = rows_at_once(kVectors);
-    for (int64_t i = 0; i < count; i += step) {  // whole rows of y, a few at a time: sequential writes are fastest
-      const int64_t here = at + i * conv.O;
-      const Ends ends{conv.residual ? conv.residual + here : nullptr, conv.bias ? conv.bias + g * O : nullptr,
-                      conv.low > -INFINITY, conv.low, conv.high, 1};
-      const Rows middle{T_rows + i, count, 1, r, 0};
-      product(std::min(step, count - i), middle, V + packed_first(taps, C, r), O, conv.y + here, conv.O, ends);
-    }
+    const Ends ends{conv.residual ? conv.residual + at : nullptr, conv.bias ? conv.bias + g * O : nullptr,
+                    conv.low > -INFINITY, conv.low, conv.high, 1};
+    // Whole rows of y, a few at a time: sequential writes are fastest.
+    product(count, rows_at_once(kVectors), {T_rows, count, 1, r, 0, 1}, V + packed_first(taps, C, r), O, conv.y + at,
+            conv.O, ends);
   }
 }
 
 // Packs a factor in panels; padded columns are zero.
 inline void pack(const Factor& W, float* out) {
-  for (int64_t j = 0; j < padded(W.columns); j += kPanel) {
-    const int64_t wide = std::min(kPanel, padded(W.columns) - j);
+  for (int64_t j = 0, wide; j < padded(W.columns); j += wide) {
+    wide = panel_width(padded(W.columns) - j);
     for (int64_t k = 0; k < W.depth(); ++k)
       for (int64_t c = 0; c < wide; ++c) *out++ = j + c < W.columns ? W.at(j + c, k) : 0.0f;
   }
@@ -216,8 +234,9 @@ inline void pack(const Factor& W, float* out) {
 inline bool is_packed(const Factor& W, const float* packed, int64_t samples) {
   const int64_t size = W.columns * W.depth(), step = std::max<int64_t>(1, size / samples);
   for (int64_t i = 0; i < size; i += step) {
-    const int64_t j = i / W.depth(), k = (i + j) % W.depth(), panel = j / kPanel * kPanel;
-    const int64_t wide = std::min(kPanel, padded(W.columns) - panel);
+    const int64_t j = i / W.depth(), k = (i + j) % W.depth();
+    int64_t panel = j / kPanel * kPanel, wide = panel_width(padded(W.columns) - panel);
+    if (j >= panel + wide) panel += wide, wide = panel_width(padded(W.columns) - panel);  // the narrow one
     const float value = W.at(j, k);
     if (std::memcmp(&value, packed + panel * W.depth() + k * wide + j - panel, sizeof(float)) != 0) return false;
   }

@@ -26,7 +26,7 @@ struct LowRankConv {
   int64_t pixels() const { return N * h.out * w.out; }
 };
 
-// The size of a packed factor depends on its shape only: no instruction set has vectors wider than kPackColumns floats.
+// The size of a packed factor depends on its shape only, whatever the width of vectors.
 inline int64_t padded(int64_t columns) { return (columns + kPackColumns - 1) / kPackColumns * kPackColumns; }
 
 // Floats of one group: V as [taps C/G, padded r], then U as [r, padded O/G], each in panels of columns.

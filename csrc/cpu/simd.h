@@ -7,7 +7,9 @@
 #include <cstring>
 
 #undef CK_INLINE
-#define CK_INLINE inline __attribute__((always_inline))
+#undef CK_ALWAYS
+#define CK_ALWAYS __attribute__((always_inline))  // of a lambda
+#define CK_INLINE inline CK_ALWAYS
 
 namespace compaware::CK_ISA {
 

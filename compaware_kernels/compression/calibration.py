@@ -29,6 +29,8 @@ from .._utils.progress import tracked
 from ..folds import CONVS, row_axes
 from ..nn.discovery import Layer
 from ..nn.factorization import SVD, singular_values
+from ..nn.truncation import Truncation
+from ..ranks import Rule
 from .arguments import Inputs
 
 __all__ = ["Calibration", "WeightedSVD", "columns"]
@@ -46,6 +48,10 @@ class WeightedSVD(NamedTuple):
     U: Tensor  # [G, m, k]
     s: Tensor  # [G, k], descending: singular values of M C^(1/2)
     M: Tensor  # [G, m, n]
+
+    def rank(self, rule: Rule) -> int:
+        """The rank that the rule gives for the singular values."""
+        return rule(self.s)
 
     def nearest(self, rank: int) -> Tensor:
         """Rank-r matrix ``[G, m, n]`` nearest to M on the inputs, in fp64: ``U_r U_r^T M``."""
@@ -145,13 +151,13 @@ class Calibration:
         """Singular values ``[G, k]`` of ``M C^(1/2)``, the spectrum that rank rules see.  M: ``[G, m, n]``."""
         return self.svd(name, fold, M).s if (name, fold) in self._moments else singular_values(M)
 
-    def svd(self, name: str, fold: str, M: Tensor) -> SVD | WeightedSVD:
+    def svd(self, name: str, fold: str, M: Tensor) -> Truncation | WeightedSVD:
         """SVD of ``M C^(1/2)``, or of M itself for a layer without moments.
 
         Args:
             M: the layer's matrix ``[G, m, n]``, or one whose rows are in the span of its rows.
         """
-        return self._moments[name, fold].svd(M) if (name, fold) in self._moments else SVD.of(M)
+        return self._moments[name, fold].svd(M) if (name, fold) in self._moments else Truncation(M)
 
 
 def columns(module: nn.Module, x: Tensor, fold: str) -> Iterator[Tensor]:

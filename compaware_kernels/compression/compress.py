@@ -6,27 +6,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from .. import ranks as rank_rules
 from .._utils.copied import copied
 from .._utils.eval_mode import set_mode
-from .._utils.memory import distinct
-from .._utils.progress import tracked
 from .._utils.tables import text_table
 from ..folds import FOLDS, row_axes
 from ..nn.discovery import Layer, foldable_layers
-from ..nn.factorization import SVD
 from ..nn.holders import tied_weights, why_dense
 from ..nn.lowrank import LowRank
 from ..nn.module_surgery import replace, to_channels_last
-from ..nn.registry import low_rank_type
 from ..nn.unwrap import without_wrappers
 from . import latency_model
-from .arguments import ExampleInputs, Inputs, RankRule, rank_of, rule_of, rules_by_pattern
-from .calibration import Calibration, WeightedSVD
+from .arguments import ExampleInputs, Inputs, RankRule, rule_of, rules_by_pattern
+from .calibration import Calibration
 from .comparison import difference
 from .dead_neurons import remove_dead_neurons
+from .factorize import Factorizer, note, size
 from .macs import count_macs
 from .reads import weights_read
 
@@ -163,19 +159,18 @@ def compress(
         fixed |= dict.fromkeys(read, READ)
         small = _channels_last(small, inputs)
     whole = {layer.name: small.get_submodule(layer.name) for layer in layers}
-    small, gains = _factorize(
-        small, layers, rules, fixed, folds, inputs if goal == "speed" else None, measure, notes, seen, progress
-    )
+    factorizer = Factorizer(rules, fixed, folds, inputs if goal == "speed" else None, measure, seen, progress)
+    small, gains = factorizer.run(small, names, notes)
     if not gains:
         small = dense
     elif goal == "size":
         small = _restore_costlier_layers(small, whole, count_macs(dense, inputs), gains, inputs, notes)
     elif measure and latency_model.fastest([dense, small], inputs) == 0:
         for name in gains:
-            _note(notes, name, "put back: the whole model was measured to be no faster")
+            note(notes, name, "put back: the whole model was measured to be no faster")
         small, gains = dense, {}
     for name in read & gains.keys():
-        _note(notes, name, READ)
+        note(notes, name, READ)
     now = dict(small.named_modules())
     for name, module in model.named_modules():  # parents before children
         set_mode(now[name], module.training)
@@ -189,83 +184,6 @@ def fixed_layers(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
         name: f"shares its weight with {other}: factors would be separate, and stored besides" for name, other in tied
     }
     return apart | why_dense(model, names)
-
-
-def _factorize(
-    model: nn.Module,
-    layers: list[Layer],
-    rules: Mapping[str, RankRule],
-    fixed: Mapping[str, str],
-    folds: Sequence[str],
-    inputs: Inputs | None,
-    measure: bool,
-    notes: dict[str, str],
-    calibration: Calibration | None,
-    progress: bool | None,
-) -> tuple[nn.Module, dict[str, float | None]]:
-    """Replace layers of ``model`` by low-rank ones; given ``inputs``, only those that become faster on them.
-
-    Returns the model and the speed-up of each replaced layer (None without inputs); ``notes`` gets the other reasons.
-    """
-    names, gains = [layer.name for layer in layers], {}
-    seen = {} if inputs is None else latency_model.record(model, names, inputs)
-    for name in tracked(names, "factorize", progress):
-        dense, gain, why = model.get_submodule(name), None, fixed.get(name, "")
-        if inputs is not None and not why:
-            why = "" if name in seen else "the example inputs do not reach it"
-            why = why or ("" if measure else _never_faster(dense, folds, *seen[name]))
-        reason, candidates = _candidates(name, dense, rule_of(rules, name), why, folds, inputs is not None, calibration)
-        if inputs is None:
-            choice = min(candidates, key=lambda c: _size(low_rank_type(dense).like(dense, c[1], c[0])), default=None)
-        elif candidates:
-            choice, gain, reason = latency_model.choose(dense, list(candidates), *seen[name], measure)
-        else:
-            choice = None
-        if reason:
-            _note(notes, name, reason)
-        if choice:
-            gains[name] = gain
-            fold, rank = choice
-            model = replace(model, name, low_rank_type(dense).from_svd(dense, rank, fold, candidates[choice]))
-    return model, gains
-
-
-def _never_faster(dense: nn.Module, folds: Sequence[str], x: Tensor, y: Tensor) -> str:
-    """Why no rank is predicted to make a layer with this input and output faster, so that it needs no SVD; else ""."""
-    limits = {fold: rank_rules.break_even(*Layer("", dense).matrix(fold).shape[-2:]) for fold in folds}
-    least = [(fold, 8 if limit >= 8 else 1) for fold, limit in limits.items()]
-    choice, _, reason = latency_model.choose(dense, least, x, y, measured=False)
-    return "" if choice else f"even {reason}"
-
-
-def _candidates(
-    name: str,
-    dense: nn.Module,
-    rule: RankRule | None,
-    why: str,
-    folds: Sequence[str],
-    rounded: bool,
-    calibration: Calibration | None,
-) -> tuple[str, dict[tuple[str, int], SVD | WeightedSVD]]:
-    """Candidate factorizations (fold, rank), each with the SVD of the folded weight; or why there is none."""
-    if rule is None:
-        return "no rank rule matches its name", {}
-    if why:
-        return why, {}
-    reason, found, shapes = "", {}, set()
-    for fold in folds:
-        M = Layer(name, dense).matrix(fold)
-        if M.shape in shapes:  # same matrix as an earlier fold, e.g. all folds of a 1 x 1 kernel
-            continue
-        shapes.add(M.shape)
-        svd = calibration.svd(name, fold, M) if calibration else SVD.of(M)
-        rank, (m, n) = rank_of(name, rule, svd.s), M.shape[-2:]
-        rank, limit, eights = max(rank, 1), rank_rules.break_even(m, n), -(-rank // 8) * 8
-        if rank > limit:
-            reason = f"rank {rank} of a {m} x {n} matrix is not smaller (break-even: {limit})"
-        else:
-            found[fold, max(rank, eights) if rounded and eights <= limit else rank] = svd
-    return ("", found) if found else (reason, {})
 
 
 def _restore_costlier_layers(
@@ -283,7 +201,7 @@ def _restore_costlier_layers(
     for name in [name for name in gains if macs.get(name, 0) >= before.get(name, 0) > 0]:
         small = replace(small, name, whole[name])
         del gains[name]
-        _note(notes, name, f"its factors need {macs[name]:,} multiply-adds, the dense layer {before[name]:,}")
+        note(notes, name, f"its factors need {macs[name]:,} multiply-adds, the dense layer {before[name]:,}")
     return small
 
 
@@ -293,22 +211,18 @@ def _channels_last(model: nn.Module, inputs: Inputs) -> nn.Module:
     return model if difference(model, changed, inputs) else changed
 
 
-def _note(notes: dict[str, str], name: str, text: str) -> None:
-    notes[name] = f"{notes[name]}; {text}" if name in notes else text
-
-
 def _report(model, small, layers, skipped, macs_before, macs, removed, notes, gains) -> CompressReport:
     entries = [
         _layer_report(layer, small.get_submodule(layer.name), macs_before, macs, removed, notes, gains)
         for layer in layers
     ]
-    (params_before, bytes_before), (params, bytes_) = _size(model), _size(small)
+    (params_before, bytes_before), (params, bytes_) = size(model), size(small)
     macs_before, macs = _count(macs_before, ""), _count(macs, "")
     return CompressReport(entries, params_before, params, macs_before, macs, bytes_before, bytes_, skipped)
 
 
 def _layer_report(layer: Layer, now: nn.Module, macs_before, macs, removed, notes, gains) -> LayerReport:
-    (params_before, bytes_before), (params, bytes_) = _size(layer.module), _size(now)
+    (params_before, bytes_before), (params, bytes_) = size(layer.module), size(now)
     rank, fold = (now.rank, now.fold) if isinstance(now, LowRank) else (None, "paper")
     full = min(Layer(layer.name, layer.module).matrix(fold).shape[-2:])
     return LayerReport(
@@ -321,12 +235,6 @@ def _layer_report(layer: Layer, now: nn.Module, macs_before, macs, removed, note
 def _count(macs: dict[str, int] | None, name: str) -> int | None:
     """Multiply-adds of a module; 0 if the example inputs do not reach it, None if they could not be counted."""
     return None if macs is None else macs.get(name, 0)
-
-
-def _size(module: nn.Module) -> tuple[int, int]:
-    """Number of parameters and of their bytes; shared memory counts once."""
-    parameters = distinct(module.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
 
 
 def _change(before: int | None, after: int | None) -> str:

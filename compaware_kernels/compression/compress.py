@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .._utils.copied import copied
-from .._utils.eval_mode import set_mode
+from .._utils.copied import copied, with_the_same_parameters
+from .._utils.eval_mode import layer_by_layer, set_mode
 from .._utils.tables import text_table
 from ..folds import FOLDS, row_axes
 from ..nn.discovery import Layer, foldable_layers
@@ -148,33 +148,40 @@ def compress(
         if not layer.weight.isfinite().all():
             raise ValueError(f"{layer.name}: its weight contains NaN or Inf; nothing was compressed")
 
-    macs_before = count_macs(model, inputs)
     small, removed, notes = set_mode(copied(model), False), {}, {}
     if remove_dead:
         small, removed, notes = remove_dead_neurons(small, inputs, tuple(skip))
-    wanted = [name for name in names if name not in fixed and rule_of(rules, name)]
-    seen = None if calibration is None else Calibration(small, wanted, calibration, folds, progress)
-    dense, read = copied(small), weights_read(small, [name for name in names if name not in fixed], inputs)
+    open_names = [name for name in names if name not in fixed]
+    watched = names if goal == "speed" else []
+    with weights_read(small, open_names) as read, latency_model.recording(small, watched) as seen:
+        macs_dense = count_macs(small, inputs)
+    macs_before = count_macs(model, inputs) if removed else macs_dense
+    moments = None
+    if calibration is not None:
+        wanted = [name for name in open_names if rule_of(rules, name)]
+        moments = Calibration(small, wanted, calibration, folds, progress)
+    dense, faster_on, macs = with_the_same_parameters(small), None, None
     if goal == "speed":
         fixed |= dict.fromkeys(read, READ)
-        small = _channels_last(small, inputs)
+        small, faster_on = _channels_last(small, names, inputs, seen)
     whole = {layer.name: small.get_submodule(layer.name) for layer in layers}
-    factorizer = Factorizer(rules, fixed, folds, inputs if goal == "speed" else None, measure, seen, progress)
+    factorizer = Factorizer(rules, fixed, folds, faster_on, measure, moments, progress)
     small, gains = factorizer.run(small, names, notes)
     if not gains:
-        small = dense
+        small, macs = dense, macs_dense
     elif goal == "size":
-        small = _restore_costlier_layers(small, whole, count_macs(dense, inputs), gains, inputs, notes)
+        small, macs = _restore_costlier_layers(small, whole, macs_dense, gains, inputs, notes)
     elif measure and latency_model.fastest([dense, small], inputs) == 0:
         for name in gains:
             note(notes, name, "put back: the whole model was measured to be no faster")
-        small, gains = dense, {}
+        small, gains, macs = dense, {}, macs_dense
     for name in read & gains.keys():
         note(notes, name, READ)
     now = dict(small.named_modules())
     for name, module in model.named_modules():  # parents before children
         set_mode(now[name], module.training)
-    return small, _report(model, small, layers, skipped, macs_before, count_macs(small, inputs), removed, notes, gains)
+    macs = count_macs(small, inputs) if macs is None else macs
+    return small, _report(model, small, layers, skipped, macs_before, macs, removed, notes, gains)
 
 
 def fixed_layers(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
@@ -193,22 +200,33 @@ def _restore_costlier_layers(
     gains: dict,
     inputs: Inputs,
     notes: dict[str, str],
-) -> nn.Module:
-    """Restore dense layers whose factors need no fewer multiply-adds on the example inputs, if those can be counted."""
+) -> tuple[nn.Module, dict[str, int] | None]:
+    """Restore dense layers whose factors need no fewer multiply-adds on the example inputs, if those can be counted.
+
+    Returns the model, and its multiply-adds if they are known.
+    """
     macs = count_macs(small, inputs)
     if macs is None or before is None:
-        return small
-    for name in [name for name in gains if macs.get(name, 0) >= before.get(name, 0) > 0]:
+        return small, macs
+    costly = [name for name in gains if macs.get(name, 0) >= before.get(name, 0) > 0]
+    for name in costly:
         small = replace(small, name, whole[name])
         del gains[name]
         note(notes, name, f"its factors need {macs[name]:,} multiply-adds, the dense layer {before[name]:,}")
-    return small
+    return small, None if costly else macs
 
 
-def _channels_last(model: nn.Module, inputs: Inputs) -> nn.Module:
-    """Copy of the model with channels_last weights if its outputs stay the same, else the model itself."""
-    changed = to_channels_last(copied(model))
-    return model if difference(model, changed, inputs) else changed
+Seen = Mapping[str, tuple[Tensor, Tensor]]  # inputs and outputs of layers
+
+
+def _channels_last(model: nn.Module, names: Sequence[str], inputs: Inputs, seen: Seen) -> tuple[nn.Module, Seen]:
+    """The model with channels_last weights if its outputs stay the same, else as it is; and what its layers see."""
+    if not any(type(module) in (nn.Conv2d, nn.ConvTranspose2d) for module in model.modules()):
+        return model, seen
+    changed = to_channels_last(with_the_same_parameters(model))
+    with layer_by_layer(changed), latency_model.recording(changed, names) as seen_then:
+        why = difference(model, changed, inputs)
+    return (model, seen) if why else (changed, seen_then)
 
 
 def _report(model, small, layers, skipped, macs_before, macs, removed, notes, gains) -> CompressReport:

@@ -138,7 +138,7 @@ def _layers(
 
     def curve(part: tuple[Layer, Tensor, float, float, int]) -> _Layer:
         layer, M, cost, each, limit = part
-        s = seen.spectrum(layer.name, fold, M) if seen else Truncation(M).singular_values(limit)
+        s = seen.spectrum(layer.name, fold, M) if seen else Truncation(M, vectors=False).singular_values(limit)
         return _cost_error_curve(layer.name, s, cost, each, limit)
 
     return in_parallel(curve, wanted, lambda part: work(part[1]), "singular values", progress)

@@ -38,6 +38,7 @@ __all__ = ["Truncation", "factors", "work"]
 SMALL = 32  # min(m, n) up to which an SVD costs no more than the rest
 SKETCHED, SHARE = 128, 8  # min(m, n) from which a sketch pays; k / SHARE columns
 LOSS = 1e-3  # of the squared truncation error: what the factors may lose at most
+BLOCKED = 512  # min(m, n) from which the upper triangle of a Gram matrix is left out
 KEPT = 1024  # min(m, n) up to which Gram matrices are kept for the factors
 TAIL = 1e6  # energy, in units of its error, from which on partial sums are as good as exact
 ORDINARY = 2.0**20  # largest entry, and inverse of the least largest one, of matrices that the routes take
@@ -53,23 +54,45 @@ class _Gram:
     Raises torch.linalg.LinAlgError where LAPACK does: divide and conquer in fp32 may fail if most values are zero.
     """
 
-    def __init__(self, T: Tensor, total: Tensor):
-        self.G = product(T[0].mT, T[0])[None] if len(T) == 1 else T.mT @ T
+    def __init__(self, T: Tensor, total: Tensor, vectors: bool):
+        self.G = _lower_gram(T)  # of which LAPACK reads the lower triangle
         bias = 2 * (self.G.diagonal(dim1=1, dim2=2).double().sum(1) - total).abs()
-        u, k = torch.finfo(T.dtype).eps / 2, T.shape[-1]
-        squares = torch.linalg.eigvalsh(self.G).double().flip(-1).clamp_min(0)
-        error = VALUE * u * (squares[:, 0] + total / math.sqrt(k)) + bias
+        values = torch.linalg.eigvalsh(self.G) if not vectors else self._vectors()
+        u, squares = torch.finfo(T.dtype).eps / 2, values.double().flip(-1).clamp_min(0)
+        error = VALUE * u * (squares[:, 0] + total / math.sqrt(T.shape[-1])) + bias
         self.spectrum = Spectrum(squares, total, torch.zeros_like(total), error, SUM * u * total + bias)
 
     def right(self, rank: int) -> Tensor:
         """The leading eigenvectors ``[G, k, r]``.  Raises torch.linalg.LinAlgError."""
-        return torch.linalg.eigh(self.G).eigenvectors[..., -rank:].flip(-1)
+        if self.G is not None:
+            self._vectors()
+        return self.V[..., -rank:].flip(-1)
+
+    def _vectors(self) -> Tensor:
+        """Computes the eigenvectors, in place of the Gram matrix; returns the eigenvalues ``[G, k]``, ascending."""
+        values, self.V = torch.linalg.eigh(self.G)
+        self.G = None
+        return values
+
+
+def _lower_gram(T: Tensor) -> Tensor:
+    """``T^T T`` ``[G, k, k]`` of T ``[G, N, k]``, at least in its lower triangle: a large one by block rows."""
+    if len(T) > 1:
+        return T.mT @ T
+    X, k = T[0], T.shape[-1]
+    if k < BLOCKED:
+        return product(X.mT, X)[None]
+    G, step = X.new_zeros(k, k), -(-k // 4)
+    for start in range(0, k, step):
+        rows = slice(start, start + step)
+        G[rows, : start + step] = product(X[:, rows].mT, X[:, : start + step])
+    return G[None]
 
 
 class _Sketch:
     """Rayleigh-Ritz of a tall matrix T ``[1, N, k]`` in the range of ``T^T T Omega``, Omega ``[k, k / SHARE]``."""
 
-    def __init__(self, T: Tensor, total: Tensor):
+    def __init__(self, T: Tensor, total: Tensor, vectors: bool):
         X, k = T[0], T.shape[-1]
         draw = torch.Generator(T.device).manual_seed(k)
         omega = torch.randn(k, k // SHARE, generator=draw, dtype=T.dtype, device=T.device)
@@ -89,10 +112,14 @@ class _Sketch:
 
 
 class Truncation:
-    """Truncated SVD of ``M`` ``[G, m, n]``, any floating dtype; a route that was taken once is kept."""
+    """Truncated SVD of ``M`` ``[G, m, n]``, any floating dtype; a route that was taken once is kept.
 
-    def __init__(self, M: Tensor):
-        self.M = M.detach()
+    Args:
+        vectors: whether factors will be needed; else eigenvectors are computed only when they are.
+    """
+
+    def __init__(self, M: Tensor, vectors: bool = True):
+        self.M, self._with_vectors = M.detach(), vectors
         self._found: dict[tuple, _Gram | _Sketch | None] = {}
 
     @without_autocast()
@@ -175,7 +202,7 @@ class Truncation:
     def _route(self, kind: type[_Gram] | type[_Sketch], dtype: torch.dtype) -> _Gram | _Sketch | None:
         """A route, taken at most once; None if LAPACK fails."""
         if (kind, dtype) not in self._found:
-            self._found[kind, dtype] = _of_lapack(kind, self._tall(dtype), self._total)
+            self._found[kind, dtype] = _of_lapack(kind, self._tall(dtype), self._total, self._with_vectors)
         return self._found[kind, dtype]
 
     def _balanced(self, V: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -209,8 +209,10 @@ class Truncation:
         """Factors of equal norms of the projection of M onto the orthonormal V ``[G, k, r]`` of the shorter side."""
         T = self._tall(V.dtype)
         Y = (product(T[0], V[0].contiguous())[None] if len(T) == 1 else T @ V).double()
-        root = torch.linalg.vector_norm(Y, dim=1, keepdim=True).sqrt()
-        left, right = (Y / root.clamp_min(torch.finfo(torch.float64).tiny)).to(dtype), (V.double() * root).to(dtype)
+        V, tiny = V.double(), torch.finfo(torch.float64).tiny
+        norm_Y, norm_V = (torch.linalg.vector_norm(A, dim=1, keepdim=True) for A in (Y, V))
+        root = (norm_Y / norm_V).sqrt()
+        left, right = (Y / root.clamp_min(tiny)).to(dtype), (V * root).to(dtype)
         return (left, right.mT) if self.M.shape[-2] >= self.M.shape[-1] else (right, left.mT)
 
 

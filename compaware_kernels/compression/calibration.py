@@ -102,7 +102,7 @@ class _InputMoments:
         """Add inputs x of a call of the layer."""
         for X in columns(module, x, fold):
             X = X.to(self.dtype)
-            self.energy += X.square().sum((-2, -1))
+            self.energy += torch.linalg.vector_norm(X, dim=(1, 2), dtype=torch.float64).square()
             X = X if self.Q is None else X @ self.Q.mT
             self.K += _products(X.mT)
 

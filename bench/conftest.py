@@ -19,6 +19,7 @@ LOAD = os.getloadavg()[0]  # load average before the benchmarks start
 
 shrink_rows: list[tuple[str, str, float, float]] = []  # op, name, median ms, ratio to the floor
 svt_rows: list[tuple] = []  # case, name, median ms, ratio to the SVD loop, to the floor, error, bound, correct
+compress_rows: list[tuple] = []  # case, name, median ms, first row's ms / its, what was done, correct
 gpu_rows: list[tuple] = []  # case, name, columns of gpu_race.py
 memory_rows: list[tuple] = []  # case, name, MB of the peak, of the weights
 training_rows: list[tuple] = []  # regime, ms of a training step, of a proximal step, its shares, error, correct
@@ -87,6 +88,33 @@ def show_memory(benchmark):
 def show_gpu_rows():
     """show_gpu_rows(case, table): adds the rows of gpu_race.table to the tables printed at the end."""
     return lambda case, table: gpu_rows.extend((case, name, row) for name, row in table.items())
+
+
+@pytest.fixture
+def compress_race(benchmark):
+    """compress_race(case, rows, checks, rounds): interleaved medians; the first row is what others are compared with.
+
+    ``checks``: for each other row what it did, and whether that is correct; nothing else is compared.
+    """
+
+    def run(case, rows, checks, rounds=3):
+        first, *others = rows
+        times = {name: [] for name in rows}
+
+        def setup():
+            for name in [*others[1:], first]:
+                times[name].append(timed(rows[name])[0])
+
+        benchmark.pedantic(lambda: times[others[0]].append(timed(rows[others[0]])[0]), setup=setup, rounds=rounds)
+        base = median(times[first])
+        compress_rows.append((case, first, base, 1.0, "", True))
+        for name in others:
+            took = median(times[name])
+            compress_rows.append((case, name, took, base / took, *checks[name]))
+            benchmark.extra_info[name] = {"ms": took, f"{first} / it": base / took, "ok": checks[name][1]}
+        benchmark.extra_info[first] = {"ms": base}
+
+    return run
 
 
 @pytest.fixture
@@ -195,6 +223,8 @@ def pytest_terminal_summary(terminalreporter):
     for regime, plain, extra, epoch, often, error, correct in training_rows:
         shares = f"{100 * epoch:10.2g}%{often:10.1%}" if correct else f"{'wrong':>21}"
         write(f"{regime:24}{plain:10.1f}{extra:10.1f}{shares}{error:11.1e}")
+    for case, name, ms, ratio, what, ok in compress_rows:
+        write(f"{case:28}{name:12}{ms:11.0f} ms{f'{ratio:8.2f}x' if ok else '   wrong'}  {what}")
     if gpu_rows:
         write(f"{'svt on a GPU':28}{'':20}{'ms':>9}{'predicted':>11}{'svd / it':>10}{'error/tau':>11}{'bound/tau':>11}")
     for case, name, row in gpu_rows:

@@ -15,7 +15,40 @@ from torch import Tensor
 
 from ._utils.dtypes import compute_dtype
 
-__all__ = ["Rule", "break_even", "energy", "fixed", "nuclear", "numerical_rank", "parse", "share", "threshold"]
+__all__ = ["Rule", "Spectrum", "break_even", "energy", "fixed", "nuclear", "numerical_rank", "parse", "share",
+           "threshold"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Bounds of the singular values of G matrices ``[m, n]``, k = min(m, n), all fp64.
+
+    ``squares_i - error <= sigma_i^2 <= squares_i + error + missed``, and for every r
+    ``-sum_error <= sum_{i <= r} (sigma_i^2 - squares_i) <= sum_error + missed``.
+    """
+
+    squares: Tensor  # [G, k], descending, not negative
+    total: Tensor  # [G], the sum of all sigma_i^2: ||M||_F^2
+    missed: Tensor  # [G], energy of which it is unknown where it belongs
+    error: Tensor  # [G], of each square
+    sum_error: Tensor  # [G], of each partial sum
+
+    @property
+    def low(self) -> Tensor:
+        """Lower bounds of the singular values ``[G, k]``."""
+        return (self.squares - self.error[:, None]).clamp_min(0).sqrt()
+
+    @property
+    def high(self) -> Tensor:
+        """Upper bounds of the singular values ``[G, k]``."""
+        return (self.squares + (self.error + self.missed)[:, None]).clamp_max(self.total[:, None]).sqrt()
+
+    @property
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Lower and upper bounds of the partial sums of squares ``[G, k]``."""
+        sums = self.squares.cumsum(-1)
+        most = torch.minimum(sums + (self.sum_error + self.missed)[:, None], self.total[:, None])
+        return (sums - self.sum_error[:, None]).clamp_min(0), most
 
 
 @dataclass(frozen=True)
@@ -24,11 +57,20 @@ class Rule:
 
     text: str
     count: Callable[[Tensor], Tensor]  # fp64 [..., k], descending -> ranks [...]
+    limits: Callable[[Spectrum], tuple[Tensor, Tensor]] | None = None  # least and largest ranks [G] within bounds
 
     def __call__(self, s: Tensor) -> int:
         """The largest rank over the leading axes of ``s`` ``[..., k]``, at most k; 0 if ``s`` is empty."""
         s = s.detach().double()
         return min(int(self.count(s).max()), s.shape[-1]) if s.numel() else 0
+
+    def decide(self, spectrum: Spectrum) -> int | None:
+        """The rank of all matrices with such singular values; None if it is not the same for all, or unknown."""
+        if self.limits is None:
+            return None
+        k = spectrum.squares.shape[-1]
+        least, most = (min(int(ranks.max()), k) for ranks in self.limits(spectrum))
+        return most if least == most else None
 
     def __str__(self) -> str:
         return self.text
@@ -42,7 +84,11 @@ def threshold(value: float, *, relative: bool = False) -> Rule:
     """
     _require(value >= 0 and math.isfinite(value), "threshold", "a finite number >= 0", value)
     name = "relative" if relative else "threshold"
-    return Rule(f"{name}:{value}", lambda s: (s > value * (s[..., :1] if relative else 1)).sum(-1))
+
+    def above(s: Tensor, first: Tensor) -> Tensor:
+        return (s > value * (first[..., :1] if relative else 1)).sum(-1)
+
+    return Rule(f"{name}:{value}", lambda s: above(s, s), lambda x: (above(x.low, x.high), above(x.high, x.low)))
 
 
 def nuclear(share: float) -> Rule:
@@ -56,7 +102,12 @@ def nuclear(share: float) -> Rule:
     Source: the criterion of Alvarez & Salzmann, NIPS 2017, as their experiments apply it.
     """
     _require(0 <= share <= 1, "nuclear", "a share from 0 to 1", share)
-    return Rule(f"nuclear:{share}", lambda s: _fewest(s, share))
+
+    def limits(x: Spectrum) -> tuple[Tensor, Tensor]:
+        low, high = x.low.cumsum(-1), x.high.cumsum(-1)
+        return _reach(high, share * low[..., -1:]), _reach(low, share * high[..., -1:])
+
+    return Rule(f"nuclear:{share}", lambda s: _fewest(s, share), limits)
 
 
 def energy(share: float) -> Rule:
@@ -66,7 +117,12 @@ def energy(share: float) -> Rule:
         ValueError: ``share`` is not from 0 to 1.
     """
     _require(0 <= share <= 1, "energy", "a share from 0 to 1", share)
-    return Rule(f"energy:{share}", lambda s: _fewest(s.square(), share))
+
+    def limits(x: Spectrum) -> tuple[Tensor, Tensor]:
+        low, high = x.sums
+        return _reach(high, share * x.total[:, None]), _reach(low, share * x.total[:, None])
+
+    return Rule(f"energy:{share}", lambda s: _fewest(s.square(), share), limits)
 
 
 def fixed(rank: int) -> Rule:
@@ -76,7 +132,7 @@ def fixed(rank: int) -> Rule:
         ValueError: ``rank`` is not a whole number >= 1.
     """
     _require(float(rank).is_integer() and rank >= 1, "fixed", "a whole number >= 1", rank)
-    return Rule(f"fixed:{int(rank)}", lambda s: torch.tensor(int(rank)))
+    return _independent(f"fixed:{int(rank)}", lambda k: int(rank))
 
 
 def share(fraction: float) -> Rule:
@@ -86,7 +142,7 @@ def share(fraction: float) -> Rule:
         ValueError: ``fraction`` is not from 0 to 1.
     """
     _require(0 <= fraction <= 1, "share", "a fraction from 0 to 1", fraction)
-    return Rule(f"share:{fraction}", lambda s: torch.tensor(math.ceil(fraction * s.shape[-1])))
+    return _independent(f"share:{fraction}", lambda k: math.ceil(fraction * k))
 
 
 def parse(text: str) -> Rule:
@@ -134,8 +190,18 @@ def numerical_rank(s: Tensor, dtype: torch.dtype) -> Tensor:
 def _fewest(weights: Tensor, share: float) -> Tensor:
     """The fewest of the first ``weights`` ``[..., k]`` that sum to ``share`` of all, int64 ``[...]``."""
     total = weights.cumsum(-1)
-    needed = share * total[..., -1:]
-    return torch.where(needed[..., 0] > 0, (total < needed).sum(-1) + 1, 0)
+    return _reach(total, share * total[..., -1:])
+
+
+def _reach(sums: Tensor, needed: Tensor) -> Tensor:
+    """The fewest terms whose partial sums ``[..., k]`` reach what is ``needed`` ``[..., 1]``, int64 ``[...]``."""
+    return torch.where(needed[..., 0] > 0, (sums < needed).sum(-1) + 1, 0)
+
+
+def _independent(text: str, rank: Callable[[int], int]) -> Rule:
+    """Rule of a rank that follows from k alone."""
+    fixed = lambda squares: torch.tensor(rank(squares.shape[-1]))  # noqa: E731
+    return Rule(text, fixed, lambda x: (fixed(x.squares),) * 2)
 
 
 def _require(ok: bool, name: str, wanted: str, got: object) -> None:

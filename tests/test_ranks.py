@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import compaware_kernels as ck
-from compaware_kernels.nn.factorization import factors, singular_values
+from compaware_kernels.nn.factorization import singular_values
+from compaware_kernels.nn.truncation import factors
 from compaware_kernels.ranks import numerical_rank
 
 S = torch.tensor([4.0, 2.0, 1.0, 1.0, 0.0])

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from .memory import has_memory, span
 
-__all__ = ["MODULE_STATE", "copied"]
+__all__ = ["MODULE_STATE", "copied", "with_the_same_parameters"]
 
 MODULE_STATE = frozenset(vars(nn.Module()))  # what torch keeps in every module
 
@@ -29,6 +29,12 @@ def copied(model: nn.Module, instead: Mapping[int, object] | None = None) -> nn.
             if isinstance(module, fx.GraphModule):
                 _complete(memo[id(module)], module, memo)
     return new
+
+
+def with_the_same_parameters(model: nn.Module) -> nn.Module:
+    """Deep copy of a model whose parameters are new objects in the memory of the old ones."""
+    alike = (p for p in model.parameters() if type(p) is nn.Parameter and p.layout is torch.strided)
+    return copied(model, {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in alike})
 
 
 def _complete(new: fx.GraphModule, old: fx.GraphModule, memo: dict[int, object]) -> None:

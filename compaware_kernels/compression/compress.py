@@ -8,25 +8,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import ranks as rank_rules
-from .._utils.copied import copied
-from .._utils.eval_mode import set_mode
-from .._utils.memory import distinct
-from .._utils.progress import tracked
+from .._utils.copied import copied, with_the_same_parameters
+from .._utils.eval_mode import layer_by_layer, set_mode
 from .._utils.tables import text_table
 from ..folds import FOLDS, row_axes
 from ..nn.discovery import Layer, foldable_layers
-from ..nn.factorization import SVD
 from ..nn.holders import tied_weights, why_dense
 from ..nn.lowrank import LowRank
 from ..nn.module_surgery import replace, to_channels_last
-from ..nn.registry import low_rank_type
 from ..nn.unwrap import without_wrappers
 from . import latency_model
-from .arguments import ExampleInputs, Inputs, RankRule, rank_of, rule_of, rules_by_pattern
-from .calibration import Calibration, WeightedSVD
+from .arguments import ExampleInputs, Inputs, RankRule, rule_of, rules_by_pattern
+from .calibration import Calibration
 from .comparison import difference
 from .dead_neurons import remove_dead_neurons
+from .factorize import Factorizer, note, size
 from .macs import count_macs
 from .reads import weights_read
 
@@ -152,34 +148,40 @@ def compress(
         if not layer.weight.isfinite().all():
             raise ValueError(f"{layer.name}: its weight contains NaN or Inf; nothing was compressed")
 
-    macs_before = count_macs(model, inputs)
     small, removed, notes = set_mode(copied(model), False), {}, {}
     if remove_dead:
         small, removed, notes = remove_dead_neurons(small, inputs, tuple(skip))
-    wanted = [name for name in names if name not in fixed and rule_of(rules, name)]
-    seen = None if calibration is None else Calibration(small, wanted, calibration, folds, progress)
-    dense, read = copied(small), weights_read(small, [name for name in names if name not in fixed], inputs)
+    open_names = [name for name in names if name not in fixed]
+    watched = names if goal == "speed" else []
+    with weights_read(small, open_names) as read, latency_model.recording(small, watched) as seen:
+        macs_dense = count_macs(small, inputs)
+    macs_before = count_macs(model, inputs) if removed else macs_dense
+    moments = None
+    if calibration is not None:
+        wanted = [name for name in open_names if rule_of(rules, name)]
+        moments = Calibration(small, wanted, calibration, folds, progress)
+    dense, faster_on, macs = with_the_same_parameters(small), None, None
     if goal == "speed":
         fixed |= dict.fromkeys(read, READ)
-        small = _channels_last(small, inputs)
+        small, faster_on = _channels_last(small, names, inputs, seen)
     whole = {layer.name: small.get_submodule(layer.name) for layer in layers}
-    small, gains = _factorize(
-        small, layers, rules, fixed, folds, inputs if goal == "speed" else None, measure, notes, seen, progress
-    )
+    factorizer = Factorizer(rules, fixed, folds, faster_on, measure, moments, progress)
+    small, gains = factorizer.run(small, names, notes)
     if not gains:
-        small = dense
+        small, macs = dense, macs_dense
     elif goal == "size":
-        small = _restore_costlier_layers(small, whole, count_macs(dense, inputs), gains, inputs, notes)
+        small, macs = _restore_costlier_layers(small, whole, macs_dense, gains, inputs, notes)
     elif measure and latency_model.fastest([dense, small], inputs) == 0:
         for name in gains:
-            _note(notes, name, "put back: the whole model was measured to be no faster")
-        small, gains = dense, {}
+            note(notes, name, "put back: the whole model was measured to be no faster")
+        small, gains, macs = dense, {}, macs_dense
     for name in read & gains.keys():
-        _note(notes, name, READ)
+        note(notes, name, READ)
     now = dict(small.named_modules())
     for name, module in model.named_modules():  # parents before children
         set_mode(now[name], module.training)
-    return small, _report(model, small, layers, skipped, macs_before, count_macs(small, inputs), removed, notes, gains)
+    macs = count_macs(small, inputs) if macs is None else macs
+    return small, _report(model, small, layers, skipped, macs_before, macs, removed, notes, gains)
 
 
 def fixed_layers(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
@@ -191,83 +193,6 @@ def fixed_layers(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
     return apart | why_dense(model, names)
 
 
-def _factorize(
-    model: nn.Module,
-    layers: list[Layer],
-    rules: Mapping[str, RankRule],
-    fixed: Mapping[str, str],
-    folds: Sequence[str],
-    inputs: Inputs | None,
-    measure: bool,
-    notes: dict[str, str],
-    calibration: Calibration | None,
-    progress: bool | None,
-) -> tuple[nn.Module, dict[str, float | None]]:
-    """Replace layers of ``model`` by low-rank ones; given ``inputs``, only those that become faster on them.
-
-    Returns the model and the speed-up of each replaced layer (None without inputs); ``notes`` gets the other reasons.
-    """
-    names, gains = [layer.name for layer in layers], {}
-    seen = {} if inputs is None else latency_model.record(model, names, inputs)
-    for name in tracked(names, "factorize", progress):
-        dense, gain, why = model.get_submodule(name), None, fixed.get(name, "")
-        if inputs is not None and not why:
-            why = "" if name in seen else "the example inputs do not reach it"
-            why = why or ("" if measure else _never_faster(dense, folds, *seen[name]))
-        reason, candidates = _candidates(name, dense, rule_of(rules, name), why, folds, inputs is not None, calibration)
-        if inputs is None:
-            choice = min(candidates, key=lambda c: _size(low_rank_type(dense).like(dense, c[1], c[0])), default=None)
-        elif candidates:
-            choice, gain, reason = latency_model.choose(dense, list(candidates), *seen[name], measure)
-        else:
-            choice = None
-        if reason:
-            _note(notes, name, reason)
-        if choice:
-            gains[name] = gain
-            fold, rank = choice
-            model = replace(model, name, low_rank_type(dense).from_svd(dense, rank, fold, candidates[choice]))
-    return model, gains
-
-
-def _never_faster(dense: nn.Module, folds: Sequence[str], x: Tensor, y: Tensor) -> str:
-    """Why no rank is predicted to make a layer with this input and output faster, so that it needs no SVD; else ""."""
-    limits = {fold: rank_rules.break_even(*Layer("", dense).matrix(fold).shape[-2:]) for fold in folds}
-    least = [(fold, 8 if limit >= 8 else 1) for fold, limit in limits.items()]
-    choice, _, reason = latency_model.choose(dense, least, x, y, measured=False)
-    return "" if choice else f"even {reason}"
-
-
-def _candidates(
-    name: str,
-    dense: nn.Module,
-    rule: RankRule | None,
-    why: str,
-    folds: Sequence[str],
-    rounded: bool,
-    calibration: Calibration | None,
-) -> tuple[str, dict[tuple[str, int], SVD | WeightedSVD]]:
-    """Candidate factorizations (fold, rank), each with the SVD of the folded weight; or why there is none."""
-    if rule is None:
-        return "no rank rule matches its name", {}
-    if why:
-        return why, {}
-    reason, found, shapes = "", {}, set()
-    for fold in folds:
-        M = Layer(name, dense).matrix(fold)
-        if M.shape in shapes:  # same matrix as an earlier fold, e.g. all folds of a 1 x 1 kernel
-            continue
-        shapes.add(M.shape)
-        svd = calibration.svd(name, fold, M) if calibration else SVD.of(M)
-        rank, (m, n) = rank_of(name, rule, svd.s), M.shape[-2:]
-        rank, limit, eights = max(rank, 1), rank_rules.break_even(m, n), -(-rank // 8) * 8
-        if rank > limit:
-            reason = f"rank {rank} of a {m} x {n} matrix is not smaller (break-even: {limit})"
-        else:
-            found[fold, max(rank, eights) if rounded and eights <= limit else rank] = svd
-    return ("", found) if found else (reason, {})
-
-
 def _restore_costlier_layers(
     small: nn.Module,
     whole: dict[str, nn.Module],
@@ -275,26 +200,33 @@ def _restore_costlier_layers(
     gains: dict,
     inputs: Inputs,
     notes: dict[str, str],
-) -> nn.Module:
-    """Restore dense layers whose factors need no fewer multiply-adds on the example inputs, if those can be counted."""
+) -> tuple[nn.Module, dict[str, int] | None]:
+    """Restore dense layers whose factors need no fewer multiply-adds on the example inputs, if those can be counted.
+
+    Returns the model, and its multiply-adds if they are known.
+    """
     macs = count_macs(small, inputs)
     if macs is None or before is None:
-        return small
-    for name in [name for name in gains if macs.get(name, 0) >= before.get(name, 0) > 0]:
+        return small, macs
+    costly = [name for name in gains if macs.get(name, 0) >= before.get(name, 0) > 0]
+    for name in costly:
         small = replace(small, name, whole[name])
         del gains[name]
-        _note(notes, name, f"its factors need {macs[name]:,} multiply-adds, the dense layer {before[name]:,}")
-    return small
+        note(notes, name, f"its factors need {macs[name]:,} multiply-adds, the dense layer {before[name]:,}")
+    return small, None if costly else macs
 
 
-def _channels_last(model: nn.Module, inputs: Inputs) -> nn.Module:
-    """Copy of the model with channels_last weights if its outputs stay the same, else the model itself."""
-    changed = to_channels_last(copied(model))
-    return model if difference(model, changed, inputs) else changed
+Seen = Mapping[str, tuple[Tensor, Tensor]]  # inputs and outputs of layers
 
 
-def _note(notes: dict[str, str], name: str, text: str) -> None:
-    notes[name] = f"{notes[name]}; {text}" if name in notes else text
+def _channels_last(model: nn.Module, names: Sequence[str], inputs: Inputs, seen: Seen) -> tuple[nn.Module, Seen]:
+    """The model with channels_last weights if its outputs stay the same, else as it is; and what its layers see."""
+    if not any(type(module) in (nn.Conv2d, nn.ConvTranspose2d) for module in model.modules()):
+        return model, seen
+    changed = to_channels_last(with_the_same_parameters(model))
+    with layer_by_layer(changed), latency_model.recording(changed, names) as seen_then:
+        why = difference(model, changed, inputs)
+    return (model, seen) if why else (changed, seen_then)
 
 
 def _report(model, small, layers, skipped, macs_before, macs, removed, notes, gains) -> CompressReport:
@@ -302,13 +234,13 @@ def _report(model, small, layers, skipped, macs_before, macs, removed, notes, ga
         _layer_report(layer, small.get_submodule(layer.name), macs_before, macs, removed, notes, gains)
         for layer in layers
     ]
-    (params_before, bytes_before), (params, bytes_) = _size(model), _size(small)
+    (params_before, bytes_before), (params, bytes_) = size(model), size(small)
     macs_before, macs = _count(macs_before, ""), _count(macs, "")
     return CompressReport(entries, params_before, params, macs_before, macs, bytes_before, bytes_, skipped)
 
 
 def _layer_report(layer: Layer, now: nn.Module, macs_before, macs, removed, notes, gains) -> LayerReport:
-    (params_before, bytes_before), (params, bytes_) = _size(layer.module), _size(now)
+    (params_before, bytes_before), (params, bytes_) = size(layer.module), size(now)
     rank, fold = (now.rank, now.fold) if isinstance(now, LowRank) else (None, "paper")
     full = min(Layer(layer.name, layer.module).matrix(fold).shape[-2:])
     return LayerReport(
@@ -321,12 +253,6 @@ def _layer_report(layer: Layer, now: nn.Module, macs_before, macs, removed, note
 def _count(macs: dict[str, int] | None, name: str) -> int | None:
     """Multiply-adds of a module; 0 if the example inputs do not reach it, None if they could not be counted."""
     return None if macs is None else macs.get(name, 0)
-
-
-def _size(module: nn.Module) -> tuple[int, int]:
-    """Number of parameters and of their bytes; shared memory counts once."""
-    parameters = distinct(module.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
 
 
 def _change(before: int | None, after: int | None) -> str:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import cycle
@@ -26,7 +27,8 @@ from ..nn.lowrank import LowRank
 from ..nn.registry import low_rank_type
 from .arguments import ExampleInputs, Inputs
 
-__all__ = ["Device", "choose", "fastest", "measure", "measure_device", "predict", "record", "seconds", "times"]
+__all__ = ["Device", "choose", "fastest", "measure", "measure_device", "predict", "record", "recording",
+           "seconds", "times"]  # fmt: skip
 
 PREDICTED, MEASURED = 1.25, 1.05  # least speed-up for which a layer is factorized
 COLUMNS, TAP = 16, 8  # output columns per vector block; cost of a kernel tap, in channels
@@ -147,9 +149,11 @@ def choose(
     Returns:
         the candidate, or None; its speed-up (dense time / its time); and the reason as text.
     """
-    low_rank = [low_rank_type(dense).like(dense, rank, fold).eval() for fold, rank in candidates]
-    layers = [copy.deepcopy(dense).eval(), *low_rank]
-    taken = measure(layers, x) if measured else [predict(layer, x, y) for layer in layers]
+    layers = [dense, *(low_rank_type(dense).like(dense, rank, fold) for fold, rank in candidates)]
+    if measured:
+        taken = measure([copy.deepcopy(dense).eval(), *(layer.eval() for layer in layers[1:])], x)
+    else:  # no weights are packed for that
+        taken = [predict(layer, x, y) for layer in layers]
     best = min(range(len(candidates)), key=lambda i: taken[1 + i])
     gain, how, wanted = taken[0] / taken[1 + best], *(("measured", MEASURED) if measured else ("predicted", PREDICTED))
     if gain >= wanted:
@@ -169,6 +173,14 @@ def fastest(models: Sequence[nn.Module], inputs: ExampleInputs | Inputs) -> int:
 
 def record(model: nn.Module, names: Sequence[str], inputs: ExampleInputs | Inputs) -> dict[str, tuple[Tensor, Tensor]]:
     """Input and output of each named layer in one forward pass; of several calls of a layer, the first."""
+    with recording(model, names) as seen, layer_by_layer(model), torch.no_grad():
+        Inputs.of(inputs).cloned().run(model)
+    return seen
+
+
+@contextmanager
+def recording(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Records the input and output of each named layer in the model's first run within the context."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(name: str, _: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> None:
@@ -176,9 +188,7 @@ def record(model: nn.Module, names: Sequence[str], inputs: ExampleInputs | Input
 
     handles = [model.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True) for name in names]
     try:
-        with layer_by_layer(model), torch.no_grad():
-            Inputs.of(inputs).cloned().run(model)
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
-    return seen

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from .. import ranks
 from .._utils.copied import copied
 from .._utils.eval_mode import set_mode
-from .._utils.progress import tracked
+from .._utils.parallel import in_parallel
 from ..folds import row_axes
-from ..nn.discovery import foldable_layers
-from ..nn.factorization import singular_values
+from ..nn.discovery import Layer, foldable_layers
 from ..nn.module_surgery import replace
 from ..nn.registry import low_rank_type
+from ..nn.truncation import Truncation, work
 from ..nn.unwrap import without_wrappers
 from ..ops.validation import check_finite
 from .arguments import ExampleInputs, Inputs
@@ -133,20 +133,28 @@ def _layers(
             raise ValueError("of: the multiply-adds of this model cannot be counted; wanted of='params'; got 'macs'")
         macs, one_macs = {}, {}
     seen = None if calibration is None else Calibration(model, names, calibration, (fold,), progress)
-    chosen = []
-    for layer in tracked(found, "singular values", progress):
-        M = layer.matrix(fold)
-        G, m, n = M.shape
-        limit, cost, each = ranks.break_even(m, n), G * m * n, G * (m + n)
-        dense, one = macs.get(layer.name), one_macs.get(layer.name)
-        if dense and one:
-            limit = min(limit, math.ceil(dense / one) - 1)
-        if of == "macs":  # without a count, the example inputs do not reach the layer
-            cost, each = dense if one else 0, one
-        if cost:
-            s = seen.spectrum(layer.name, fold, M) if seen else singular_values(M)
-            chosen.append(_cost_error_curve(layer.name, s, cost, each, limit))
-    return chosen
+    wanted = [(layer, layer.matrix(fold), *_costs(layer, fold, of, macs, one_macs)) for layer in found]
+    wanted = [(layer, M, cost, each, limit) for layer, M, cost, each, limit in wanted if cost]
+
+    def curve(part: tuple[Layer, Tensor, float, float, int]) -> _Layer:
+        layer, M, cost, each, limit = part
+        s = seen.spectrum(layer.name, fold, M) if seen else Truncation(M, vectors=False).singular_values(limit)
+        return _cost_error_curve(layer.name, s, cost, each, limit)
+
+    return in_parallel(curve, wanted, lambda part: work(part[1]), "singular values", progress)
+
+
+def _costs(
+    layer: Layer, fold: str, of: str, macs: Mapping[str, int], one_macs: Mapping[str, int]
+) -> tuple[float, float, int]:
+    """Cost of a dense layer and of one rank, and the largest rank that is cheaper; 0 if the inputs do not reach it."""
+    G, m, n = layer.matrix(fold).shape
+    limit, dense, one = ranks.break_even(m, n), macs.get(layer.name), one_macs.get(layer.name)
+    if dense and one:
+        limit = min(limit, math.ceil(dense / one) - 1)
+    if of == "params":
+        return G * m * n, G * (m + n), limit
+    return (dense, one, limit) if dense and one else (0, 0, limit)
 
 
 def _cost_error_curve(name: str, s: Tensor, dense: float, one: float, limit: int) -> _Layer:

@@ -1,23 +1,22 @@
-"""Layers whose weight other code of the model reads, instead of calling the layer or besides; found by one run."""
+"""Layers whose weight other code of the model reads, instead of calling the layer or besides; found by running it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .._utils.eval_mode import layer_by_layer
 from ..nn.factored_weight import METADATA
-from .arguments import Inputs
 
 __all__ = ["weights_read"]
 
 
-def weights_read(model: nn.Module, names: Sequence[str], inputs: Inputs) -> set[str]:
-    """Those of the layers ``names`` whose weight is an argument of an op outside their own forward.
+@contextmanager
+def weights_read(model: nn.Module, names: Sequence[str]) -> Iterator[set[str]]:
+    """Those of the layers ``names`` whose weight is an argument of an op outside their own forward, within the context.
 
     As a low-rank layer, such a layer works, but forms the product of its factors at each read. To ask for the dtype,
     device or shape of a weight is no read: the product is not needed for that.
@@ -29,12 +28,11 @@ def weights_read(model: nn.Module, names: Sequence[str], inputs: Inputs) -> set[
         handles.append(layer.register_forward_pre_hook(lambda *_, name=name: reads.running.append(name)))
         handles.append(layer.register_forward_hook(lambda *_: reads.leave(), always_call=True))
     try:
-        with layer_by_layer(model), torch.no_grad(), reads:
-            inputs.cloned().run(model)
+        with reads:
+            yield reads.found
     finally:
         for handle in handles:
             handle.remove()
-    return reads.found
 
 
 class _Reads(TorchFunctionMode):

@@ -1,4 +1,4 @@
-"""Singular values and truncated SVD of matrices [G, m, n] in fp64; rank-r factors U [G, m, r], V [G, r, n]."""
+"""Singular values and thin SVD of matrices [G, m, n] in fp64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["SVD", "check_rank", "factors", "singular_values"]
+__all__ = ["SVD", "check_rank", "singular_values"]
 
 
 class SVD(NamedTuple):
@@ -24,7 +24,7 @@ class SVD(NamedTuple):
         return cls(U, s, Vh) if M.shape[-2] >= M.shape[-1] else cls(Vh.mT, s, U.mT)
 
     def factors(self, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Rank-r factors ``[G, m, r]``, ``[G, r, n]`` in ``dtype``, as of :func:`factors`."""
+        """Rank-r factors ``[G, m, r]``, ``[G, r, n]`` in ``dtype``, as of :func:`.truncation.factors`."""
         root = self.s[..., :rank].sqrt()
         U, V = self.U[..., :rank] * root[..., None, :], root[..., :, None] * self.Vh[..., :rank, :]
         return U.to(dtype), V.to(dtype)
@@ -38,29 +38,6 @@ def singular_values(M: Tensor) -> Tensor:
 def _tall(M: Tensor) -> Tensor:
     """M or its transpose in fp64, the one with more rows: LAPACK takes up to three times as long for wide matrices."""
     return (M if M.shape[-2] >= M.shape[-1] else M.mT).detach().double()
-
-
-def factors(M: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors of the best rank-r approximation of M (truncated SVD), the singular values split evenly between them.
-
-    ``M ~ U V,  U = U_r S_r^(1/2),  V = S_r^(1/2) V_r^T``
-
-    The factors have equal norms, so that their gradients have one scale in fine-tuning.
-
-    Args:
-        M: ``[G, m, n]``, any floating dtype; computed in fp64.
-        rank: 1 to min(m, n).
-
-    Returns:
-        ``U`` ``[G, m, r]`` and ``V`` ``[G, r, n]`` in the dtype of M.
-
-    Raises:
-        ValueError: rank out of range.
-
-    Source: Eckart & Young, 1936.
-    """
-    check_rank(rank, *M.shape[-2:])
-    return SVD.of(M).factors(rank, M.dtype)
 
 
 def check_rank(rank: int, m: int, n: int) -> None:

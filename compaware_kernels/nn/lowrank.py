@@ -15,8 +15,8 @@ from ..ops import backends
 from ..ops.lowrank import ACTIVATIONS, lowrank_pack
 from ..ops.transforms import is_transformed
 from .factored_weight import FactoredWeight
-from .factorization import SVD, factors
 from .module_surgery import copy_requires_grad, is_plain
+from .truncation import factors
 
 if TYPE_CHECKING:
     from typing import Self  # of Python 3.11
@@ -113,9 +113,9 @@ class LowRank(nn.Module, ABC):
         return self._copy_from(layer, *self._factors(layer.weight))
 
     @classmethod
-    def from_svd(cls, layer: nn.Module, rank: int, fold: str, svd: SVD) -> Self:
-        """As :meth:`from_dense`, with the SVD of the folded weight ``[G, m, n]`` given."""
-        return cls.like(layer, rank, fold)._copy_from(layer, *svd.factors(rank, layer.weight.dtype))
+    def from_factors(cls, layer: nn.Module, rank: int, fold: str, U: Tensor, V: Tensor) -> Self:
+        """As :meth:`from_dense`, with the factors ``[G, m, r]`` and ``[G, r, n]`` of the folded weight given."""
+        return cls.like(layer, rank, fold)._copy_from(layer, U, V)
 
     def to_sequential(self) -> nn.Sequential:
         """The layer in plain torch: ``nn.Sequential(first, second)``, sharing the parameters.

@@ -289,8 +289,7 @@ def test_each_matrix_is_decomposed_once(fold, matrices, calibrated, monkeypatch)
     x, batches = torch.randn(2, 4, 4, 4), [(torch.randn(8, 4, 4, 4),)]
     _, report = by_size(model, ck.ranks.fixed(2), (x,), fold=fold, calibration=batches if calibrated else None)
     assert [r.rank for r in report.layers] == [2, 2]
-    wanted = {"svd": matrices + 2 * calibrated, "eigh": 0, "svdvals": 0}
-    assert {name: calls.count(name) for name in wanted} == wanted
+    assert len(calls) == matrices + 2 * calibrated
 
 
 @pytest.mark.parametrize("fold", ["paper", "auto"])

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from compaware_kernels.nn.factorization import SVD, factors, singular_values
+from compaware_kernels.nn.factorization import SVD, singular_values
+from compaware_kernels.nn.truncation import factors
 
 
 @pytest.mark.parametrize("shape", [(1, 9, 4), (1, 4, 9), (3, 5, 5), (2, 3, 7), (2, 1, 6), (0, 3, 4), (1, 0, 4)])

@@ -15,17 +15,23 @@ ROWS = 2**18  # elements per block
 
 
 @torch.library.custom_op("compaware::small_svd", mutates_args=())
-def small_svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of ``[B, m, n]``, fp32 or fp64: U ``[B, m, k]``, s ``[B, k]`` descending, V ``[B, n, k]``."""
+def small_svd(W: Tensor, both: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD of ``[B, m, n]``, fp32 or fp64: U ``[B, m, k]``, s ``[B, k]`` descending, V ``[B, n, k]``.
+
+    Args:
+        both: False: only the singular vectors of the longer side, faster; U or V has no matrices then (B = 0), and
+            vectors of zero singular values may be zero.
+    """
     U, s, Vh = torch.linalg.svd(W, full_matrices=False)
-    return U.contiguous(), s, Vh.mT.contiguous()
+    U, V, tall = U.contiguous(), Vh.mT.contiguous(), W.shape[1] >= W.shape[2]
+    return U if both or tall else U[:0].clone(), s, V if both or not tall else V[:0].clone()
 
 
 @small_svd.register_fake
-def _(W):
+def _(W, both=True):
     B, m, n = W.shape
     k = min(m, n)
-    return W.new_empty(B, m, k), W.new_empty(B, k), W.new_empty(B, n, k)
+    return W.new_empty(B if both or m >= n else 0, m, k), W.new_empty(B, k), W.new_empty(B if both or m < n else 0, n, k)
 
 
 @torch.library.custom_op("compaware::wide_product", mutates_args=())

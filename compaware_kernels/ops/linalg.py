@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
-__all__ = ["COLUMNS", "ROWS", "inner", "product", "small_svd", "times", "wide_product", "without"]
+__all__ = ["COLUMNS", "ROWS", "gram_eigh", "inner", "product", "small_svd", "times", "wide_product", "without"]
 
 LARGE = 2**20  # multiplications; below, the oneDNN call overhead exceeds its gain
 COLUMNS = 8  # widths are rounded up to multiples of 8: oneDNN compiles a kernel per shape
@@ -31,7 +32,34 @@ def small_svd(W: Tensor, both: bool = True) -> tuple[Tensor, Tensor, Tensor]:
 def _(W, both=True):
     B, m, n = W.shape
     k = min(m, n)
-    return W.new_empty(B if both or m >= n else 0, m, k), W.new_empty(B, k), W.new_empty(B if both or m < n else 0, n, k)
+    tall, wide = (B if both or m >= n else 0), (B if both or m < n else 0)
+    return W.new_empty(tall, m, k), W.new_empty(B, k), W.new_empty(wide, n, k)
+
+
+@torch.library.custom_op("compaware::gram_eigh", mutates_args=())
+def gram_eigh(X: Sequence[Tensor], floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenpairs above floor ``[L]`` of ``X^T X``, or ``X X^T`` if that is smaller, k x k, in fp64; X ``[m, n]``.
+
+    Returns the eigenvalues, descending, then zeros, ``[L, K]`` with K the largest k; the eigenvectors, as the first
+    rows of k x k numbers for each matrix, one after the other; and the residuals ``||G V - V diag(w)||_F`` ``[L]``.
+    """
+    values, vectors, residuals = floor.new_zeros(len(X), max((min(x.shape) for x in X), default=0)), [], []
+    for x, above, out in zip(X, floor, values, strict=True):
+        x = x.double() if x.shape[0] >= x.shape[1] else x.mT.double()
+        G = x.mT @ x
+        w, V = torch.linalg.eigh(G)
+        residuals.append(torch.linalg.vector_norm(G @ V - V * w))
+        out[: len(w)] = torch.where(w > above, w, 0).flip(0)
+        vectors.append(V.flip(1).mT.flatten())
+    empty = floor.new_empty(0)
+    return values, torch.cat([empty, *vectors]), torch.stack(residuals) if residuals else empty
+
+
+@gram_eigh.register_fake
+def _(X, floor):
+    sizes = [min(x.shape) for x in X]
+    shapes = (len(X), max(sizes, default=0)), (sum(k * k for k in sizes),), (len(X),)
+    return tuple(map(floor.new_empty, shapes))
 
 
 @torch.library.custom_op("compaware::wide_product", mutates_args=())

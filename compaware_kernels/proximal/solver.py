@@ -3,7 +3,7 @@
 Routes, for a matrix with m >= n:
 
 * ``zero``: the Frobenius norm is at most tau, so the result is zero; nothing is factorized;
-* ``jacobi``: batches of small matrices (:func:`torch.ops.compaware.small_svd`);
+* ``jacobi``, and ``gram`` for up to 128 columns: all small matrices at once (:mod:`.small`);
 * ``subspace``: few singular values exceed tau, or did at the last call (:mod:`.subspace_iteration`);
 * ``gram``, ``svd``: all others (:mod:`.gram`).
 
@@ -28,7 +28,7 @@ from .._utils.autocast import without_autocast
 from ..distributed.row_sharded import RowSharded
 from ..ops.validation import check_finite
 from . import gram as dense
-from . import jacobi
+from . import small
 from .cuda import backend as gpu
 from .error_bounds import rescale, storage, unit_roundoff
 from .record import Record, unfold_all
@@ -196,22 +196,19 @@ def _shrink_by_routes(records, functions, tol: float, state: WarmState | None, b
     if gpu.on_gpu([record.target for record in records]):  # not validated yet, to avoid a synchronization
         for record in records:
             check_finite(record.target, record.label)
-    small = jacobi.small_shapes([record.target for record in records if record.shards is None])
-    work: list[jacobi.Group | list[Task]] = []
-    for record, function in zip(records, functions, strict=True):
-        if record.shards is None and tuple(record.target.shape[-2:]) in small:
-            work.append(jacobi.Group(record.target, function, record.target_center, record.label, record.stored_as))
-        else:
-            work.append(_tasks(record, function, tol, state))
-    groups = [entry for entry in work if isinstance(entry, jacobi.Group)]
+    work: list[small.Group | list[Task]] = [
+        group or _tasks(record, function, tol, state)
+        for group, record, function in zip(small.groups_of(records, functions, tol), records, functions, strict=True)
+    ]
+    groups = [entry for entry in work if isinstance(entry, small.Group)]
     tasks = [task for entry in work if isinstance(entry, list) for task in entry]
     if groups:
-        jacobi.compute(groups, tol, ball)
+        small.compute(groups, tol, ball)
     in_parallel(compute, tasks)
     for task in tasks:
         check_fits(task, ball)
     if groups:
-        jacobi.write(groups)
+        small.write(groups)
     in_parallel(lambda task: write(task, ball), tasks)
     for record, entry in zip(records, work, strict=True):
         if record.shards is not None:
@@ -252,10 +249,10 @@ def _recall(task: Task, state: WarmState | None) -> None:
     task.seed = seed_of(state.seed, state.calls, task.key) if state else seed_of(0, 0, task.key)
 
 
-def _report(record: Record, entry: jacobi.Group | list[Task]) -> SvtInfo:
+def _report(record: Record, entry: small.Group | list[Task]) -> SvtInfo:
     """SvtInfo of one weight, from its Jacobi group or its tasks."""
     W, name = record.target, record.name
-    if isinstance(entry, jacobi.Group):
+    if isinstance(entry, small.Group):
         return SvtInfo(entry.rank, entry.s, entry.error, entry.method, "small", name)
     shape = record.shards.shape if record.shards else W.shape[-2:]
     batch, k = W.shape[:-2], min(shape)

@@ -15,7 +15,7 @@ from ..distributed.row_sharded import RowSharded
 from ..ops.linalg import ROWS, product
 from .error_bounds import UNCHANGED, norms, rescale, unit_exponent, unit_roundoff
 from .gram import Dense
-from .small import difference
+from .jacobi import difference
 from .spectral_functions import Spectral
 
 __all__ = ["Task", "check_fits", "product_dtype", "write"]

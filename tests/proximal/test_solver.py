@@ -8,7 +8,7 @@ import torch
 
 import compaware_kernels as ck
 from compaware_kernels.ops import linalg
-from compaware_kernels.proximal import gram, small, solver
+from compaware_kernels.proximal import gram, jacobi, solver
 from tests.helpers.cases import low_rank, with_spectrum
 from tests.helpers.marks import slow_but
 from tests.proximal import hunt
@@ -93,9 +93,9 @@ def test_many_small_matrices_share_a_batch():
 
 
 def test_small_shapes():
-    assert small.small_shapes([torch.empty(6, 25)]) == {(6, 25)}
-    assert small.small_shapes([torch.empty(60, 40)]) == set()
-    assert small.small_shapes([torch.empty(60, 40)] * 20) == {(60, 40)}
+    assert jacobi.small_shapes([torch.empty(6, 25)]) == {(6, 25)}
+    assert jacobi.small_shapes([torch.empty(60, 40)]) == set()
+    assert jacobi.small_shapes([torch.empty(60, 40)] * 20) == {(60, 40)}
     assert solver.worth_it(1024, 256, 40) and not solver.worth_it(1024, 64, 16)
 
 

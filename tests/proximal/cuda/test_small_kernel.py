@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from compaware_kernels.proximal.small import COARSE, LOSS
+from compaware_kernels.proximal.jacobi import COARSE, LOSS
 from tests.emulation import emulator
 from tests.emulation.emulator import Launch
 from tests.helpers import cases, oracle

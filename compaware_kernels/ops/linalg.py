@@ -8,11 +8,24 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["COLUMNS", "ROWS", "gram_eigh", "inner", "product", "small_svd", "times", "wide_product", "without"]
+__all__ = [
+    "BLOCKS",
+    "COLUMNS",
+    "ROWS",
+    "gram",
+    "gram_eigh",
+    "inner",
+    "product",
+    "small_svd",
+    "times",
+    "wide_product",
+    "without",
+]
 
 LARGE = 2**20  # multiplications; below, the oneDNN call overhead exceeds its gain
 COLUMNS = 8  # widths are rounded up to multiples of 8: oneDNN compiles a kernel per shape
 ROWS = 2**18  # elements per block
+BLOCKS = 256  # columns from which a Gram matrix is computed in blocks
 
 
 @torch.library.custom_op("compaware::small_svd", mutates_args=())
@@ -92,6 +105,19 @@ def product(A: Tensor, B: Tensor) -> Tensor:
     if A.stride(0) == 1 and A.shape[0] >= B.shape[1]:  # (B^T A^T)^T takes the large A without a copy
         return torch.ops.mkldnn._linear_pointwise(B.mT, A, None, "none", [], "").mT.contiguous()
     return torch.ops.mkldnn._linear_pointwise(A, B.mT, None, "none", [], "")
+
+
+def gram(X: Tensor) -> Tensor:
+    """Gram matrix ``X^T X`` ``[n, n]`` of X ``[m, n]``, in its dtype; of a large one, one triangle, in blocks."""
+    n = X.shape[1]
+    if n < BLOCKS:
+        return product(X.mT, X)
+    rows = X.mT.contiguous()  # oneDNN is a thousand times slower where rows are not contiguous
+    half = n // 2 // COLUMNS * COLUMNS
+    A, B, G = rows[:half].mT, rows[half:].mT, X.new_empty(n, n)
+    G[:half, :half], G[half:, half:], G[:half, half:] = gram(A), gram(B), product(A.mT, B)
+    G[half:, :half] = G[:half, half:].mT
+    return G
 
 
 def times(X: Tensor, Y: Tensor) -> Tensor:

@@ -87,14 +87,18 @@ def compute(groups: Sequence[Group], tol: float, ball: bool) -> None:
 
 
 def _compute_alike(groups: Sequence[Group], tol: float, ball: bool) -> None:
-    counts = [entry.W.shape[:-2].numel() for entry in groups]
-    X, functions = torch.cat([entry.matrices() for entry in groups]), [entry.function for entry in groups]
+    counts, functions = [entry.W.shape[:-2].numel() for entry in groups], [entry.function for entry in groups]
+    matrices = groups[0].center is None and all(entry.W.ndim == 2 for entry in groups)
+    X = torch.stack([e.W for e in groups]) if matrices else torch.cat([e.matrices() for e in groups])
     size, repeats, exponents = norms(X), counts, None
+    if all(function == functions[0] for function in functions):
+        functions, repeats = functions[:1], [len(X)]
     if ((size > 0) & ((size < 2.0**-ORDINARY) | (size > 2.0**ORDINARY))).any():  # each matrix to a norm near 1
         check_each(groups, counts, size.isfinite(), "singular values that fp64 can hold")
-        exponents, repeats = [unit_exponent(norm) for norm in size.tolist()], [1] * len(X)
-        owners = (function for function, count in zip(functions, counts, strict=True) for _ in range(count))
+        exponents = [unit_exponent(norm) for norm in size.tolist()]
+        owners = (function for function, count in zip(functions, repeats, strict=True) for _ in range(count))
         functions = [function.scaled(e) for function, e in zip(owners, exponents, strict=True)]
+        repeats = [1] * len(X)
         X = rescale(X.double(), exponents)
         size = norms(X)
     floor = torch.tensor([function.floor for function in functions], dtype=torch.float64)

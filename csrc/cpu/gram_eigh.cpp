@@ -25,7 +25,8 @@ template <class T>
 double run(const Tensor& X, double floor, double* values, double* vectors) {
   const int64_t tall = X.size(0) >= X.size(1) ? 0 : 1, wide = 1 - tall;  // axes
   const auto kernel = CK_OF_ISA(gram_eigh<T>);
-  return kernel(X.const_data_ptr<T>(), X.size(tall), X.size(wide), X.stride(tall), X.stride(wide), floor, values, vectors);
+  return kernel(X.const_data_ptr<T>(), X.size(tall), X.size(wide), X.stride(tall), X.stride(wide), floor, values,
+                vectors);
 }
 
 // X: matrices [m, n] in fp32 or fp64, floor [L] fp64 -> eigenvalues [L, K], eigenvectors, flat, residuals [L], in fp64.

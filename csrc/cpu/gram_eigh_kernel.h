@@ -1,5 +1,5 @@
-// Leading eigenpairs of the Gram matrix of one small matrix, in fp64: Householder tridiagonalization, bisection by Sturm
-// counts, inverse iteration, and the reflections applied to its vectors.
+// Leading eigenpairs of the Gram matrix of one small matrix, in fp64: Householder tridiagonalization, bisection by
+// Sturm counts, inverse iteration, and the reflections applied to its vectors.
 //
 // Included once per instruction set, whose namespace is CK_ISA (each_isa.h). The vectors of bisection and of inverse
 // iteration hold one eigenvalue per lane.
@@ -73,7 +73,7 @@ class GramEigh {
   // T = Q^T G Q. Reflection k, I - beta v v^T, zeroes row k behind the superdiagonal; v replaces that row of G. The
   // update of one step, A -= v w^T + w v^T, and the product with v of the next take one pass over the memory.
   void tridiagonalize() {
-    const auto y = reinterpret_cast<double*>(next), vs = reinterpret_cast<double*>(v), ws = reinterpret_cast<double*>(w);
+    double *const y = row(next, 0), *const vs = row(v, 0), *const ws = row(w, 0);
     for (int64_t k = 0; k < n; ++k) {
       double* x = row(G, k);
       for (int64_t j = k; j < n; ++j) x[j] -= vs[k] * ws[j] + ws[k] * vs[j];
@@ -235,7 +235,8 @@ class GramEigh {
 
  public:
   GramEigh(int64_t m, int64_t n)
-      : m(m), n(n), width((n + 4 + L - 1) / L * L), memory(((2 * n + kRows + 6) * width + 6 * n * L) * sizeof(double) / sizeof(Line) + 1),
+      : m(m), n(n), width((n + 4 + L - 1) / L * L),
+        memory(((2 * n + kRows + 6) * width + 6 * n * L) * sizeof(double) / sizeof(Line) + 1),
         G(reinterpret_cast<P*>(memory.data())), panel(G + n * (width / L)), v(panel + kRows * (width / L)),
         w(v + width / L), next(w + width / L), Z(next + width / L),
         a(Z + n * (width / L)), b(a + n), c(b + n), f(c + n), swapped(f + n), y(swapped + n),
@@ -253,7 +254,8 @@ class GramEigh {
     bisect(floor, r, values);
     const double left = iterate(r, values);
     for (int64_t k = n - 2; k >= 0; --k)
-      for (int64_t j = 0; beta[k] != 0 && j < r; ++j) subtract(row(Z, j), beta[k] * inner(row(G, k), row(Z, j)), row(G, k));
+      for (int64_t j = 0; beta[k] != 0 && j < r; ++j)
+        subtract(row(Z, j), beta[k] * inner(row(G, k), row(Z, j)), row(G, k));
     for (int64_t j = 0; j < r; ++j) std::copy_n(row(Z, j), n, vectors + j * n);
     return left;
   }

@@ -13,7 +13,7 @@ from compaware_kernels.proximal import svt_op
 from compaware_kernels.proximal.cuda import backend as gpu
 
 CPU = torch.device("cpu")
-PARTS = ("small_svd", "wide_product")  # kernels that the solver is made of
+PARTS = ("small_svd", "gram_eigh", "wide_product")  # kernels that the solver is made of
 MODULES = (linalg, lowrank, shrinkage, svt, svt_op)
 BODIES = {op: next(getattr(module, op) for module in MODULES if hasattr(module, op)) for op in backends.TABLE}
 
@@ -53,6 +53,7 @@ def arguments(op):
     geometry, residual = ([1, 1], [1, 1], [1, 1], 1, "paper", "relu"), torch.randn(2, 8, 6, 6)
     return {
         "small_svd": (W[None],),
+        "gram_eigh": ([W], taus[:1]),
         "wide_product": (W, W.mT.contiguous()),
         "sparse_group_shrink": (W, tau, tau),
         "sparse_group_shrink_": (weights, taus, taus),

@@ -49,6 +49,7 @@ def arguments(op):
     W, tau = torch.randn(6, 5), torch.tensor(0.3)
     low = torch.randn(300, 4) @ torch.randn(4, 200)
     weights, taus = [torch.randn(6, 5), low], torch.tensor([0.3, 0.3], dtype=torch.float64)
+    spectral = [torch.randn(20, 6, 5), low, torch.randn(40, 30)]  # of every route
     x, V, U = torch.randn(2, 16, 6, 6), torch.randn(12, 16, 3, 3), torch.randn(8, 12, 1, 1)
     geometry, residual = ([1, 1], [1, 1], [1, 1], 1, "paper", "relu"), torch.randn(2, 8, 6, 6)
     return {
@@ -58,8 +59,8 @@ def arguments(op):
         "sparse_group_shrink": (W, tau, tau),
         "sparse_group_shrink_": (weights, taus, taus),
         "neuron_shrink_": (weights, [torch.randn(len(W)) for W in weights], taus),
-        "svt_": (weights, taus, 1e-3),
-        "firm_svt_": (weights, taus, torch.tensor([3.0, 3.0], dtype=torch.float64), 1e-3),
+        "svt_": (spectral, taus[:1].repeat(3), 1e-3),
+        "firm_svt_": (spectral, taus[:1].repeat(3), torch.tensor([3.0] * 3, dtype=torch.float64), 1e-3),
         "lowrank_pack": (V, U, 1),
         "lowrank_conv2d": (x, V, U, None, None, None, *geometry),
         "lowrank_conv2d_": (x, V, U, None, residual, None, *geometry),

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..ops.linalg import ROWS, inner, product, times
+from ..ops.linalg import ROWS, gram, inner, times
 
 __all__ = ["RowSharded"]
 
@@ -65,7 +65,7 @@ class RowSharded:
             dtype: that of X, or fp64.
         """
         if dtype == self.X.dtype:
-            G = product(self.X.mT, self.X)
+            G = gram(self.X)
         else:
             parts = self.X.split(max(1, ROWS // max(1, self.n)))
             G = sum(inner(part, part) for part in parts)

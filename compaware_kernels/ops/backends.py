@@ -105,6 +105,7 @@ TRITON = Backend("Triton kernel", _no_triton, triton_declines, quarantine.LOW_RA
 TABLE: dict[str, dict[str, list[Backend]]] = {  # op -> type of device -> its backends there, the first choice first
     "svt": {},
     "small_svd": {"cpu": [CPP]},
+    "gram_eigh": {"cpu": [CPP]},
     "wide_product": {"cpu": [CPP]},
     **{op: {"cpu": [CPP], "cuda": [CUDA_SHRINK]} for op in SHRINK_OPS},
     **{op: {"cpu": [], "cuda": []} for op in SPECTRAL_OPS},  # filled from above, by the solver and the step on a GPU

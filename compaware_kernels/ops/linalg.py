@@ -2,30 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
-__all__ = ["COLUMNS", "ROWS", "inner", "product", "small_svd", "times", "wide_product", "without"]
+__all__ = [
+    "BLOCKS",
+    "COLUMNS",
+    "ROWS",
+    "gram",
+    "gram_eigh",
+    "inner",
+    "product",
+    "small_svd",
+    "times",
+    "wide_product",
+    "without",
+]
 
 LARGE = 2**20  # multiplications; below, the oneDNN call overhead exceeds its gain
 COLUMNS = 8  # widths are rounded up to multiples of 8: oneDNN compiles a kernel per shape
 ROWS = 2**18  # elements per block
+BLOCKS = 256  # columns from which a Gram matrix is computed in blocks
 
 
 @torch.library.custom_op("compaware::small_svd", mutates_args=())
-def small_svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of ``[B, m, n]``, fp32 or fp64: U ``[B, m, k]``, s ``[B, k]`` descending, V ``[B, n, k]``."""
+def small_svd(W: Tensor, both: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD of ``[B, m, n]``, fp32 or fp64: U ``[B, m, k]``, s ``[B, k]`` descending, V ``[B, n, k]``.
+
+    Args:
+        both: False: only the singular vectors of the longer side, faster; U or V has no matrices then (B = 0), and
+            vectors of zero singular values may be zero.
+    """
     U, s, Vh = torch.linalg.svd(W, full_matrices=False)
-    return U.contiguous(), s, Vh.mT.contiguous()
+    U, V, tall = U.contiguous(), Vh.mT.contiguous(), W.shape[1] >= W.shape[2]
+    return U if both or tall else U[:0].clone(), s, V if both or not tall else V[:0].clone()
 
 
 @small_svd.register_fake
-def _(W):
+def _(W, both=True):
     B, m, n = W.shape
     k = min(m, n)
-    return W.new_empty(B, m, k), W.new_empty(B, k), W.new_empty(B, n, k)
+    tall, wide = (B if both or m >= n else 0), (B if both or m < n else 0)
+    return W.new_empty(tall, m, k), W.new_empty(B, k), W.new_empty(wide, n, k)
+
+
+@torch.library.custom_op("compaware::gram_eigh", mutates_args=())
+def gram_eigh(X: Sequence[Tensor], floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenpairs above floor ``[L]`` of ``X^T X``, or ``X X^T`` if that is smaller, k x k, in fp64; X ``[m, n]``.
+
+    Returns the eigenvalues, descending, then zeros, ``[L, K]`` with K the largest k; the eigenvectors, as the first
+    rows of k x k numbers for each matrix, one after the other; and the residuals ``||G V - V diag(w)||_F`` ``[L]``.
+    """
+    values, vectors, residuals = floor.new_zeros(len(X), max((min(x.shape) for x in X), default=0)), [], []
+    for x, above, out in zip(X, floor, values, strict=True):
+        x = x.double() if x.shape[0] >= x.shape[1] else x.mT.double()
+        G = x.mT @ x
+        w, V = torch.linalg.eigh(G)
+        residuals.append(torch.linalg.vector_norm(G @ V - V * w))
+        out[: len(w)] = torch.where(w > above, w, 0).flip(0)
+        vectors.append(V.flip(1).mT.flatten())
+    empty = floor.new_empty(0)
+    return values, torch.cat([empty, *vectors]), torch.stack(residuals) if residuals else empty
+
+
+@gram_eigh.register_fake
+def _(X, floor):
+    sizes = [min(x.shape) for x in X]
+    shapes = (len(X), max(sizes, default=0)), (sum(k * k for k in sizes),), (len(X),)
+    return tuple(map(floor.new_empty, shapes))
 
 
 @torch.library.custom_op("compaware::wide_product", mutates_args=())
@@ -58,6 +105,19 @@ def product(A: Tensor, B: Tensor) -> Tensor:
     if A.stride(0) == 1 and A.shape[0] >= B.shape[1]:  # (B^T A^T)^T takes the large A without a copy
         return torch.ops.mkldnn._linear_pointwise(B.mT, A, None, "none", [], "").mT.contiguous()
     return torch.ops.mkldnn._linear_pointwise(A, B.mT, None, "none", [], "")
+
+
+def gram(X: Tensor) -> Tensor:
+    """Gram matrix ``X^T X`` ``[n, n]`` of X ``[m, n]``, in its dtype; of a large one, one triangle, in blocks."""
+    n = X.shape[1]
+    if n < BLOCKS:
+        return product(X.mT, X)
+    rows = X.mT.contiguous()  # oneDNN is a thousand times slower where rows are not contiguous
+    half = n // 2 // COLUMNS * COLUMNS
+    A, B, G = rows[:half].mT, rows[half:].mT, X.new_empty(n, n)
+    G[:half, :half], G[half:, half:], G[:half, half:] = gram(A), gram(B), product(A.mT, B)
+    G[half:, :half] = G[:half, half:].mT
+    return G
 
 
 def times(X: Tensor, Y: Tensor) -> Tensor:

@@ -167,7 +167,9 @@ def _clearly_finite(weights: Sequence[Tensor]) -> bool:
     if not weights or not all(map(has_values, weights)) or len({W.device for W in weights}) > 1:
         return False
     norms = torch._foreach_norm([_values(W) for W in weights])
-    return bool(torch.stack([norm.float() for norm in norms]).isfinite().all())
+    if len({norm.dtype for norm in norms}) > 1:
+        norms = [norm.float() for norm in norms]
+    return bool(torch.stack(norms).isfinite().all())
 
 
 def check_values(t: Tensor, what: str) -> None:
@@ -208,7 +210,6 @@ def checked_list(
     for W, name in zip(weights, names, strict=True):
         check_kind(W, name, axes)
         check_writable(W, name)
-    check_apart(weights, names)
     if finite:
         check_all_finite(weights, names)
     return one_per_weight(tau, len(weights), what)

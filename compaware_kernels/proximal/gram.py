@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..distributed.row_sharded import RowSharded
-from ..ops.linalg import product
+from ..ops.linalg import gram
 from .error_bounds import NOT_ZERO, PROBES, norm_from_norm, norm_from_probes, svd_loss, unit_roundoff
 from .spectral_functions import Spectral
 
@@ -109,7 +109,7 @@ def split(V: Tensor, gain: Tensor) -> tuple[Tensor, Tensor | None, bool]:
     r = int((gain > 0).sum())
     if 2 * r < V.shape[0]:
         return V[:, :r] * gain[:r].to(V.dtype), V[:, :r], False
-    return product(V * (1 - gain).to(V.dtype), V.mT), None, True
+    return gram((V * (1 - gain).clamp_min(0).sqrt().to(V.dtype)).mT), None, True
 
 
 def gram_error(

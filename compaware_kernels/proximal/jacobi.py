@@ -1,4 +1,8 @@
-"""Jacobi route of the solver: spectral functions of batches of small matrices, by a one-sided Jacobi SVD."""
+"""Jacobi route of the solver: spectral functions of batches of small matrices, by a one-sided Jacobi SVD.
+
+For X ``[m, n]`` with m >= n, else its transpose: ``f(X) = U diag(g(s)) U^T X``, ``g(s) = f(s) / s``, with the singular
+vectors of the longer side. Those of the shorter side are not needed, and half of the rotations are saved.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._utils.constants import constant
-from .error_bounds import ORDINARY, UNCHANGED, norms, rescale, storage, unit_exponent, unit_roundoff
+from .error_bounds import NOT_ZERO, ORDINARY, UNCHANGED, norms, rescale, storage, unit_exponent, unit_roundoff
 from .spectral_functions import Spectral, batched
 
 __all__ = [
@@ -21,6 +25,7 @@ __all__ = [
     "MANY",
     "SHORT",
     "Group",
+    "check_each",
     "compute",
     "difference",
     "small_shapes",
@@ -29,7 +34,7 @@ __all__ = [
 
 SHORT, LONG = 64, 256  # limits of min(m, n) and max(m, n): beyond, the Gram route is faster
 ALONE, MANY = 16, 16  # min(m, n) up to ALONE pays for any number of matrices; up to SHORT, for MANY of one shape
-LOSS = constant("kLoss")  # error of U f(s) V^T before the last product, in units of u ||W||_F
+LOSS = constant("kLoss")  # error of U g(s) U^T before the last two products, in units of u ||W||_F
 COARSE = constant("kCoarse")  # the same error, as assumed when choosing between fp32 and fp64
 
 
@@ -59,15 +64,15 @@ def difference(W: Tensor, center: Tensor | None) -> Tensor:
     return W if center is None else W.double() - center.double()
 
 
-def small_shapes(weights: Sequence[Tensor]) -> set[tuple[int, int]]:
-    """Matrix shapes (m, n) for which a batched Jacobi SVD is the fastest route."""
+def small_shapes(weights: Sequence[Tensor], alone: int = ALONE) -> set[tuple[int, int]]:
+    """Matrix shapes (m, n) for which a batched Jacobi SVD is fast; with alone = 0, only those of MANY matrices."""
     counts = defaultdict(int)
     for W in weights:
-        counts[tuple(W.shape[-2:])] += W.shape[:-2].numel()
+        counts[W.shape[-2:]] += W.shape[:-2].numel()
     return {
         (m, n)
         for (m, n), count in counts.items()
-        if 0 < min(m, n) <= (SHORT if count >= MANY else ALONE) and max(m, n) <= LONG
+        if 0 < min(m, n) <= (SHORT if count >= MANY else alone) and max(m, n) <= LONG
     }
 
 
@@ -82,14 +87,18 @@ def compute(groups: Sequence[Group], tol: float, ball: bool) -> None:
 
 
 def _compute_alike(groups: Sequence[Group], tol: float, ball: bool) -> None:
-    counts = [entry.W.shape[:-2].numel() for entry in groups]
-    X, functions = torch.cat([entry.matrices() for entry in groups]), [entry.function for entry in groups]
+    counts, functions = [entry.W.shape[:-2].numel() for entry in groups], [entry.function for entry in groups]
+    matrices = groups[0].center is None and all(entry.W.ndim == 2 for entry in groups)
+    X = torch.stack([e.W for e in groups]) if matrices else torch.cat([e.matrices() for e in groups])
     size, repeats, exponents = norms(X), counts, None
+    if all(function == functions[0] for function in functions):
+        functions, repeats = functions[:1], [len(X)]
     if ((size > 0) & ((size < 2.0**-ORDINARY) | (size > 2.0**ORDINARY))).any():  # each matrix to a norm near 1
-        _check(groups, counts, size.isfinite(), "singular values that fp64 can hold")
-        exponents, repeats = [unit_exponent(norm) for norm in size.tolist()], [1] * len(X)
-        owners = (function for function, count in zip(functions, counts, strict=True) for _ in range(count))
+        check_each(groups, counts, size.isfinite(), "singular values that fp64 can hold")
+        exponents = [unit_exponent(norm) for norm in size.tolist()]
+        owners = (function for function, count in zip(functions, repeats, strict=True) for _ in range(count))
         functions = [function.scaled(e) for function, e in zip(owners, exponents, strict=True)]
+        repeats = [1] * len(X)
         X = rescale(X.double(), exponents)
         size = norms(X)
     floor = torch.tensor([function.floor for function in functions], dtype=torch.float64)
@@ -100,11 +109,14 @@ def _compute_alike(groups: Sequence[Group], tol: float, ball: bool) -> None:
     double = bool(coarse.any()) or groups[0].W.dtype == torch.float64
     dtype = torch.float64 if double else torch.float32
     X = X.to(dtype)
-    U, s, V = torch.ops.compaware.small_svd(X)
+    tall = X.shape[1] >= X.shape[2]
+    U, s, V = torch.ops.compaware.small_svd(X, False)
     s = s.double()
     new = batched(functions, repeats)(s)
-    P = X.baddbmm_(U.mul_(new.to(dtype)[:, None, :]), V.mT, beta=float(ball), alpha=-1 if ball else 1)
-    moved = (LOSS + s.shape[1]) * unit_roundoff(dtype) * size
+    gain = (new / s.clamp_min(NOT_ZERO)).to(dtype)[:, None, :]
+    left, right = (U * gain, U.mT @ X) if tall else (X @ V, (V * gain).mT)
+    P = X.baddbmm_(left, right, beta=float(ball), alpha=-1 if ball else 1)
+    moved = (LOSS + sum(X.shape[1:])) * unit_roundoff(dtype) * size
     error = moved * _lipschitz_constants(functions, s, moved, repeats)
     if exponents:
         back = [-e for e in exponents]
@@ -115,7 +127,7 @@ def _compute_alike(groups: Sequence[Group], tol: float, ball: bool) -> None:
     stored = norms(P)
     narrow = groups[0].stored_as or groups[0].W.dtype
     if bool((stored > torch.finfo(narrow).max).any()):
-        _check(groups, counts, P.to(narrow).isfinite().all(-1).all(-1), f"a result that fits {narrow}")
+        check_each(groups, counts, P.to(narrow).isfinite().all(-1).all(-1), f"a result that fits {narrow}")
     error += half * stored + storage(groups[0].W.dtype, 0.0, P.shape[1:].numel())
     new, method = new.cpu(), f"jacobi, fp{torch.finfo(dtype).bits}"
     parts = (_per_weight(each, groups, counts) for each in (P, new, (new > 0).sum(-1), error))
@@ -123,7 +135,7 @@ def _compute_alike(groups: Sequence[Group], tol: float, ball: bool) -> None:
         entry.method = method
 
 
-def _check(groups: Sequence[Group], counts: Sequence[int], holds: Tensor, wanted: str) -> None:
+def check_each(groups: Sequence[Group], counts: Sequence[int], holds: Tensor, wanted: str) -> None:
     """Raise ValueError with the name of the first weight for one of whose matrices ``holds`` ``[B]`` is false."""
     for entry, part in zip(groups, holds.split(counts), strict=True):
         if not part.all():

@@ -4,6 +4,7 @@ Routes, for a matrix with m >= n:
 
 * ``zero``: the Frobenius norm is at most tau, so the result is zero; nothing is factorized;
 * ``jacobi``: batches of small matrices (:func:`torch.ops.compaware.small_svd`);
+* ``gram`` for up to 128 columns: all of them at once (:mod:`.gram_list`);
 * ``subspace``: few singular values exceed tau, or did at the last call (:mod:`.subspace_iteration`);
 * ``gram``, ``svd``: all others (:mod:`.gram`).
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import math
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -28,7 +29,7 @@ from .._utils.autocast import without_autocast
 from ..distributed.row_sharded import RowSharded
 from ..ops.validation import check_finite
 from . import gram as dense
-from . import jacobi
+from . import gram_list, jacobi
 from .cuda import backend as gpu
 from .error_bounds import rescale, storage, unit_roundoff
 from .record import Record, unfold_all
@@ -196,17 +197,16 @@ def _shrink_by_routes(records, functions, tol: float, state: WarmState | None, b
     if gpu.on_gpu([record.target for record in records]):  # not validated yet, to avoid a synchronization
         for record in records:
             check_finite(record.target, record.label)
-    small = jacobi.small_shapes([record.target for record in records if record.shards is None])
-    work: list[jacobi.Group | list[Task]] = []
-    for record, function in zip(records, functions, strict=True):
-        if record.shards is None and tuple(record.target.shape[-2:]) in small:
-            work.append(jacobi.Group(record.target, function, record.target_center, record.label, record.stored_as))
-        else:
-            work.append(_tasks(record, function, tol, state))
+    small = groups_of(records, functions, tol)
+    work: list[jacobi.Group | list[Task]] = [
+        group or _tasks(record, function, tol, state)
+        for group, record, function in zip(small, records, functions, strict=True)
+    ]
     groups = [entry for entry in work if isinstance(entry, jacobi.Group)]
     tasks = [task for entry in work if isinstance(entry, list) for task in entry]
-    if groups:
-        jacobi.compute(groups, tol, ball)
+    for route, kind in ((jacobi, jacobi.Group), (gram_list, gram_list.Listed)):
+        if mine := [group for group in groups if type(group) is kind]:
+            route.compute(mine, tol, ball)
     in_parallel(compute, tasks)
     for task in tasks:
         check_fits(task, ball)
@@ -220,6 +220,21 @@ def _shrink_by_routes(records, functions, tol: float, state: WarmState | None, b
         dense = {"memory_format": torch.contiguous_format}  # the layout after loading a checkpoint
         state.remember({task.key: task.basis.clone(**dense) for task in tasks if task.basis is not None})
     return [_report(*each) for each in zip(records, work, strict=True)]
+
+
+def groups_of(records: Sequence[Record], functions: Sequence[Spectral], tol: float) -> list[jacobi.Group | None]:
+    """The weights whose matrices are small and computed together, by Jacobi or a Gram matrix; None for the others."""
+    whole = {i: record for i, record in enumerate(records) if record.shards is None}
+    targets = [record.target for record in whole.values()]
+    small, many = jacobi.small_shapes(targets), jacobi.small_shapes(targets, alone=0)
+
+    def groups(kind: type[jacobi.Group], shapes: Container) -> dict:
+        entries = ((i, r) for i, r in whole.items() if r.target.shape[-2:] in shapes)
+        return {i: kind(r.target, functions[i], r.target_center, r.label, r.stored_as) for i, r in entries}
+
+    others = {W.shape[-2:] for W in targets} - many
+    found = groups(jacobi.Group, small) | gram_list.served(groups(gram_list.Listed, others), tol)
+    return [found.get(i) for i in range(len(records))]
 
 
 def _tasks(record: Record, function: Spectral, tol: float, state: WarmState | None) -> list[Task]:

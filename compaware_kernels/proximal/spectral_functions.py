@@ -110,6 +110,8 @@ class Rescaled(Spectral):
 
 def batched(functions: Sequence[Spectral], counts: Sequence[int]) -> Callable[[Tensor], Tensor]:
     """One function ``[B, k] -> [B, k]`` of the spectra of B matrices: counts[i] consecutive rows take functions[i]."""
+    if len(functions) == 1:
+        return functions[0]
     kind, names = type(functions[0]), [field.name for field in fields(functions[0])]
     rows = [[getattr(f, name) for name in names] for f in functions if type(f) is kind]
     if len(rows) < len(functions) or not all(isinstance(x, float) for row in rows for x in row):

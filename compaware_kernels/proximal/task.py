@@ -133,13 +133,14 @@ def _store(task: Task, ball: bool) -> None:
         X = task.matrix().X
         dtype = torch.promote_types(dtype, X.dtype)
         X = X.to(dtype)
-        L, R = task.dense.L.to(dtype), task.dense.R
-        XK = product(X, L) if R is None else product(product(X, L), R.to(dtype).mT)
-        XK = XK if task.tall else XK.mT
-        if ball != task.dense.residual:  # the result is X - X K
-            XK = (X if task.tall else X.mT) - XK
-        XK = _unscaled(task, XK)
-        W.copy_(XK if center is None else XK + center.to(dtype))
+        X = X if task.tall else X.mT
+        L, R = task.dense.L.to(dtype), None if task.dense.R is None else task.dense.R.to(dtype)
+        for part in _row_ranges(W) if task.tall else [slice(None)]:
+            P = _times_factors(X[part], L, R, task.tall)
+            if ball != task.dense.residual:  # the result is X - X K
+                P = torch.sub(X[part], P, out=P)
+            P = _unscaled(task, P)
+            W[part] = P if center is None else P + center[part].to(dtype)
     elif not ball:
         W.zero_() if center is None else W.copy_(center)
 
@@ -147,6 +148,13 @@ def _store(task: Task, ball: bool) -> None:
 def _unscaled(task: Task, P: Tensor) -> Tensor:
     """``2^-exponent P``: P itself, or in fp64."""
     return rescale(P.double(), -task.exponent) if task.exponent else P
+
+
+def _times_factors(X: Tensor, L: Tensor, R: Tensor | None, tall: bool) -> Tensor:
+    """``X K`` of rows of X, or ``K^T X`` if X is wide; ``K = L R^T``, or L if R is None."""
+    if tall:
+        return product(X, L) if R is None else product(product(X, L), R.mT)
+    return product(L.mT, X) if R is None else product(R, product(L.mT, X))
 
 
 def _row_ranges(W: Tensor) -> list[slice]:

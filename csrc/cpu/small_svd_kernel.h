@@ -48,9 +48,10 @@ template <class T>
 struct Jacobi {
   using P = Vector<T>;
 
-  P* X;              // [n, stride]: a column [m], and below it that of V [n], which takes the same rotations
+  P* X;              // [n, stride]: a column [m], and below it that of V, which takes the same rotations
   P* norms;          // [n] squared norms of the columns
   int64_t m, n;      // n is even
+  int64_t length;    // of a column with that of V, m + n, or m: without V
   int64_t stride;
   T tol;             // squared cosine up to which two columns are orthogonal
 
@@ -60,19 +61,19 @@ struct Jacobi {
   }
 
   CK_INLINE bool pair(int64_t p) {
-    const int64_t length = m + n;
+    const int64_t size = length;
     P *x = X + p * stride, *y = x + stride, d = dot(x, y, m);
     const auto mask = coupled(norms[p], norms[p + 1], d);
     if (!any(mask)) return false;
     const Rotation<P> r = orthogonalize(norms[p], norms[p + 1], d, mask);
-    for (int64_t i = 0; i < length; ++i) rotate(x[i], y[i], r);
+    for (int64_t i = 0; i < size; ++i) rotate(x[i], y[i], r);
     return true;
   }
 
   // Columns p, p + 1 against q, q + 1: four rotations in one pass over the memory. Dot products for the last two are
   // updated, not computed anew; this affects only the accuracy of the angles, as each sweep measures convergence anew.
   CK_INLINE bool block(int64_t p, int64_t q) {
-    const int64_t rows = m, length = m + n;
+    const int64_t rows = m, size = length;
     P *x0 = X + p * stride, *x1 = x0 + stride, *y0 = X + q * stride, *y1 = y0 + stride;
     P xx{}, yy{}, d00{}, d01{}, d10{}, d11{};
     for (int64_t i = 0; i < rows; ++i) {
@@ -94,7 +95,7 @@ struct Jacobi {
     rotate(d10, yy, r11);
     const Rotation<P> r01 = orthogonalize(a0, b1, d01, coupled(a0, b1, d01));
     const Rotation<P> r10 = orthogonalize(a1, b0, d10, coupled(a1, b0, d10));
-    for (int64_t i = 0; i < length; ++i) {
+    for (int64_t i = 0; i < size; ++i) {
       P u0 = x0[i], u1 = x1[i], v0 = y0[i], v1 = y1[i];
       rotate(u0, v0, r00);
       rotate(u1, v1, r11);
@@ -143,13 +144,13 @@ struct Jacobi {
   }
 };
 
-// X [n, stride]: the columns of W [m], and below each that of the identity [n]; n is even. Leaves U in X, with zeros
-// for zero singular values, and V below it. norms [n]: unsorted, s times 2^(kScaleExponent - exponents [lanes]).
+// X [n, stride]: the columns of W [m], and below each that of the identity [n], if length is m + n, not m; n is even.
+// Leaves U in X, with zeros for zero singular values, and V below it. norms [n]: unsorted, s times 2^(kScaleExponent - exponents [lanes]).
 template <class T>
-void jacobi(T* X, T* norms, int* exponents, int64_t m, int64_t n, int64_t stride) {
+void jacobi(T* X, T* norms, int* exponents, int64_t m, int64_t n, int64_t length, int64_t stride) {
   using P = Vector<T>;
   const T tol = std::numeric_limits<T>::epsilon() * std::sqrt(static_cast<T>(m));
-  Jacobi<T> group{reinterpret_cast<P*>(X), reinterpret_cast<P*>(norms), m, n, stride, tol * tol};
+  Jacobi<T> group{reinterpret_cast<P*>(X), reinterpret_cast<P*>(norms), m, n, length, stride, tol * tol};
   group.scale(exponents);
   for (int k = 0; k < kMaxSweeps && group.sweep(); ++k) {
   }

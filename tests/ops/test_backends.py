@@ -13,7 +13,7 @@ from compaware_kernels.proximal import svt_op
 from compaware_kernels.proximal.cuda import backend as gpu
 
 CPU = torch.device("cpu")
-PARTS = ("small_svd", "wide_product")  # kernels that the solver is made of
+PARTS = ("small_svd", "gram_eigh", "wide_product")  # kernels that the solver is made of
 MODULES = (linalg, lowrank, shrinkage, svt, svt_op)
 BODIES = {op: next(getattr(module, op) for module in MODULES if hasattr(module, op)) for op in backends.TABLE}
 
@@ -49,16 +49,18 @@ def arguments(op):
     W, tau = torch.randn(6, 5), torch.tensor(0.3)
     low = torch.randn(300, 4) @ torch.randn(4, 200)
     weights, taus = [torch.randn(6, 5), low], torch.tensor([0.3, 0.3], dtype=torch.float64)
+    spectral = [torch.randn(20, 6, 5), low, torch.randn(40, 30)]  # of every route
     x, V, U = torch.randn(2, 16, 6, 6), torch.randn(12, 16, 3, 3), torch.randn(8, 12, 1, 1)
     geometry, residual = ([1, 1], [1, 1], [1, 1], 1, "paper", "relu"), torch.randn(2, 8, 6, 6)
     return {
         "small_svd": (W[None],),
+        "gram_eigh": ([W], taus[:1]),
         "wide_product": (W, W.mT.contiguous()),
         "sparse_group_shrink": (W, tau, tau),
         "sparse_group_shrink_": (weights, taus, taus),
         "neuron_shrink_": (weights, [torch.randn(len(W)) for W in weights], taus),
-        "svt_": (weights, taus, 1e-3),
-        "firm_svt_": (weights, taus, torch.tensor([3.0, 3.0], dtype=torch.float64), 1e-3),
+        "svt_": (spectral, taus[:1].repeat(3), 1e-3),
+        "firm_svt_": (spectral, taus[:1].repeat(3), torch.tensor([3.0] * 3, dtype=torch.float64), 1e-3),
         "lowrank_pack": (V, U, 1),
         "lowrank_conv2d": (x, V, U, None, None, None, *geometry),
         "lowrank_conv2d_": (x, V, U, None, residual, None, *geometry),

@@ -43,6 +43,14 @@ def check_values():
             U, s, V = (A.double() for A in ops.small_svd(W.to(dtype)))
             torch.testing.assert_close((U * s[:, None]) @ V.mT, W, rtol=0, atol=tol * s.max().item())
             torch.testing.assert_close(V.mT @ V, torch.eye(s.shape[1]).double().expand_as(V.mT @ V), rtol=0, atol=tol)
+            U, _, V = (A.double() for A in ops.small_svd(W.to(dtype), False))  # of the longer side only
+            P = U @ (U.mT @ W) if len(U) else W @ V @ V.mT
+            torch.testing.assert_close(P, W, rtol=0, atol=tol * s.max().item())
+    for X in (checks.values((37, 20), generator), checks.values((9, 30), generator).float()):
+        w, V, _ = ops.gram_eigh([X], torch.tensor([1.0], dtype=torch.float64))
+        G, V = X.double() @ X.double().mT if len(X) == 9 else X.mT @ X, V.view(w.shape[1], -1)[w[0] > 0]
+        torch.testing.assert_close(V @ G, w[0, : len(V), None] * V, rtol=0, atol=1e-13 * float(G.trace()))
+        assert len(V) == int((torch.linalg.eigvalsh(G) > 1).sum())
     for m, n, p in ((17, 600, 25), (1, 3, 1), (40, 9, 8)):
         X, Y = checks.values((m, n), generator).float(), checks.values((n, p), generator)
         torch.testing.assert_close(ops.wide_product(X, Y), X.double() @ Y, rtol=1e-13, atol=1e-12)
@@ -61,6 +69,7 @@ def check_refusals():
     for op, *args in (
         (ops.lowrank_linear, x, torch.ones(2, 3), torch.ones(4, 2), None, None, None, "none"),
         (ops.small_svd, x[None]),
+        (ops.gram_eigh, [x], torch.ones(1, dtype=torch.float64)),
         (ops.wide_product, x, x.mT.double()),
         (ops.soft_threshold, x, tau),
         (ops.group_shrink, x, tau),

@@ -250,9 +250,12 @@ def test_opcheck(name, dtype):
     given["l1"] = given["tau"]
     if name.endswith("_"):
         given["tau"] = given["l1"] = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    given["floor"], given["both"] = torch.tensor([0.1, 0.2], dtype=torch.float64), True
     if name in ("small_svd", "wide_product"):
         given["W"] = given["W"].detach()
         given["X"], given["Y"] = torch.randn(5, 4).to(compute), torch.randn(4, 3, dtype=torch.float64)
+    if name == "gram_eigh":
+        given["X"] = [torch.randn(5, 4).to(compute), torch.randn(2, 3).to(compute)]
     opcheck(op, tuple(given[argument.name] for argument in op._schema.arguments))
 
 

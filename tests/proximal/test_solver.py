@@ -283,7 +283,7 @@ def test_a_failure_in_the_last_layer_changes_no_weight_and_no_state(monkeypatch)
 
 @pytest.mark.parametrize(("failing", "method"), [({torch.float32}, "gram, fp64"), (None, "svd, fp64")])
 def test_where_eigh_does_not_converge_the_next_route_serves(monkeypatch, failing, method):
-    W, eigh = torch.randn(120, 90, generator=torch.Generator().manual_seed(0)), torch.linalg.eigh
+    W, eigh = torch.randn(160, 140, generator=torch.Generator().manual_seed(0)), torch.linalg.eigh
 
     def fail(G):
         if failing is None or G.dtype in failing:

@@ -35,6 +35,9 @@ __all__ = [
     "lowrank_linear_two_step",
     "lowrank_pack",
     "lowrank_two_step",
+    "sees_padding",
+    "two_convolutions",
+    "two_linears",
 ]
 
 ACTIVATIONS = {
@@ -109,17 +112,16 @@ def format_of(x: Tensor, V: Tensor) -> torch.memory_format:
     return last if last in (suggest_memory_format(x), suggest_memory_format(V)) else torch.contiguous_format
 
 
-def _working_format(V: Tensor, U: Tensor, geometry: Geometry) -> torch.memory_format:
-    """Memory format for the two convolutions: channels_last, except where oneDNN crashes.
+def sees_padding(V: Ints, U: Ints, geometry: Geometry) -> bool:
+    """Whether output pixels see only padding, for factors of these shapes.
 
-    It does in channels_last, fp32 with a bias or bf16, most often if grouped, where output pixels see only padding.
+    There oneDNN crashes in channels_last, fp32 with a bias or bf16, most often if grouped.
     """
-    reach = [geometry.dilation[i] * (V.shape[2 + i] * U.shape[2 + i] - 1) for i in range(2)]
-    only_padding = any(p > r for p, r in zip(geometry.padding, reach, strict=True))
-    return torch.contiguous_format if only_padding else torch.channels_last
+    reach = [geometry.dilation[i] * (V[2 + i] * U[2 + i] - 1) for i in range(2)]
+    return any(p > r for p, r in zip(geometry.padding, reach, strict=True))
 
 
-def _two_convolutions(x, V, U, bias, residual, *geometry) -> Tensor:
+def two_convolutions(x, V, U, bias, residual, *geometry) -> Tensor:
     geometry = Geometry(*geometry)
     first, second = geometry.parts()
     y = F.conv2d(F.conv2d(x, V, None, *first, geometry.groups), U, bias, *second, geometry.groups)
@@ -134,9 +136,9 @@ def lowrank_two_step(
     """Reference low-rank convolution, ``[N, C, H, W]`` -> ``[N, O, OH, OW]``: two convolutions."""
     check(activation, fold)
     geometry = Geometry(stride, padding, dilation, groups, fold, activation)
-    works = _working_format(V, U, geometry)
+    works = torch.contiguous_format if sees_padding(V.shape, U.shape, geometry) else torch.channels_last
     factors = (V, U) if works == torch.channels_last else (V.contiguous(), U.contiguous())
-    y = _two_convolutions(x.contiguous(memory_format=works), *factors, bias, residual, *geometry)
+    y = two_convolutions(x.contiguous(memory_format=works), *factors, bias, residual, *geometry)
     return y.contiguous(memory_format=format_of(x, V))
 
 
@@ -233,14 +235,14 @@ register_derivatives(
     lowrank_conv2d,
     _conv2d_backward,
     save=_save,
-    composite=lambda x, V, U, bias, residual, packed, *rest: _two_convolutions(x, V, U, bias, residual, *rest),
+    composite=lambda x, V, U, bias, residual, packed, *rest: two_convolutions(x, V, U, bias, residual, *rest),
 )
 
 
 # --- lowrank_linear ---------------------------------------------------------------------------------------------------
 
 
-def _two_linears(x, V, U, bias, residual, activation: str) -> Tensor:
+def two_linears(x, V, U, bias, residual, activation: str) -> Tensor:
     y = F.linear(F.linear(x, V), U, bias)
     return ACTIVATIONS[activation](y if residual is None else y + residual)
 
@@ -250,7 +252,7 @@ def lowrank_linear_two_step(
     x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
 ) -> Tensor:
     check(activation)
-    return _two_linears(x, V, U, bias, residual, activation).clone(memory_format=torch.contiguous_format)
+    return two_linears(x, V, U, bias, residual, activation).clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("compaware::lowrank_linear", mutates_args=())
@@ -286,7 +288,7 @@ register_derivatives(
     lowrank_linear,
     _linear_backward,
     save=_save,
-    composite=lambda x, V, U, bias, residual, packed, activation: _two_linears(x, V, U, bias, residual, activation),
+    composite=lambda x, V, U, bias, residual, packed, activation: two_linears(x, V, U, bias, residual, activation),
 )
 
 

@@ -13,9 +13,8 @@ from torch._prims_common import suggest_memory_format
 from .._utils.autocast import without_autocast
 from ..folds import oriented, to_matrix
 from ..ops import backends, lowrank_ways, tuner
-from ..ops.lowrank import ACTIVATIONS, Geometry, format_of, lowrank_pack
-from ..ops.lowrank_ways import DENSE, ONE_KERNEL, PREPACKED, TWO_STEPS
-from ..ops.prepacked import Prepacked
+from ..ops.lowrank import ACTIVATIONS, Geometry, lowrank_pack
+from ..ops.lowrank_ways import DENSE, ONE_KERNEL, TWO_STEPS
 from ..ops.transforms import is_transformed
 from .factored_weight import FactoredWeight
 from .factorization import SVD, factors
@@ -29,23 +28,17 @@ __all__ = ["FACTORS", "MODULES", "LowRank"]
 FACTORS = ("first", "second")  # names of the submodules
 INPUTS = 16  # shapes that a layer measures; those of text, or of images of any size, have no end
 FASTER = "measured to be faster"
-CONTIGUOUS = torch.contiguous_format
 SAMPLES = 32  # numbers of a factor that are compared with those that were packed, as in the CPU kernel
 MODULES = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "gelu": nn.GELU}  # fused activation -> module
 
 
 class Choice(NamedTuple):
-    """How a layer runs on an input.
-
-    Attributes:
-        way: one of ``ops.lowrank_ways``.
-        reason: why it is not one kernel; "" if it is.
-        form: memory format of the output, of the prepacked ways.
-    """
+    """How a layer runs on an input: the way, of ``ops.lowrank_ways``; why it is not one kernel; the function, if it
+    does not run as modules of torch."""
 
     way: str
     reason: str = ""
-    form: torch.memory_format | None = None
+    run: lowrank_ways.Run | None = None
 
 
 class LowRank(nn.Module, ABC):
@@ -78,7 +71,9 @@ class LowRank(nn.Module, ABC):
     _packed: Tensor | None = None
     _packed_from: tuple | None = None
     _choices: dict[tuple, Choice]  # measured, by input
-    _prepacked: dict[str, tuple[Prepacked, tuple]]  # way -> weights, and the state of the factors they were made from
+    _prepacked: dict[
+        str, tuple[list[Tensor], tuple]
+    ]  # way -> weights, and the state of the factors they were made from
 
     def __init__(self):
         super().__init__()
@@ -89,18 +84,15 @@ class LowRank(nn.Module, ABC):
     def forward(self, input: Tensor, residual: Tensor | None = None, in_place: bool = False) -> Tensor:
         choice = self._choice(input, residual, in_place)
         first, second = self._modules["first"], self._modules["second"]  # several times as fast as attribute access
-        V, of_second = first._parameters.get("weight"), second._parameters
-        if choice.way == ONE_KERNEL or choice.form:
-            U, bias, in_place = of_second["weight"], of_second["bias"], in_place and not torch.is_grad_enabled()
-        if choice.way == ONE_KERNEL:
-            rest = self._geometry() or (self.activation,)
-            return lowrank_ways.one_kernel(input, V, U, bias, residual, self._packed_now(V, U), rest, in_place)
-        if choice.form:
-            layers = self._prepacked_now(choice.way, V, U)
-            return layers(input, bias, residual, self.activation, in_place, choice.form)
+        if choice.run:
+            V, of_second = first._parameters["weight"], second._parameters
+            U, packed = of_second["weight"], None
+            if choice.way != TWO_STEPS:
+                packed = self._packed_now(V, U) if choice.way == ONE_KERNEL else self._prepacked_now(choice.way, V, U)
+            return choice.run(input, V, U, of_second["bias"], residual, packed)
         if not torch.compiler.is_compiling():
             backends.log_once(type(self).__name__, backends.TWO_STEPS, choice.reason)
-        y = second(first(input)) if choice.way == TWO_STEPS else self._dense(input)
+        y = self._dense(input) if choice.way == DENSE else second(first(input))
         return ACTIVATIONS[self.activation](y if residual is None else y + residual)
 
     def why_two_step(self, x: Tensor) -> str:
@@ -108,16 +100,29 @@ class LowRank(nn.Module, ABC):
         return self._choice(x).reason
 
     def _choice(self, x: Tensor, residual: Tensor | None = None, in_place: bool = False) -> Choice:
-        """How ``forward`` runs: measured, or by rules where nothing is measured."""
+        """How ``forward`` runs: as measured, or by rules where nothing is measured."""
         if reason := self._why_apart(x):
             return Choice(TWO_STEPS, reason)
-        if choice := self._measured(x, residual, in_place):
-            return choice
-        V, U = self._modules["first"]._parameters["weight"], self._modules["second"]._parameters["weight"]
-        backend, reason = backends.choose(self.op, x.device, x, V, U, self.groups, self.fold)
-        if backend is backends.PLAIN:
-            return Choice(TWO_STEPS, reason or f"no kernel for {x.device.type}")
-        return Choice(ONE_KERNEL)
+        over = in_place and residual is not None and not torch.is_grad_enabled()
+        measures, key = self._measures(x, residual), None
+        if measures and not torch.compiler.is_compiling():
+            key = x.shape, x.stride(), self.activation, residual is None, over, torch.get_num_threads()
+            if found := self._choices.get(key):
+                return found
+        if reason := self._why_not_geometry():
+            return Choice(TWO_STEPS, reason)
+        if key and tuner.enabled():
+            return self._choose(key, x, residual, over)
+        way = self._compiled(x, residual, over) if measures and not key else ""
+        if not way:
+            V, U = self._modules["first"]._parameters["weight"], self._modules["second"]._parameters["weight"]
+            backend, reason = backends.choose(self.op, x.device, x, V, U, self.groups, self.fold)
+            if backend is backends.PLAIN:
+                return Choice(TWO_STEPS, reason or f"no kernel for {x.device.type}")
+        if way in ("", ONE_KERNEL):
+            geometry = self._geometry()
+            return Choice(ONE_KERNEL, "", lowrank_ways.one_kernel(geometry or (self.activation,), over and geometry))
+        return Choice(way, FASTER)
 
     def _why_apart(self, x: Tensor) -> str:
         """Why the factors must run one after the other, whatever is faster; "" if they need not."""
@@ -130,8 +135,6 @@ class LowRank(nn.Module, ABC):
             return "a factor is no plain layer"
         if not (is_plain(first) and is_plain(second)):
             return "a factor has hooks or a forward of its own"
-        if reason := self._why_not_geometry():
-            return reason
         V, U = first._parameters["weight"], second._parameters["weight"]
         if torch.is_grad_enabled() and (x.requires_grad or V.requires_grad or U.requires_grad):
             return "gradients are wanted, for which two steps keep the intermediate"
@@ -139,34 +142,35 @@ class LowRank(nn.Module, ABC):
             return "under transforms of torch.func and in forward mode"
         return "no batch axis" if V.ndim == 4 and x.ndim != 4 else ""
 
-    def _measured(self, x: Tensor, residual: Tensor | None, in_place: bool) -> Choice | None:
-        """The way measured to be the fastest; None if none is measured."""
+    def _measures(self, x: Tensor, residual: Tensor | None) -> bool:
+        """Whether ways other than those of the rules may run: in inference on the CPU, outside of torch's modes."""
         V, bias = self._modules["first"]._parameters["weight"], self._modules["second"]._parameters["bias"]
         if self.training or not x.is_cpu or x.dtype is not V.dtype or torch.is_autocast_enabled("cpu"):
-            return None
+            return False
         if torch.is_grad_enabled() and any(A is not None and A.requires_grad for A in (bias, residual)):
-            return None
+            return False
         if torch.compiler.is_compiling():
-            way = lowrank_ways.fastest_compiled(*self._call(x, residual, in_place)) if _is_static(x) else ""
-            return Choice(way, FASTER) if way else None
-        if not (tuner.enabled() and type(x) is Tensor and type(V) is nn.Parameter and V.is_cpu and x.numel()):
-            return None
-        if torch._C._len_torch_dispatch_stack():  # which may count or record the ops of this package
-            return None
-        key = x.shape, x.stride(), self.activation, residual is None, in_place, torch.get_num_threads()
-        return self._choices.get(key) or self._choose(key, x, residual, in_place)
+            return _is_static(x)
+        # Modes count or record the ops of this package, or have tensors without numbers.
+        return type(x) is Tensor and type(V) is nn.Parameter and V.is_cpu and not torch._C._len_torch_dispatch_stack()
 
-    def _choose(self, key: tuple, x: Tensor, residual: Tensor | None, in_place: bool) -> Choice:
+    def _choose(self, key: tuple, x: Tensor, residual: Tensor | None, over: bool) -> Choice:
         """The choice for a new input; if there have been many, that for the input most like it in size."""
         if len(self._choices) >= INPUTS:
-            return self._choices[min(self._choices, key=lambda other: abs(other[0].numel() - x.numel()))]
-        way = lowrank_ways.fastest(self._call(x, residual, in_place))
-        form = format_of(x, self._modules["first"]._parameters["weight"]) if self._geometry() else CONTIGUOUS
-        packed = way in (PREPACKED, DENSE)
-        self._choices[key] = Choice(way, "" if way == ONE_KERNEL else f"{way}: {FASTER}", form if packed else None)
+            alike = [other for other in self._choices if other[2:] == key[2:]]
+            if alike:
+                return self._choices[min(alike, key=lambda other: abs(other[0].numel() - x.numel()))]
+        call = self._call(x, residual, over)
+        way = lowrank_ways.fastest(call) if x.numel() else TWO_STEPS
+        why = "" if way == ONE_KERNEL else f"{way}: {FASTER}"
+        self._choices[key] = Choice(way, why, lowrank_ways.function(way, call))
         return self._choices[key]
 
-    def _call(self, x: Tensor, residual: Tensor | None, in_place: bool) -> lowrank_ways.Call:
+    def _compiled(self, x: Tensor, residual: Tensor | None, over: bool) -> str:
+        """The way in a graph for a compiler; "" if none is measured."""
+        return lowrank_ways.fastest_compiled(*self._call(x, residual, over))
+
+    def _call(self, x: Tensor, residual: Tensor | None, over: bool) -> lowrank_ways.Call:
         """What a measurement of this call depends on."""
         geometry, second = self._geometry(), self._modules["second"]._parameters
         V, U = self._modules["first"]._parameters["weight"], second["weight"]
@@ -174,7 +178,7 @@ class LowRank(nn.Module, ABC):
         shape = tuple(x.shape) if geometry else (x.numel() // x.shape[-1], x.shape[-1])
         return lowrank_ways.Call(
             shape, tuple(V.shape), tuple(U.shape), x.dtype, last, second["bias"] is not None, residual is not None,
-            residual is not None and in_place, self.activation, tuple(geometry)[:-1] if geometry else None,
+            over, self.activation, tuple(geometry)[:-1] if geometry else None,
         )  # fmt: skip
 
     def _geometry(self) -> Geometry | None:
@@ -278,15 +282,16 @@ class LowRank(nn.Module, ABC):
             self._pack()
         return self._packed
 
-    def _prepacked_now(self, way: str, V: Tensor, U: Tensor) -> Prepacked:
+    def _prepacked_now(self, way: str, V: Tensor, U: Tensor) -> list[Tensor]:
         """The factors or their product in oneDNN's layout, made anew if the factors have changed since."""
-        found, made_from = self._prepacked.get(way, (None, None))
-        if found is None or not _unchanged(made_from, V, U):
+        packed, made_from = self._prepacked.get(way, (None, None))
+        if packed is None or not _unchanged(made_from, V, U):
             with torch.inference_mode(False), torch.no_grad(), without_autocast():
-                weights = (V.detach(), U.detach()) if way == PREPACKED else (self.product().detach(),)
-                found = Prepacked(weights, self._geometry())
-            self._prepacked[way] = found, _state(V, U)
-        return found
+                packed = lowrank_ways.pack(
+                    way, V.detach(), U.detach(), self._geometry(), lambda: self.product().detach()
+                )
+            self._prepacked[way] = packed, _state(V, U)
+        return packed
 
     def _copy_from(self, layer: nn.Module, U: Tensor, V: Tensor) -> LowRank:
         """Set the weights from U ``[G, m, r]`` and V ``[G, r, n]``, bias and mode from the dense ``layer``."""
@@ -324,10 +329,9 @@ class LowRank(nn.Module, ABC):
 
 def _factor_versions(V: Tensor, U: Tensor) -> tuple[int, ...]:
     """Version of the factors: differs after a factor was replaced or modified in place."""
-    try:
-        return V.data_ptr(), U.data_ptr(), V._version, U._version
-    except RuntimeError:  # inference tensors have no version counter; the kernel compares samples
+    if V.is_inference() or U.is_inference():  # these have no version counter; samples are compared
         return V.data_ptr(), U.data_ptr()
+    return V.data_ptr(), U.data_ptr(), V._version, U._version
 
 
 def _state(V: Tensor, U: Tensor) -> tuple:

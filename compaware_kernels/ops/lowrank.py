@@ -36,8 +36,6 @@ __all__ = [
     "lowrank_pack",
     "lowrank_two_step",
     "sees_padding",
-    "two_convolutions",
-    "two_linears",
 ]
 
 ACTIVATIONS = {
@@ -121,7 +119,7 @@ def sees_padding(V: Ints, U: Ints, geometry: Geometry) -> bool:
     return any(p > r for p, r in zip(geometry.padding, reach, strict=True))
 
 
-def two_convolutions(x, V, U, bias, residual, *geometry) -> Tensor:
+def _two_convolutions(x, V, U, bias, residual, *geometry) -> Tensor:
     geometry = Geometry(*geometry)
     first, second = geometry.parts()
     y = F.conv2d(F.conv2d(x, V, None, *first, geometry.groups), U, bias, *second, geometry.groups)
@@ -138,7 +136,7 @@ def lowrank_two_step(
     geometry = Geometry(stride, padding, dilation, groups, fold, activation)
     works = torch.contiguous_format if sees_padding(V.shape, U.shape, geometry) else torch.channels_last
     factors = (V, U) if works == torch.channels_last else (V.contiguous(), U.contiguous())
-    y = two_convolutions(x.contiguous(memory_format=works), *factors, bias, residual, *geometry)
+    y = _two_convolutions(x.contiguous(memory_format=works), *factors, bias, residual, *geometry)
     return y.contiguous(memory_format=format_of(x, V))
 
 
@@ -235,14 +233,14 @@ register_derivatives(
     lowrank_conv2d,
     _conv2d_backward,
     save=_save,
-    composite=lambda x, V, U, bias, residual, packed, *rest: two_convolutions(x, V, U, bias, residual, *rest),
+    composite=lambda x, V, U, bias, residual, packed, *rest: _two_convolutions(x, V, U, bias, residual, *rest),
 )
 
 
 # --- lowrank_linear ---------------------------------------------------------------------------------------------------
 
 
-def two_linears(x, V, U, bias, residual, activation: str) -> Tensor:
+def _two_linears(x, V, U, bias, residual, activation: str) -> Tensor:
     y = F.linear(F.linear(x, V), U, bias)
     return ACTIVATIONS[activation](y if residual is None else y + residual)
 
@@ -252,7 +250,7 @@ def lowrank_linear_two_step(
     x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
 ) -> Tensor:
     check(activation)
-    return two_linears(x, V, U, bias, residual, activation).clone(memory_format=torch.contiguous_format)
+    return _two_linears(x, V, U, bias, residual, activation).clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("compaware::lowrank_linear", mutates_args=())
@@ -288,7 +286,7 @@ register_derivatives(
     lowrank_linear,
     _linear_backward,
     save=_save,
-    composite=lambda x, V, U, bias, residual, packed, activation: two_linears(x, V, U, bias, residual, activation),
+    composite=lambda x, V, U, bias, residual, packed, activation: _two_linears(x, V, U, bias, residual, activation),
 )
 
 

@@ -15,15 +15,16 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._utils.autocast import without_autocast
 from . import library, prepacked, tuner
-from .lowrank import Geometry, lowrank_pack, two_convolutions, two_linears
+from .lowrank import ACTIVATIONS, Geometry, lowrank_pack
 from .lowrank_limits import cpu_cannot
 
-__all__ = ["DENSE", "ONE_KERNEL", "PREPACKED", "TWO_STEPS", "Call", "fastest", "fastest_compiled", "one_kernel",
-           "times"]  # fmt: skip
+__all__ = ["DENSE", "ONE_KERNEL", "PREPACKED", "TWO_STEPS", "Call", "Run", "fastest", "fastest_compiled", "function",
+           "one_kernel", "pack", "times"]  # fmt: skip
 
 ONE_KERNEL, TWO_STEPS = "one kernel", "two steps"
 PREPACKED, DENSE = "two steps, prepacked", "dense, prepacked"
@@ -88,19 +89,64 @@ def _ways(call: Call) -> list[str]:
     return [ONE_KERNEL] * kernel + [TWO_STEPS] + [PREPACKED, DENSE] * packs
 
 
-def one_kernel(
-    x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None, residual: Tensor | None, packed: Tensor | None,
-    rest: Sequence, in_place: bool,
-) -> Tensor:  # fmt: skip
-    """The fused op; ``rest``: its arguments after ``packed``. ``in_place``: written over the residual of a
-    convolution."""
+# --- the ways as functions --------------------------------------------------------------------------------------------
+
+Run = Callable[..., Tensor]  # run(x, V, U, bias, residual, packed)
+
+
+def pack(
+    way: str, V: Tensor, U: Tensor, geometry: Geometry | None, product: Callable[[], Tensor]
+) -> Tensor | list | None:
+    """The weights as this way wants them beside V and U; ``product``: makes the dense weight."""
+    if way == ONE_KERNEL:
+        return lowrank_pack(V, U, geometry.groups if geometry else 1)
+    return None if way == TWO_STEPS else prepacked.pack((V, U) if way == PREPACKED else (product(),), geometry)
+
+
+def function(way: str, call: Call) -> Run:
+    """The function that runs this call: what does not change from call to call is computed here."""
+    geometry, act = call.whole(), call.activation
+    if way == ONE_KERNEL:
+        return one_kernel(geometry or (act,), call.in_place and geometry is not None)
+    if way == TWO_STEPS:
+        return _two_convolutions(geometry) if geometry else _two_linears(ACTIVATIONS[act])
+    last = LAST if any(call.last) else torch.contiguous_format
+    count = 2 if way == PREPACKED else 1
+    layers = prepacked.convolutions(count, geometry, call.in_place, last) if geometry else prepacked.linears(act)
+    return lambda x, V, U, bias, residual, packed: layers(x, bias, residual, packed)
+
+
+def one_kernel(rest: Sequence, over: bool) -> Run:
+    """The fused op; ``rest``: its arguments after ``packed``; ``over``: whether it writes over the residual."""
     ops = torch.ops.compaware
-    if V.ndim == 2:
-        return ops.lowrank_linear(x, V, U, bias, residual, packed, *rest)
-    if residual is None or not in_place:
-        return ops.lowrank_conv2d(x, V, U, bias, residual, packed, *rest)
-    ops.lowrank_conv2d_(x, V, U, bias, residual, packed, *rest)
-    return residual
+    op = ops.lowrank_conv2d if len(rest) > 1 else ops.lowrank_linear
+
+    def run_over(
+        x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None, residual: Tensor, packed: Tensor | None
+    ) -> Tensor:
+        ops.lowrank_conv2d_(x, V, U, bias, residual, packed, *rest)
+        return residual
+
+    return run_over if over else lambda *args: op(*args, *rest)
+
+
+def _two_convolutions(geometry: Geometry) -> Run:
+    first, second = ((*part, geometry.groups) for part in geometry.parts())
+    activation = ACTIVATIONS[geometry.activation]
+
+    def run(x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None, residual: Tensor | None, _: None) -> Tensor:
+        y = torch.conv2d(torch.conv2d(x, V, None, *first), U, bias, *second)
+        return activation(y if residual is None else y + residual)
+
+    return run
+
+
+def _two_linears(activation: Callable[[Tensor], Tensor]) -> Run:
+    def run(x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None, residual: Tensor | None, _: None) -> Tensor:
+        y = F.linear(F.linear(x, V), U, bias)
+        return activation(y if residual is None else y + residual)
+
+    return run
 
 
 # --- what is timed ----------------------------------------------------------------------------------------------------
@@ -113,22 +159,14 @@ def _calls(call: Call, ways: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
         A = torch.full(shape, FILL, dtype=call.dtype)
         return A.contiguous(memory_format=LAST) if last and A.ndim == 4 else A
 
-    geometry, act, (x_last, last) = call.whole(), call.activation, call.last
-    rest, two_steps = (geometry, two_convolutions) if geometry else ((act,), two_linears)
-    x, V, U, bias = made(call.x, x_last), made(call.V, last), made(call.U, last), None
+    geometry, (x_last, last) = call.whole(), call.last
+    x, V, U = made(call.x, x_last), made(call.V, last), made(call.U, last)
     W = (U.shape[0], V.shape[1], *(a * b for a, b in zip(V.shape[2:], U.shape[2:], strict=True)))
-    if call.bias:
-        bias = made(U.shape[:1], False)
-    wanted = LAST if x_last or last else torch.contiguous_format
-    residual = made(two_steps(x, V, U, bias, None, *rest).shape, x_last or last) if call.residual else None
-
-    def packed(*weights: Tensor) -> Callable[[], Tensor]:
-        return partial(prepacked.Prepacked(weights, geometry), x, bias, residual, act, call.in_place, wanted)
-
-    found = {TWO_STEPS: partial(two_steps, x, V, U, bias, residual, *rest)}
-    if ONE_KERNEL in ways:
-        hint = lowrank_pack(V, U, geometry.groups if geometry else 1)
-        found[ONE_KERNEL] = partial(one_kernel, x, V, U, bias, residual, hint, rest, call.in_place)
-    if PREPACKED in ways:
-        found |= {PREPACKED: packed(V, U), DENSE: packed(made(W, last))}
+    bias = made(U.shape[:1], False) if call.bias else None
+    residual, found = None, {}
+    if call.residual:
+        residual = made(function(TWO_STEPS, call)(x, V, U, bias, None, None).shape, x_last or last)
+    for way in ways:
+        packed = pack(way, V, U, geometry, lambda: made(W, last))
+        found[way] = partial(function(way, call), x, V, U, bias, residual, packed)
     return found

@@ -5,7 +5,7 @@ torch converts an ordinary weight in every call. The bias, and a residual sum, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .lowrank import Geometry, sees_padding
 
-__all__ = ["Prepacked", "why_not"]
+__all__ = ["convolutions", "linears", "pack", "why_not"]
 
 # oneDNN's relu, relu6 and gelu turn NaN into numbers: those are torch's, written over the output.
 IN_PLACE = {"relu": torch.relu_, "relu6": lambda y: F.relu6(y, inplace=True), "gelu": torch.ops.aten.gelu_,
@@ -39,47 +39,61 @@ def _has(dtype: torch.dtype) -> bool:
     return name is None or getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
 
 
-class Prepacked:
-    """One or two layers in a row on prepacked weights, to be called: ``y = act(W_2 (W_1 x) + bias + residual)``.
+def pack(weights: Sequence[Tensor], geometry: Geometry | None) -> list[Tensor]:
+    """Weights of one layer, or of two in a row, in oneDNN's layout.
 
     Args:
         weights: of linear layers ``[O, C]`` or of convolutions ``[O, C/G, kh, kw]``; two: V and U.
         geometry: of the convolution that the weights make up together; None: linear layers.
     """
+    if geometry is None:
+        return [torch.ops.mkldnn._reorder_linear_weight(W) for W in weights]
+    places = _places(len(weights), geometry)
+    return [torch.ops.mkldnn._reorder_convolution_weight(W, *place) for W, place in zip(weights, places, strict=True)]
 
-    def __init__(self, weights: Sequence[Tensor], geometry: Geometry | None):
-        self.places: list[tuple] = [()] * len(weights)
-        if geometry is None:
-            self.weights = [torch.ops.mkldnn._reorder_linear_weight(W) for W in weights]
-            return
-        parts = geometry.parts() if len(weights) == 2 else [geometry[:3]]
-        self.places = [(padding, stride, dilation, geometry.groups) for stride, padding, dilation in parts]
-        reorder = torch.ops.mkldnn._reorder_convolution_weight
-        self.weights = [reorder(W, *place) for W, place in zip(weights, self.places, strict=True)]
 
-    def __call__(
-        self, x: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, in_place: bool,
-        wanted: torch.memory_format,
-    ) -> Tensor:  # fmt: skip
-        """Output for ``x``, ``[N, C, H, W]`` or ``[..., C]``, in the memory format ``wanted``.
+def _places(count: int, geometry: Geometry) -> list[tuple]:
+    """Padding, stride, dilation and groups of each of ``count`` convolutions."""
+    parts = geometry.parts() if count == 2 else [geometry[:3]]
+    return [(padding, stride, dilation, geometry.groups) for stride, padding, dilation in parts]
 
-        ``in_place`` permits writing it over the residual.
-        """
-        *before, (W, place) = zip(self.weights, self.places, strict=True)
-        layer = torch.ops.mkldnn._linear_pointwise
-        if place:
-            x, layer = x.contiguous(memory_format=LAST), torch.ops.mkldnn._convolution_pointwise
-        for V, where in before:
-            x = layer(x, V, None, *where, *PLAIN)
-        if residual is None and activation == "silu":
-            y, activation = layer(x, W, bias, *place, *SILU), "none"
-        elif residual is None:
-            y = layer(x, W, bias, *place, *PLAIN)
-        elif not place:
-            y = layer.binary(x, residual, W, bias, "add")
+
+def convolutions(count: int, geometry: Geometry, in_place: bool, wanted: torch.memory_format) -> Callable[..., Tensor]:
+    """Function ``f(x, bias, residual, packed)`` of one or two convolutions, output in the memory format ``wanted``.
+
+    ``in_place`` permits writing the output over the residual.
+    """
+    *before, place = _places(count, geometry)
+    conv, conv_ = torch.ops.mkldnn._convolution_pointwise, torch.ops.mkldnn._convolution_pointwise_
+    after, finish = (
+        (SILU, IN_PLACE["none"]) if geometry.activation == "silu" else (PLAIN, IN_PLACE[geometry.activation])
+    )
+    finish_sum = IN_PLACE[geometry.activation]
+
+    def run(x: Tensor, bias: Tensor | None, residual: Tensor | None, packed: Sequence[Tensor]) -> Tensor:
+        x = x.contiguous(memory_format=LAST)
+        for V, where in zip(packed, before, strict=False):
+            x = conv(x, V, None, *where, *PLAIN)
+        if residual is None:
+            y = finish(conv(x, packed[-1], bias, *place, *after))
         elif in_place and before and residual.is_contiguous(memory_format=LAST):  # a single layer may read it as x
-            y = torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, W, bias, *place, *SUM)
+            y = finish_sum(conv_.binary(residual, x, packed[-1], bias, *place, *SUM))
         else:
-            y = layer.binary(x, residual.contiguous(memory_format=LAST), W, bias, *place, *SUM)
-        y = IN_PLACE[activation](y)
+            y = finish_sum(conv.binary(x, residual.contiguous(memory_format=LAST), packed[-1], bias, *place, *SUM))
         return y.contiguous(memory_format=wanted)
+
+    return run
+
+
+def linears(activation: str) -> Callable[..., Tensor]:
+    """Function ``f(x, bias, residual, packed)`` of one or two linear layers."""
+    linear, finish = torch.ops.mkldnn._linear_pointwise, IN_PLACE[activation]
+
+    def run(x: Tensor, bias: Tensor | None, residual: Tensor | None, packed: Sequence[Tensor]) -> Tensor:
+        for V in packed[:-1]:
+            x = linear(x, V, None, *PLAIN)
+        if residual is None:
+            return finish(linear(x, packed[-1], bias, *PLAIN))
+        return finish(linear.binary(x, residual, packed[-1], bias, "add"))
+
+    return run

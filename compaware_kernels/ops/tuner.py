@@ -35,8 +35,9 @@ __all__ = ["Times", "about", "enabled", "file", "forget", "least", "times"]
 
 Times = dict[str, float]  # candidate -> milliseconds
 
-ROUNDS, MOST, BUDGET = 5, 50, 5.0  # least and most rounds; milliseconds after which a measurement ends
-SLOWER = 1.4  # a candidate that takes so many times the least time in two rounds is not called again
+ROUNDS, MOST, BUDGET = 5, 30, 5.0  # least and most rounds; milliseconds after which a measurement ends
+SAMPLE = 0.3  # milliseconds of calls of the fastest candidate in a round
+SLOWER = 1.4  # a candidate that takes so many times the least time is not called again
 FIRST = 5.0  # milliseconds that a first call may take longer
 
 _known: dict[str, Times] = {}
@@ -65,24 +66,27 @@ def times(key: str, candidates: Callable[[], Mapping[str, Callable[[], object]]]
 def least(candidates: Mapping[str, Callable[[], object]]) -> Times:
     """Least milliseconds of each call, in interleaved rounds: other programs on the machine change it less than a mean.
 
-    The first calls, in which libraries compile and memory is mapped, count only where they took long.
+    Short calls are repeated within a round. The first call, in which libraries compile and memory is mapped, counts
+    only if it took long.
     """
-    found = {name: _timed(call) for name, call in candidates.items()}
+    found = {name: _timed(call, 1) for name, call in candidates.items()}
     left = {name: call for name, call in candidates.items() if found[name] < FIRST + SLOWER**2 * min(found.values())}
+    found |= {name: min(found[name], _timed(call, 1)) for name, call in left.items()}
+    repeats = max(1, min(100, round(SAMPLE / min(found.values()))))
     start, done = time.perf_counter(), 0
     while len(left) > 1 and done < MOST and (done < ROUNDS or 1e3 * (time.perf_counter() - start) < BUDGET):
         for name, call in left.items():
-            found[name] = min(found[name], _timed(call))
+            found[name] = min(found[name], _timed(call, repeats)) if done else _timed(call, repeats)
+        left = {name: call for name, call in left.items() if found[name] <= SLOWER * min(found[name] for name in left)}
         done += 1
-        if done > 1:
-            left = {name: call for name, call in left.items() if found[name] <= SLOWER * min(found.values())}
     return found
 
 
-def _timed(call: Callable[[], object]) -> float:
+def _timed(call: Callable[[], object], repeats: int) -> float:
     begin = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - begin)
+    for _ in range(repeats):
+        call()
+    return 1e3 * (time.perf_counter() - begin) / repeats
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------

@@ -99,6 +99,14 @@ class LowRank(nn.Module, ABC):
         """Why ``forward`` does not run both factors in one fused kernel on this input; "" if it does."""
         return self._choice(x).reason
 
+    def ways(self, x: Tensor) -> list[str]:
+        """The ways of which ``forward`` may take the fastest on this input: one, where nothing is measured."""
+        if self._why_apart(x) or self._why_not_geometry():
+            return [TWO_STEPS]
+        if tuner.enabled() and self._measures(x, None):
+            return lowrank_ways.ways(self._call(x, None, False))
+        return [self._choice(x).way]
+
     def _choice(self, x: Tensor, residual: Tensor | None = None, in_place: bool = False) -> Choice:
         """How ``forward`` runs: as measured, or by rules where nothing is measured."""
         if reason := self._why_apart(x):
@@ -313,10 +321,12 @@ class LowRank(nn.Module, ABC):
         return layer.train(self.training)
 
     def _extra(self) -> str:
-        """Rank, number of weights and fused activation, for ``extra_repr``."""
+        """Rank, number of weights, fused activation, and the ways that were measured to be the fastest."""
         parameters, dense = self.first.weight.numel() + self.second.weight.numel(), math.prod(self.dense_shape)
         fused = "" if self.activation == "none" else f", activation={self.activation}"
-        return f"rank={self.rank}, weights={parameters:,} of {dense:,} ({parameters / dense:.0%}){fused}"
+        ways = " | ".join(dict.fromkeys(choice.way for choice in self._choices.values()))
+        measured = f", measured fastest: {ways}" if ways else ""
+        return f"rank={self.rank}, weights={parameters:,} of {dense:,} ({parameters / dense:.0%}){fused}{measured}"
 
     def _factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Factors U ``[G, m, r]`` and V ``[G, r, n]`` of the best approximation of a folded dense weight."""

@@ -24,10 +24,11 @@ from .lowrank import ACTIVATIONS, Geometry, lowrank_pack
 from .lowrank_limits import cpu_cannot
 
 __all__ = ["DENSE", "ONE_KERNEL", "PREPACKED", "TWO_STEPS", "Call", "Run", "fastest", "fastest_compiled", "function",
-           "one_kernel", "pack", "times"]  # fmt: skip
+           "one_kernel", "pack", "times", "ways"]  # fmt: skip
 
 ONE_KERNEL, TWO_STEPS = "one kernel", "two steps"
 PREPACKED, DENSE = "two steps, prepacked", "dense, prepacked"
+OPAQUE = 1.05  # of a compiler's graph: what the C++ op must gain, into which nothing around it can be fused
 FILL = 0.01  # value of the numbers that are multiplied to measure; times do not depend on it
 LAST = torch.channels_last
 
@@ -52,12 +53,12 @@ class Call(NamedTuple):
 
 def times(call: Call) -> tuner.Times:
     """Milliseconds of the ways to run this call; empty if there is only one."""
-    ways = _ways(call)
-    if len(ways) < 2:
+    some = ways(call)
+    if len(some) < 2:
         return {}
-    key = f"{torch.get_num_threads()} threads, {', '.join(ways)}: {tuple(call)}"
+    key = f"{torch.get_num_threads()} threads, {', '.join(some)}: {tuple(call)}"
     with torch.inference_mode(), without_autocast():
-        return tuner.times(key, partial(_calls, call, ways))
+        return tuner.times(key, partial(_calls, call, some))
 
 
 def fastest(call: Call) -> str:
@@ -72,16 +73,19 @@ def fastest_compiled(*call: object) -> str:
     if not tuner.enabled():
         return ""
     call = Call(*call)
-    found = dict(times(call))
-    packed, dense = found.pop(PREPACKED, None), found.pop(DENSE, None)
-    # Freezing gives fp32 linear layers to MKL, as layers of torch do, and all others to oneDNN.
+    # Freezing prepacks what oneDNN runs, with the activation in it; MKL runs linear layers in fp32.
     by_mkl = call.geometry is None and call.dtype is torch.float32 and torch.backends.mkl.is_available()
-    if torch._inductor.config.freezing and packed and dense and not by_mkl:
+    frozen = torch._inductor.config.freezing and not by_mkl and PREPACKED in ways(call)
+    found = dict(times(call._replace(activation="none") if frozen else call))
+    packed, dense = found.pop(PREPACKED, None), found.pop(DENSE, None)
+    if frozen:
         found |= {TWO_STEPS: packed, DENSE: dense}
+    if ONE_KERNEL in found:
+        found[ONE_KERNEL] *= OPAQUE
     return min(found, key=found.__getitem__, default=TWO_STEPS)
 
 
-def _ways(call: Call) -> list[str]:
+def ways(call: Call) -> list[str]:
     """The ways that the arguments permit on this machine."""
     geometry = call.whole()
     kernel = not (library.missing or cpu_cannot(call.dtype, len(call.V), geometry.fold if geometry else "paper"))
@@ -152,7 +156,7 @@ def _two_linears(activation: Callable[[Tensor], Tensor]) -> Run:
 # --- what is timed ----------------------------------------------------------------------------------------------------
 
 
-def _calls(call: Call, ways: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
+def _calls(call: Call, some: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
     """A call in each way, on numbers of no meaning."""
 
     def made(shape: Sequence[int], last: bool) -> Tensor:
@@ -166,7 +170,7 @@ def _calls(call: Call, ways: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
     residual, found = None, {}
     if call.residual:
         residual = made(function(TWO_STEPS, call)(x, V, U, bias, None, None).shape, x_last or last)
-    for way in ways:
+    for way in some:
         packed = pack(way, V, U, geometry, lambda: made(W, last))
         found[way] = partial(function(way, call), x, V, U, bias, residual, packed)
     return found

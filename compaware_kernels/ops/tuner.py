@@ -35,7 +35,7 @@ __all__ = ["Times", "about", "enabled", "file", "forget", "least", "times"]
 
 Times = dict[str, float]  # candidate -> milliseconds
 
-ROUNDS, MOST, BUDGET = 5, 30, 5.0  # least and most rounds; milliseconds after which a measurement ends
+ROUNDS, MOST, BUDGET = 6, 30, 10.0  # least and most rounds; milliseconds after which a measurement ends
 SAMPLE = 0.3  # milliseconds of calls of the fastest candidate in a round
 SLOWER = 1.4  # a candidate that takes so many times the least time is not called again
 FIRST = 5.0  # milliseconds that a first call may take longer

@@ -1,4 +1,4 @@
-"""Measured choices: candidates are timed once per key, process and machine; the file outlives whatever is done to it."""
+"""Measured choices: candidates are timed once per key, process and machine; the file may be damaged at any time."""
 
 import json
 import logging

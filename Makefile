@@ -38,7 +38,8 @@ gpu-bench: .venv/built
 	mkdir -p bench/results
 	$(BIN)/pytest bench/proximal/bench_gpu_svt.py -rs --benchmark-json bench/results/gpu-$$($(BIN)/python -m bench.common.workloads).json
 
-# Layers of some shapes, networks, and random networks compressed for speed, 10 minutes; BENCH_GRID=whole: all shapes.
+# Layers of some shapes, networks, and random networks compressed for speed, 15 minutes; BENCH_GRID=whole: all shapes.
+# BENCH_RESUME=FILE keeps every result in that file, and measures only what it lacks.
 bench-inference: .venv/built
 	mkdir -p bench/results
 	GLIBC_TUNABLES=$(KEEP) $(BIN)/pytest bench/nn bench/compression --benchmark-quiet \

@@ -1,8 +1,11 @@
 """Benchmark fixtures: interleaved timing of an op and its baselines, and the tables printed at the end of a run."""
 
+import json
 import os
 import resource
+from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import pytest
 import torch
@@ -153,10 +156,10 @@ def inference_race(benchmark):
 
     def run(rows, verdicts, ours, seconds):
         checked = verdicts({name: function() for name, function in rows.items()})
-        took = {name: workloads.seconds(function) for name, function in rows.items()}
+        took = {name: min(workloads.seconds(function) for _ in range(3)) for name, function in rows.items()}
         calls = {name: max(1, round(SAMPLE / took[name])) for name in rows}
         rounds = int(seconds / sum(took[name] * calls[name] for name in rows))
-        samples = {name: [] for name in rows}
+        samples, result = {name: [] for name in rows}, {}
 
         def once(name):
             samples[name].append(sample(rows[name], calls[name]))
@@ -170,8 +173,35 @@ def inference_race(benchmark):
         for name in rows:
             ms, faults = (median(values) for values in zip(*samples[name], strict=True))
             error, ok = checked[name]
-            benchmark.extra_info[name] = {"ms": ms, "faults": faults, "error": error, "ok": ok}
-        return dict(benchmark.extra_info)
+            result[name] = {"ms": ms, "faults": faults, "error": error, "ok": ok}
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def times_of_this_run(tmp_path_factory):
+    """Low-rank layers measure themselves in this run, and leave nothing in the user's cache."""
+    with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(tmp_path_factory.mktemp("cache"))):
+        yield
+
+
+@pytest.fixture
+def kept(request, benchmark):
+    """kept(measure): what ``measure`` returns, rows and floor, or what the file BENCH_RESUME has of this test."""
+
+    def run(measure):
+        path = Path(os.environ.get("BENCH_RESUME") or os.devnull)
+        known = dict(map(json.loads, path.read_text().splitlines())) if path.exists() else {}
+        found = known.get(request.node.name)
+        if found:
+            benchmark.pedantic(lambda: None)
+        else:
+            found = measure()
+            with path.open("a") as file:
+                file.write(json.dumps([request.node.name, found]) + "\n")
+        benchmark.extra_info |= found[0] | {"floor (ms)": found[1]}
+        return found
 
     return run
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from ._utils.processor import processor
 from ._utils.version import __version__
-from .ops import backends, cuda_launcher, library
+from .ops import backends, cuda_launcher, library, tuner
 
 __all__ = ["info", "machine"]
 
@@ -27,6 +27,7 @@ def info() -> dict[str, Any]:
         "library": library.missing or str(library.PATH),
         "CUDA C++ kernels": cuda_launcher.about(),
         "Triton kernels": backends.triton_missing() or f"Triton {version('triton')}",
+        "low-rank layers on the CPU": tuner.about(),
         "ops": {op: {key: _backend(op, key) for key in ("CPU", "CUDA")} for op in backends.TABLE},
     }
 
@@ -49,13 +50,4 @@ def _backend(op: str, key: str) -> str:
 
 def _devices() -> list[str]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return [f"{_cpu()} ({torch.backends.cpu.get_cpu_capability()})", *gpus]
-
-
-def _cpu() -> str:
-    """CPU model name; on Linux ``platform.processor()`` is empty or just "x86_64"."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return [f"{processor()} ({torch.backends.cpu.get_cpu_capability()})", *gpus]

@@ -4,7 +4,9 @@ checks."""
 import copy
 import math
 import os
+import re
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import NamedTuple
 
@@ -25,8 +27,8 @@ OURS, DENSE, TWO_STEP, TENSORLY = "ours", "dense", "two-step", "tensorly"
 OTHER = ", other"  # NCHW; for linear layers: as 1x1 convolutions, which torch runs in another library
 ROWS = (DENSE, DENSE + OTHER, TWO_STEP, TWO_STEP + OTHER, TENSORLY, OURS)
 BATCHES, SHARES = (1, 8, 32), {"1/8": 1 / 8, "1/4": 1 / 4, "1/2": 1 / 2}
-TOLERANCE = 1e-5  # relative to the largest output
-EPS = torch.finfo(torch.float32).eps
+THREADS = [int(n) for n in os.environ.get("BENCH_THREADS", "1,2").split(",") if int(n) <= (os.cpu_count() or 1)]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # relative to the largest output
 
 
 class Layer(NamedTuple):
@@ -66,9 +68,12 @@ class Case(NamedTuple):
     layer: Layer
     batch: int
     share: str
+    threads: int
+    dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
-        return f"{self.layer}, batch {self.batch}, r = {self.share}"
+        dtype = ", bf16" if self.dtype is torch.bfloat16 else ""
+        return f"{self.layer}, batch {self.batch}, r = {self.share}, {self.threads} threads{dtype}"
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------
@@ -85,9 +90,15 @@ CHOSEN = [  # ResNets, VGG-16, MobileNetV2, BERT
 
 
 def cases() -> list[Case]:
-    """The layers, batches and ranks to measure: a fixed selection, or all of them with BENCH_GRID=whole."""
+    """The layers, batches, ranks and threads to measure: a fixed selection, or all of them with BENCH_GRID=whole.
+
+    Of these, the ones that match BENCH_ONLY, a regular expression: "^3 x 3.*batch 8.*1 threads".
+    """
     layers = [*convolutions(), *LINEAR] if os.environ.get("BENCH_GRID") == "whole" else CHOSEN
-    return [Case(*case) for case in product(layers, BATCHES, SHARES)]
+    cases = [Case(*case) for case in product(layers, BATCHES, SHARES, THREADS)]
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        cases += [Case(layer, batch, "1/4", THREADS[-1], torch.bfloat16) for layer in CHOSEN[::2] for batch in (1, 8)]
+    return [case for case in cases if re.search(os.environ.get("BENCH_ONLY", ""), str(case))]
 
 
 def convolutions() -> list[Layer]:
@@ -123,10 +134,10 @@ def rows(layer: Layer, ours: nn.Module, x: Tensor) -> tuple[dict[str, Callable[[
     for name, model in ((DENSE, ours.to_dense()), (TWO_STEP, ours.to_sequential())):
         found[name] = bind(channels_last(model), x_last)
         found[name + OTHER] = bind(copy.deepcopy(model) if layer.k else AsConvolutions(model), x)
-    if layer.k and tltorch:
+    if layer.k and tltorch and x.dtype is torch.float32:
         peer = tensorly(layer, ours.rank)
         found[TENSORLY] = bind(peer, x)
-    return found | {OURS: bind(channels_last(ours), x_last)}, peer
+    return found | {OURS: bind(channels_last(ours) if layer.k else ours, x_last)}, peer
 
 
 def channels_last(model: nn.Module) -> nn.Module:
@@ -141,7 +152,7 @@ class AsConvolutions(nn.Module):
         super().__init__()
         self.convs = nn.Sequential()
         for linear in (module for module in model.modules() if isinstance(module, nn.Linear)):
-            conv = nn.Conv2d(linear.in_features, linear.out_features, 1)
+            conv = nn.Conv2d(linear.in_features, linear.out_features, 1, dtype=linear.weight.dtype)
             conv.weight, conv.bias = nn.Parameter(linear.weight[..., None, None]), linear.bias
             self.convs.append(channels_last(conv))
 
@@ -151,7 +162,12 @@ class AsConvolutions(nn.Module):
 
 def bind(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     model.eval()
-    return lambda: model(x)
+    return partial(nn.Module.__call__, model, x)
+
+
+def way(model: nn.Module, x: Tensor) -> str:
+    """How our layer runs on x."""
+    return model.why_two_step(x).partition(":")[0] or "one kernel"
 
 
 def tensorly(layer: Layer, rank: int) -> nn.Module:
@@ -199,14 +215,15 @@ def verdicts(layer: Layer, ours: nn.Module, peer: nn.Module | None, x: Tensor, o
     errors = {
         name: float((outputs[name][at] - truth).abs().max() / truth.abs().max()) for name, truth in truths.items()
     }
-    ok = {name: error <= TOLERANCE for name, error in errors.items()}
+    tolerance, eps = TOLERANCE[x.dtype], torch.finfo(x.dtype).eps
+    ok = {name: error <= tolerance for name, error in errors.items()}
     apart = float((outputs[OURS] - outputs[DENSE]).abs().max() / outputs[DENSE].abs().max())
-    ok[OURS] &= errors[OURS] <= 2 * errors[TWO_STEP] + 8 * EPS and apart <= 2 * TOLERANCE
+    ok[OURS] &= errors[OURS] <= 2 * errors[TWO_STEP] + 8 * eps and apart <= 2 * tolerance
     return {name: (errors[name], ok[name]) for name in outputs}
 
 
-def speedup(result: dict[str, dict], other: str | None, name: str = OURS) -> float | None:
-    """Speed-up over ``other``, or over the fastest correct one that computes the same; None if either is wrong."""
+def speedup(result: dict[str, dict], others: tuple[str, ...], name: str = OURS) -> float | None:
+    """Speed-up over the fastest correct one of ``others``; None if all of them or ours are wrong."""
     right = {who: row["ms"] for who, row in result.items() if row["ok"]}
-    others = [ms for who, ms in right.items() if who == other or (other is None and who not in (name, TENSORLY))]
+    others = [ms for who, ms in right.items() if who in others]
     return min(others) / right[name] if others and name in right else None

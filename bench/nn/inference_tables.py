@@ -8,7 +8,9 @@ from bench.nn import inference_layers as layers
 from bench.nn import inference_networks as networks
 from bench.nn.inference_layers import speedup
 
-AGAINST = {"dense": layers.DENSE, "two-step": layers.TWO_STEP, "best": None}
+RIVALS = (layers.DENSE, layers.TWO_STEP)
+AGAINST = {"dense": (layers.DENSE,), "two-step": (layers.TWO_STEP,), "both": RIVALS, "best": layers.ROWS[:4]}
+LOSES = 0.97  # of the faster of both rivals: less is more than noise
 TENSORLY = "tensorly: as many weights" if layers.tltorch else "tensorly-torch is not installed: no column."
 
 layer_results: list[tuple[layers.Case, dict[str, dict], float]] = []  # case, row by name, ms of the floor
@@ -35,15 +37,27 @@ def of_floor(row: dict, floor: float) -> str:
 def write_layers(write) -> None:
     write("")
     write("Layers, median ms; how many times faster ours is (below 1: slower); its error / largest output")
-    write(f"other: NCHW; linear layers as 1 x 1 convolutions. best: of these four. {TENSORLY}")
+    write("other: NCHW; linear layers as 1 x 1 convolutions. both: the faster of dense and two-step; best: with other.")
+    write(f"ours: way measured to be the fastest. {TENSORLY}")
     names = [name for name in layers.ROWS if layers.tltorch or name != layers.TENSORLY]
     head = "".join(f"{name:>16}" for name in names) + "".join(f"{'/ ' + name:>11}" for name in AGAINST)
-    write(f"{'':52}{head}{'x floor':>9}{'error':>9}")
+    write(f"{'':64}{head}{'x floor':>9}{'error':>9}  way")
     for case, result, floor in layer_results:
         ours = result[layers.OURS]
         text = "".join(cell(result.get(name), 16) for name in names)
-        text += "".join(times(speedup(result, name), 11) for name in AGAINST.values())
-        write(f"{case!s:52}{text}{of_floor(ours, floor)}{ours['error']:9.0e}")
+        text += "".join(times(speedup(result, others), 11) for others in AGAINST.values())
+        write(f"{case!s:64}{text}{of_floor(ours, floor)}{ours['error']:9.0e}  {ours['way']}")
+
+
+def write_losses(write) -> None:
+    """Every layer that is slower than the faster of both rivals by more than noise; and how many there are."""
+    ratios = [(speedup(result, RIVALS), case, result[layers.OURS]["way"]) for case, result, _ in layer_results]
+    known = [row for row in ratios if row[0]]
+    lost = sorted((row for row in known if row[0] < LOSES), key=lambda row: row[0])
+    write("")
+    write(f"Layers below {LOSES:.2f}x of the faster of {' and '.join(RIVALS)}: {len(lost)} of {len(known)}")
+    for ratio, case, way in lost:
+        write(f"{case!s:64}{times(ratio)}  {way}")
 
 
 def write_means(write) -> None:
@@ -58,29 +72,30 @@ def write_means(write) -> None:
         ]  # fmt: skip
         if group:
             wrong = sum(not result[layers.OURS]["ok"] for result in group)
-            text = "".join(f"{mean(group, name):>26}" for name in AGAINST.values())
+            text = "".join(f"{mean(group, names):>26}" for names in AGAINST.values())
             write(f"{f'{kind}, batch {batch}, r = {share}':36}{len(group):6}{wrong:7}{text}")
 
 
-def mean(group: list[dict], other: str | None) -> str:
-    found = [ratio for ratio in (speedup(result, other) for result in group) if ratio]
+def mean(group: list[dict], others: tuple[str, ...]) -> str:
+    found = [ratio for ratio in (speedup(result, others) for result in group) if ratio]
     slower = sum(ratio < 1 for ratio in found)
     return f"{geometric_mean(found):.2f}x ({min(found):.2f}x, {slower} slower)" if found else ""
 
 
 def write_networks(write) -> None:
     write("")
-    write("Networks, in channels_last unless NCHW; compiled: by inductor, with freezing; faults: minor, per call")
-    head = f"{'median ms':>11}{'dense / it':>12}{'two-step / it':>15}{'x floor':>9}{'faults':>9}{'error':>9}"
-    write(f"{'':44}{'':20}{head}")
+    write("Networks, in channels_last unless NCHW; compiled: by inductor, with freezing, and as a rival")
+    write("the compiled two-step; faults: minor, per call")
+    head = f"{'median ms':>11}{'dense / it':>12}{'two-step / it':>15}{'compiled / it':>15}"
+    write(f"{'':44}{'':20}{head}{'x floor':>9}{'faults':>9}{'error':>9}")
     for case, result, floor in network_results:
         for name, row in result.items():
-            dense, two_step = (
-                times(speedup(result, other, name) if name != other else None, width)
-                for other, width in ((networks.DENSE, 12), (networks.TWO_STEP, 15))
+            ratios = "".join(
+                times(speedup(result, (other,), name) if name != other else None, width)
+                for other, width in ((networks.DENSE, 12), (networks.TWO_STEP, 15), (networks.COMPILED, 15))
             )
             floors = " " * 9 if name.startswith("dense") else of_floor(row, floor)
-            text = f"{cell(row, 11)}{dense}{two_step}{floors}"
+            text = f"{cell(row, 11)}{ratios}{floors}"
             write(f"{case:44}{name:20}{text}{row['faults']:9.0f}{row['error']:9.0e}")
 
 
@@ -100,6 +115,7 @@ def write_planner(write) -> None:
 def write_all(write) -> None:
     if layer_results:
         write_layers(write)
+        write_losses(write)
         write_means(write)
     if network_results:
         write_networks(write)

@@ -3,8 +3,8 @@
 ``seconds = overhead + max(multiply-adds / rate, bytes / bandwidth)``. Rate, bandwidth and overheads are measured on the
 device at first use, in a second: the fastest of probes so short that other programs on the machine leave some of them
 alone. A low-rank layer in one kernel has one overhead and moves its input, output and weights once; in two steps it has
-two, and writes and reads the intermediate. Output columns are rounded up to multiples of 16, and each tap of the CPU
-kernel costs as much as 8 channels.
+two, and writes and reads the intermediate; where a layer measures which is faster, the faster counts. Output columns
+are rounded up to multiples of 16, and each tap of the CPU kernel costs as much as 8 channels.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .._utils.eval_mode import layer_by_layer
 from ..nn.conv import LowRankConv2d
 from ..nn.lowrank import LowRank
 from ..nn.registry import low_rank_type
+from ..ops.lowrank_ways import ONE_KERNEL
 from .arguments import ExampleInputs, Inputs
 
 __all__ = ["Device", "choose", "fastest", "measure", "measure_device", "predict", "record", "recording",
@@ -106,14 +107,17 @@ def predict(layer: nn.Module, x: Tensor, y: Tensor) -> float:
         return device.dense + step(layer.weight, x.numel() + y.numel())
     V, U = layer.first.weight, layer.second.weight
     with torch.no_grad():
-        two_steps = layer.why_two_step(x)
-    if two_steps:
-        middle = pixels * V.shape[0]
-        return 2 * device.dense + step(V, x.numel() + middle) + step(U, middle + y.numel())
-    depth = V[0].numel() + TAP * V[0, 0].numel()
-    macs = pixels * (_columns(V, groups) * depth + _columns(U, groups) * U[0].numel())
-    moved = _bytes(x, x.numel() + y.numel() + V.numel() + U.numel())
-    return device.low_rank + max(macs / device.rate, moved / device.bandwidth)
+        ways = layer.ways(x)
+    middle = pixels * V.shape[0]
+    found = (
+        [2 * device.dense + step(V, x.numel() + middle) + step(U, middle + y.numel())] if ways != [ONE_KERNEL] else []
+    )
+    if ONE_KERNEL in ways:
+        depth = V[0].numel() + TAP * V[0, 0].numel()
+        macs = pixels * (_columns(V, groups) * depth + _columns(U, groups) * U[0].numel())
+        moved = _bytes(x, x.numel() + y.numel() + V.numel() + U.numel())
+        found.append(device.low_rank + max(macs / device.rate, moved / device.bandwidth))
+    return min(found)
 
 
 def _columns(weight: Tensor, groups: int) -> int:

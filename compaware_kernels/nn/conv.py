@@ -6,9 +6,11 @@ import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..folds import TRANSPOSED, from_matrix, oriented, row_axes, to_matrix
+from ..ops.lowrank import Geometry
 from .factorization import check_rank
 from .lowrank import LowRank
 from .module_surgery import plain_attributes
@@ -148,22 +150,20 @@ class LowRankConv2d(LowRankConv):
             return f"padding mode {self.padding_mode}"
         return "" if self._padding() else f"padding {self.padding!r}, more on one side than on the other"
 
-    def _padding(self) -> list[int] | None:
+    def _padding(self) -> tuple[int, ...] | None:
         """Padding in pixels; None if it is not symmetric."""
         if not isinstance(self.padding, str):
-            return list(self.padding)
+            return self.padding
         if self.padding == "valid":
-            return [0, 0]
+            return 0, 0
         both = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-        return None if any(p % 2 for p in both) else [p // 2 for p in both]
+        return None if any(p % 2 for p in both) else tuple(p // 2 for p in both)
 
-    def _in_one(self, x, V, U, bias, residual, in_place) -> Tensor:
-        args = (x, V, U, bias, residual, self._packed_now(V, U), self.stride, self._padding(), self.dilation,
-                self.groups, self.fold, self.activation)  # fmt: skip
-        if residual is None or not in_place or torch.is_grad_enabled():
-            return torch.ops.compaware.lowrank_conv2d(*args)
-        torch.ops.compaware.lowrank_conv2d_(*args)
-        return residual
+    def _geometry(self) -> Geometry:
+        return Geometry(self.stride, self._padding(), self.dilation, self.groups, self.fold, self.activation)
+
+    def _dense(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.product(), self.bias, self.stride, self._padding(), self.dilation, self.groups)
 
 
 class LowRankConv3d(LowRankConv):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..folds import row_axes
@@ -71,8 +72,8 @@ class LowRankLinear(LowRank):
     def product(self) -> Tensor:
         return (self.second.weight @ self.first.weight).to(self.first.weight.dtype)  # autocast would change it
 
-    def _in_one(self, x, V, U, bias, residual, in_place) -> Tensor:
-        return torch.ops.compaware.lowrank_linear(x, V, U, bias, residual, self._packed_now(V, U), self.activation)
+    def _dense(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.product(), self.bias)
 
     def to_dense(self) -> nn.Linear:
         """``nn.Linear`` with the weight ``U V`` and the bias of this layer."""

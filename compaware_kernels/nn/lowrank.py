@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 
 from .._utils.autocast import without_autocast
 from ..folds import oriented, to_matrix
-from ..ops import backends
-from ..ops.lowrank import ACTIVATIONS, lowrank_pack
+from ..ops import backends, lowrank_ways, tuner
+from ..ops.lowrank import ACTIVATIONS, Geometry, lowrank_pack
+from ..ops.lowrank_ways import DENSE, ONE_KERNEL, TWO_STEPS
 from ..ops.transforms import is_transformed
 from .factored_weight import FactoredWeight
 from .module_surgery import copy_requires_grad, is_plain
@@ -24,15 +26,30 @@ if TYPE_CHECKING:
 __all__ = ["FACTORS", "MODULES", "LowRank"]
 
 FACTORS = ("first", "second")  # names of the submodules
+INPUTS = 16  # shapes that a layer measures; those of text, or of images of any size, have no end
+FASTER = "measured to be faster"
+SAMPLES = 32  # numbers of a factor that are compared with those that were packed, as in the CPU kernel
 MODULES = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "gelu": nn.GELU}  # fused activation -> module
 
 
+class Choice(NamedTuple):
+    """How a layer runs on an input: the way, of ``ops.lowrank_ways``; why it is not one kernel; the function, if it
+    does not run as modules of torch."""
+
+    way: str
+    reason: str = ""
+    run: lowrank_ways.Run | None = None
+
+
 class LowRank(nn.Module, ABC):
-    """Low-rank layer ``y = act(second(first(x)) + residual)``, by one fused kernel if one takes the arguments.
+    """Low-rank layer ``y = act(second(first(x)) + residual)``, for inference on the CPU in the fastest way measured.
+
+    The ways (:mod:`compaware_kernels.ops.lowrank_ways`) are timed when the layer meets an input shape for the first
+    time. On GPUs, and with ``COMPAWARE_TUNE=off``, one fused kernel runs if it takes the arguments, else two steps.
 
     The activation is ``none`` until :func:`compaware_kernels.fuse` fuses the one that follows the layer. ``in_place``
-    permits writing y over the residual. The kernels read ``first.weight`` and ``second.weight``; for the CPU kernel
-    they are packed once, and again after a change, which doubles the memory of the weights.
+    permits writing y over the residual. The weights are those of ``first`` and ``second``; in the layout of the way
+    that runs they are packed once, and again after a change, which doubles the memory of the weights.
 
     It has the attributes of the dense layer, for those who read them: sizes and geometry, ``bias``, and a read-only
     ``weight``, the product of the factors (:class:`.factored_weight.FactoredWeight`).
@@ -40,7 +57,7 @@ class LowRank(nn.Module, ABC):
 
     __jit_unused_properties__: ClassVar = ["weight"]
     # What a layer that replaces this one does not take over from it.
-    own_attributes: ClassVar = ("rank", "fold", "activation", "_packed", "_packed_from")
+    own_attributes: ClassVar = ("rank", "fold", "activation", "_packed", "_packed_from", "_choices", "_prepacked")
     own_hooks: ClassVar = ()
 
     dense: type[nn.Module]
@@ -53,25 +70,70 @@ class LowRank(nn.Module, ABC):
     activation: str = "none"
     _packed: Tensor | None = None
     _packed_from: tuple | None = None
+    _choices: dict[tuple, Choice]  # measured, by input
+    _prepacked: dict[
+        str, tuple[list[Tensor], tuple]
+    ]  # way -> weights, and the state of the factors they were made from
 
     def __init__(self):
         super().__init__()
+        self._choices, self._prepacked = {}, {}
         self._register_load_state_dict_pre_hook(_convert_state_dict, with_module=True)
         self.register_load_state_dict_post_hook(_pack_after_load)
 
     def forward(self, input: Tensor, residual: Tensor | None = None, in_place: bool = False) -> Tensor:
-        reason = self.why_two_step(input)
+        choice = self._choice(input, residual, in_place)
         first, second = self._modules["first"], self._modules["second"]  # several times as fast as attribute access
-        if not reason:
+        if choice.run:
             V, of_second = first._parameters["weight"], second._parameters
-            return self._in_one(input, V, of_second["weight"], of_second["bias"], residual, in_place)
+            U, packed = of_second["weight"], None
+            if choice.way != TWO_STEPS:
+                packed = self._packed_now(V, U) if choice.way == ONE_KERNEL else self._prepacked_now(choice.way, V, U)
+            return choice.run(input, V, U, of_second["bias"], residual, packed)
         if not torch.compiler.is_compiling():
-            backends.log_once(type(self).__name__, backends.TWO_STEPS, reason)
-        y = second(first(input))
+            backends.log_once(type(self).__name__, backends.TWO_STEPS, choice.reason)
+        y = self._dense(input) if choice.way == DENSE else second(first(input))
         return ACTIVATIONS[self.activation](y if residual is None else y + residual)
 
     def why_two_step(self, x: Tensor) -> str:
-        """Why ``forward`` runs the factors one after the other on this input; "" if one fused kernel runs both."""
+        """Why ``forward`` does not run both factors in one fused kernel on this input; "" if it does."""
+        return self._choice(x).reason
+
+    def ways(self, x: Tensor) -> list[str]:
+        """The ways of which ``forward`` may take the fastest on this input: one, where nothing is measured."""
+        if self._why_apart(x) or self._why_not_geometry():
+            return [TWO_STEPS]
+        if tuner.enabled() and self._measures(x, None):
+            return lowrank_ways.ways(self._call(x, None, False))
+        return [self._choice(x).way]
+
+    def _choice(self, x: Tensor, residual: Tensor | None = None, in_place: bool = False) -> Choice:
+        """How ``forward`` runs: as measured, or by rules where nothing is measured."""
+        if reason := self._why_apart(x):
+            return Choice(TWO_STEPS, reason)
+        over = in_place and residual is not None and not torch.is_grad_enabled()
+        measures, key = self._measures(x, residual), None
+        if measures and not torch.compiler.is_compiling():
+            key = x.shape, x.stride(), self.activation, residual is None, over, torch.get_num_threads()
+            if found := self._choices.get(key):
+                return found
+        if reason := self._why_not_geometry():
+            return Choice(TWO_STEPS, reason)
+        if key and tuner.enabled():
+            return self._choose(key, x, residual, over)
+        way = self._compiled(x, residual, over) if measures and not key else ""
+        if not way:
+            V, U = self._modules["first"]._parameters["weight"], self._modules["second"]._parameters["weight"]
+            backend, reason = backends.choose(self.op, x.device, x, V, U, self.groups, self.fold)
+            if backend is backends.PLAIN:
+                return Choice(TWO_STEPS, reason or f"no kernel for {x.device.type}")
+        if way in ("", ONE_KERNEL):
+            geometry = self._geometry()
+            return Choice(ONE_KERNEL, "", lowrank_ways.one_kernel(geometry or (self.activation,), over and geometry))
+        return Choice(way, FASTER)
+
+    def _why_apart(self, x: Tensor) -> str:
+        """Why the factors must run one after the other, whatever is faster; "" if they need not."""
         if torch.compiler.is_exporting() or torch.jit.is_tracing() or not isinstance(x, Tensor):
             return "traced or exported: standard ops only"
         if x.is_nested:
@@ -81,25 +143,63 @@ class LowRank(nn.Module, ABC):
             return "a factor is no plain layer"
         if not (is_plain(first) and is_plain(second)):
             return "a factor has hooks or a forward of its own"
-        if reason := self._why_not_geometry():
-            return reason
         V, U = first._parameters["weight"], second._parameters["weight"]
         if torch.is_grad_enabled() and (x.requires_grad or V.requires_grad or U.requires_grad):
             return "gradients are wanted, for which two steps keep the intermediate"
         if is_transformed():
             return "under transforms of torch.func and in forward mode"
-        if V.ndim == 4 and x.ndim != 4:
-            return "no batch axis"
-        backend, reason = backends.choose(self.op, x.device, x, V, U, self.groups, self.fold)
-        return (reason or f"no kernel for {x.device.type}") if backend is backends.PLAIN else ""
+        return "no batch axis" if V.ndim == 4 and x.ndim != 4 else ""
+
+    def _measures(self, x: Tensor, residual: Tensor | None) -> bool:
+        """Whether ways other than those of the rules may run: in inference on the CPU, outside of torch's modes."""
+        V, bias = self._modules["first"]._parameters["weight"], self._modules["second"]._parameters["bias"]
+        if self.training or not x.is_cpu or x.dtype is not V.dtype or torch.is_autocast_enabled("cpu"):
+            return False
+        if torch.is_grad_enabled() and any(A is not None and A.requires_grad for A in (bias, residual)):
+            return False
+        if torch.compiler.is_compiling():
+            return _is_static(x)
+        # Modes count or record the ops of this package, or have tensors without numbers.
+        return type(x) is Tensor and type(V) is nn.Parameter and V.is_cpu and not torch._C._len_torch_dispatch_stack()
+
+    def _choose(self, key: tuple, x: Tensor, residual: Tensor | None, over: bool) -> Choice:
+        """The choice for a new input; if there have been many, that for the input most like it in size."""
+        if len(self._choices) >= INPUTS:
+            alike = [other for other in self._choices if other[2:] == key[2:]]
+            if alike:
+                return self._choices[min(alike, key=lambda other: abs(other[0].numel() - x.numel()))]
+        call = self._call(x, residual, over)
+        way = lowrank_ways.fastest(call) if x.numel() else TWO_STEPS
+        why = "" if way == ONE_KERNEL else f"{way}: {FASTER}"
+        self._choices[key] = Choice(way, why, lowrank_ways.function(way, call))
+        return self._choices[key]
+
+    def _compiled(self, x: Tensor, residual: Tensor | None, over: bool) -> str:
+        """The way in a graph for a compiler; "" if none is measured."""
+        return lowrank_ways.fastest_compiled(*self._call(x, residual, over))
+
+    def _call(self, x: Tensor, residual: Tensor | None, over: bool) -> lowrank_ways.Call:
+        """What a measurement of this call depends on."""
+        geometry, second = self._geometry(), self._modules["second"]._parameters
+        V, U = self._modules["first"]._parameters["weight"], second["weight"]
+        last = tuple(geometry is not None and suggest_memory_format(A) == torch.channels_last for A in (x, V))
+        shape = tuple(x.shape) if geometry else (x.numel() // x.shape[-1], x.shape[-1])
+        return lowrank_ways.Call(
+            shape, tuple(V.shape), tuple(U.shape), x.dtype, last, second["bias"] is not None, residual is not None,
+            over, self.activation, tuple(geometry)[:-1] if geometry else None,
+        )  # fmt: skip
+
+    def _geometry(self) -> Geometry | None:
+        """Geometry of a 2-D convolution; None for a linear layer."""
+        return None
+
+    def _dense(self, x: Tensor) -> Tensor:
+        """The dense layer on the product of the factors, which a compiler folds into one constant."""
+        raise NotImplementedError(f"{type(self).__name__} has one way only")
 
     def _why_not_geometry(self) -> str:
         """Why the geometry (padding, dimension) rules out the fused kernel; "" if it does not."""
         return ""
-
-    def _in_one(self, x: Tensor, V: Tensor, U: Tensor, bias: Tensor | None, residual: Tensor | None, in_place: bool):
-        """Both factors by the fused op.  Called only if :meth:`why_two_step` gives no reason against it."""
-        raise NotImplementedError(f"{type(self).__name__} has no kernel, and why_two_step did not say so")
 
     @classmethod
     @abstractmethod
@@ -166,16 +266,17 @@ class LowRank(nn.Module, ABC):
                         "script ck.to_plain(model), or trace or export the model as it is")  # fmt: skip
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_packed": None, "_packed_from": None}
+        return {**self.__dict__, "_packed": None, "_packed_from": None, "_choices": {}, "_prepacked": {}}
 
     def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
+        super().__setstate__({"_choices": {}, "_prepacked": {}} | state)
         if not self.training:
             self._pack()
 
     def _pack(self):
-        """Pack the factors for the CPU kernel, if it takes them."""
+        """Pack the factors for the CPU kernel, if it takes them; what is prepacked in other layouts is forgotten."""
         self._packed = self._packed_from = None
+        self._choices, self._prepacked = {}, {}
         if type(self.first) is not self.dense or type(self.second) is not self.dense:
             return self  # a replaced factor may have no weight
         V, U = self.first.weight, self.second.weight
@@ -188,6 +289,17 @@ class LowRank(nn.Module, ABC):
         if not torch.compiler.is_compiling() and self._packed_from != _factor_versions(V, U):
             self._pack()
         return self._packed
+
+    def _prepacked_now(self, way: str, V: Tensor, U: Tensor) -> list[Tensor]:
+        """The factors or their product in oneDNN's layout, made anew if the factors have changed since."""
+        packed, made_from = self._prepacked.get(way, (None, None))
+        if packed is None or not _unchanged(made_from, V, U):
+            with torch.inference_mode(False), torch.no_grad(), without_autocast():
+                packed = lowrank_ways.pack(
+                    way, V.detach(), U.detach(), self._geometry(), lambda: self.product().detach()
+                )
+            self._prepacked[way] = packed, _state(V, U)
+        return packed
 
     def _copy_from(self, layer: nn.Module, U: Tensor, V: Tensor) -> LowRank:
         """Set the weights from U ``[G, m, r]`` and V ``[G, r, n]``, bias and mode from the dense ``layer``."""
@@ -209,10 +321,12 @@ class LowRank(nn.Module, ABC):
         return layer.train(self.training)
 
     def _extra(self) -> str:
-        """Rank, number of weights and fused activation, for ``extra_repr``."""
+        """Rank, number of weights, fused activation, and the ways that were measured to be the fastest."""
         parameters, dense = self.first.weight.numel() + self.second.weight.numel(), math.prod(self.dense_shape)
         fused = "" if self.activation == "none" else f", activation={self.activation}"
-        return f"rank={self.rank}, weights={parameters:,} of {dense:,} ({parameters / dense:.0%}){fused}"
+        ways = " | ".join(dict.fromkeys(choice.way for choice in self._choices.values()))
+        measured = f", measured fastest: {ways}" if ways else ""
+        return f"rank={self.rank}, weights={parameters:,} of {dense:,} ({parameters / dense:.0%}){fused}{measured}"
 
     def _factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Factors U ``[G, m, r]`` and V ``[G, r, n]`` of the best approximation of a folded dense weight."""
@@ -225,10 +339,34 @@ class LowRank(nn.Module, ABC):
 
 def _factor_versions(V: Tensor, U: Tensor) -> tuple[int, ...]:
     """Version of the factors: differs after a factor was replaced or modified in place."""
-    try:
-        return V.data_ptr(), U.data_ptr(), V._version, U._version
-    except RuntimeError:  # inference tensors have no version counter; the kernel compares samples
+    if V.is_inference() or U.is_inference():  # these have no version counter; samples are compared
         return V.data_ptr(), U.data_ptr()
+    return V.data_ptr(), U.data_ptr(), V._version, U._version
+
+
+def _state(V: Tensor, U: Tensor) -> tuple:
+    """State of the factors: their versions, and samples that show a write through ``.data``."""
+    views = [_sample(W.detach()) for W in (V, U)]
+    return _factor_versions(V, U), [(view, view.clone()) for view in views]
+
+
+def _sample(W: Tensor) -> Tensor:
+    """View of some numbers of W; of all, if it has gaps."""
+    if not torch.ops.aten.is_non_overlapping_and_dense(W):
+        return W
+    return W.as_strided((min(SAMPLES, W.numel()),), (max(1, W.numel() // SAMPLES),))
+
+
+def _unchanged(state: tuple, V: Tensor, U: Tensor) -> bool:
+    versions, samples = state
+    return versions == _factor_versions(V, U) and all(torch.equal(now, then) for now, then in samples)
+
+
+def _is_static(x: Tensor) -> bool:
+    """Whether a compiler knows the shape of x as numbers."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return all(has_static_value(size) for size in x.shape)
 
 
 def _convert_state_dict(module: LowRank, state: dict, prefix: str, *_) -> None:

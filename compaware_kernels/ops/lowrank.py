@@ -35,6 +35,7 @@ __all__ = [
     "lowrank_linear_two_step",
     "lowrank_pack",
     "lowrank_two_step",
+    "sees_padding",
 ]
 
 ACTIVATIONS = {
@@ -109,14 +110,13 @@ def format_of(x: Tensor, V: Tensor) -> torch.memory_format:
     return last if last in (suggest_memory_format(x), suggest_memory_format(V)) else torch.contiguous_format
 
 
-def _working_format(V: Tensor, U: Tensor, geometry: Geometry) -> torch.memory_format:
-    """Memory format for the two convolutions: channels_last, except where oneDNN crashes.
+def sees_padding(V: Ints, U: Ints, geometry: Geometry) -> bool:
+    """Whether output pixels see only padding, for factors of these shapes.
 
-    It does in channels_last, fp32 with a bias or bf16, most often if grouped, where output pixels see only padding.
+    There oneDNN crashes in channels_last, fp32 with a bias or bf16, most often if grouped.
     """
-    reach = [geometry.dilation[i] * (V.shape[2 + i] * U.shape[2 + i] - 1) for i in range(2)]
-    only_padding = any(p > r for p, r in zip(geometry.padding, reach, strict=True))
-    return torch.contiguous_format if only_padding else torch.channels_last
+    reach = [geometry.dilation[i] * (V[2 + i] * U[2 + i] - 1) for i in range(2)]
+    return any(p > r for p, r in zip(geometry.padding, reach, strict=True))
 
 
 def _two_convolutions(x, V, U, bias, residual, *geometry) -> Tensor:
@@ -134,7 +134,7 @@ def lowrank_two_step(
     """Reference low-rank convolution, ``[N, C, H, W]`` -> ``[N, O, OH, OW]``: two convolutions."""
     check(activation, fold)
     geometry = Geometry(stride, padding, dilation, groups, fold, activation)
-    works = _working_format(V, U, geometry)
+    works = torch.contiguous_format if sees_padding(V.shape, U.shape, geometry) else torch.channels_last
     factors = (V, U) if works == torch.channels_last else (V.contiguous(), U.contiguous())
     y = _two_convolutions(x.contiguous(memory_format=works), *factors, bias, residual, *geometry)
     return y.contiguous(memory_format=format_of(x, V))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_RANK", "ROW", "cpu_declines", "triton_declines"]
+__all__ = ["MAX_RANK", "ROW", "cpu_cannot", "cpu_declines", "triton_declines"]
 
 # Below these the CPU kernel was up to a third slower than two torch convolutions: columns are padded to multiples of
 # 16, and each tap has an overhead (AMD EPYC with AVX-512, 1 thread, 3 to 32 channels, ranks 8 and 16, 56 x 56). For
@@ -31,11 +31,16 @@ def cpu_declines(x: Tensor, V: Tensor, U: Tensor, groups: int = 1, fold: str = "
     """
     if torch.is_autocast_enabled("cpu"):
         return "autocast: the CPU kernel is for fp32"
-    if x.dtype is not torch.float32 or V.dtype is not torch.float32:
+    if x.dtype is not V.dtype:
         return f"the CPU kernel is for fp32; got {x.dtype} and weights of {V.dtype}"
-    if V.ndim == 2:
-        return ""
-    return _too_small(x, V, groups) if fold == "paper" else f"the second factor of fold {fold} is no 1 x 1"
+    return cpu_cannot(x.dtype, V.ndim, fold) or ("" if V.ndim == 2 else _too_small(x, V, groups))
+
+
+def cpu_cannot(dtype: torch.dtype, axes: int, fold: str) -> str:
+    """Why the CPU kernel cannot run factors of this dtype with 2 or 4 axes, whatever their shapes; "" if it can."""
+    if dtype is not torch.float32:
+        return f"the CPU kernel is for fp32; got {dtype} and weights of {dtype}"
+    return "" if axes == 2 or fold == "paper" else f"the second factor of fold {fold} is no 1 x 1"
 
 
 def _too_small(x: Tensor, V: Tensor, groups: int) -> str:

@@ -19,7 +19,19 @@ import torch
 from .._utils.atomic_write import write_text
 from . import library
 
-__all__ = ["LOW_RANK", "SHRINK", "STEP", "about", "device_name", "failure", "folder", "found", "record", "refused"]
+__all__ = [
+    "LOW_RANK",
+    "SHRINK",
+    "STEP",
+    "about",
+    "code",
+    "device_name",
+    "failure",
+    "folder",
+    "found",
+    "record",
+    "refused",
+]
 
 SHRINK, STEP, LOW_RANK = "shrink", "step", "low rank"  # kernel families; one failure disables the family
 SUFFIXES = (".py", ".so", ".cuh", ".h")
@@ -81,7 +93,7 @@ def folder() -> Path:
 
 
 @cache
-def _code() -> str:
+def code() -> str:
     """Hash of all kernel sources and binaries, and of the versions of the libraries that compile and run them."""
     key, package = hashlib.sha256(), library.PATH.parent
     for name in ("torch", "triton", "cupy-cuda13x", "compaware-kernels"):
@@ -97,4 +109,4 @@ def _code() -> str:
 
 
 def _file() -> Path:
-    return folder() / f"selftest-{_code()}.json"
+    return folder() / f"selftest-{code()}.json"

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["COLUMNS", "ROWS", "inner", "product", "small_svd", "times", "wide_product", "without"]
+__all__ = ["COLUMNS", "ROWS", "inner", "product", "small_svd", "sum_of_squares", "times", "wide_product", "without"]
 
 LARGE = 2**20  # multiplications; below, the oneDNN call overhead exceeds its gain
 COLUMNS = 8  # widths are rounded up to multiples of 8: oneDNN compiles a kernel per shape
@@ -40,6 +40,15 @@ def _(X, Y):
     return Y.new_empty(X.shape[0], Y.shape[1], dtype=torch.float64)
 
 
+@torch.library.custom_op("compaware::sum_of_squares", mutates_args=())
+def sum_of_squares(W: Tensor) -> Tensor:
+    """Sum of squares of a contiguous W, fp32 or fp64: a scalar in fp64, on its device."""
+    return W.double().square().sum()
+
+
+sum_of_squares.register_fake(lambda W: W.new_empty((), dtype=torch.float64))
+
+
 @cache
 def _onednn() -> bool:
     """Whether fp32 products on the CPU go through oneDNN: on CPUs with AVX-512.
@@ -51,12 +60,15 @@ def _onednn() -> bool:
 
 
 def product(A: Tensor, B: Tensor) -> Tensor:
-    """Product ``A B`` of ``[m, n]`` and ``[n, p]`` of the same dtype; large fp32 products on the CPU through oneDNN."""
+    """Product ``A B`` of ``[m, n]`` and ``[n, p]`` of the same dtype; large fp32 products on the CPU through oneDNN.
+
+    Where p < m the result is column-major, which oneDNN takes without a copy in the next product.
+    """
     work = A.shape[0] * A.shape[1] * B.shape[1]
     if work < LARGE or A.dtype != torch.float32 or A.device.type != "cpu" or not _onednn():
         return A @ B
-    if A.stride(0) == 1 and A.shape[0] >= B.shape[1]:  # (B^T A^T)^T takes the large A without a copy
-        return torch.ops.mkldnn._linear_pointwise(B.mT, A, None, "none", [], "").mT.contiguous()
+    if B.shape[1] < A.shape[0]:
+        return torch.ops.mkldnn._linear_pointwise(B.mT, A, None, "none", [], "").mT
     return torch.ops.mkldnn._linear_pointwise(A, B.mT, None, "none", [], "")
 
 

@@ -31,14 +31,13 @@ from torch import Tensor
 from .._utils.constants import constant
 from ..distributed.row_sharded import RowSharded
 from ..ops.linalg import COLUMNS, inner, product, times, without
-from .error_bounds import Sketch, norm_from_log, sketch_triplets
+from .error_bounds import RitzPairs, Sketch, norm_from_log, sketch_triplets, unit_roundoff
+from .gram import EIGH_LOSS
 
 __all__ = [
     "FIRST",
-    "FRESH",
     "MARGIN",
     "NEAR",
-    "PART",
     "PROBES",
     "SPARE",
     "Subspace",
@@ -49,8 +48,7 @@ __all__ = [
     "outside",
 ]
 
-SPARE = 8  # oversampling: right singular vectors kept beyond the rank, which track the next singular values
-FRESH, PART = 12, 5  # random columns added to k warm ones: FRESH + k // PART
+SPARE, PART = 16, 16  # oversampling: SPARE + rank // PART right singular vectors more, which track the next ones
 FIRST = 32  # columns of a cold start
 PROBES = 24  # probes for the bound of ||X (I - V V^T)||_2
 MAX_PASSES, MAX_POWER = 5, 6
@@ -86,6 +84,7 @@ class Subspace:
         generator: draws the probes; V must be independent of it.
         max_columns: give up if V needs more columns.
         slack: bound of the rounding error of a product of X with a unit vector.
+        square: ``||X||_F^2``, up to the rounding errors of sums in fp64.
         gain: effect of a unit residual of each triplet on the result: (s ``[r]``, upper bound of all other singular
             values) -> ``[r]``.
         count: number of leading triplets.
@@ -101,26 +100,23 @@ class Subspace:
         *,
         max_columns: int,
         slack: float,
+        square: float,
         gain: Callable[[Tensor, float], Tensor],
         count: int | None = None,
     ):
         self.X, self.threshold, self.V, self.tol, self.generator = X, threshold, V, tol, generator
-        self.max_columns, self.slack, self.gain, self.count = max_columns, slack, gain, count
+        self.max_columns, self.slack, self.square, self.gain, self.count = max_columns, slack, square, gain, count
         self.rho = math.inf  # >= ||X (I - V V^T)||_2
         self.passes = self.products = 0
         self.too_wide = False  # needs more than max_columns, in any precision
 
     def run(self) -> Triplets | None:
         """The triplets, or None if a dense factorization should be used instead."""
-        if not self.V.shape[1]:
-            return self._polish() if self._cover(max(FIRST, columns_for(self.count or 0))) else None
-        known = self.V.shape[1]
-        fresh = even(known + FRESH + known // PART) - known
-        self.V = torch.cat([self.V, without(self._draw(fresh), self.V)], 1)
-        found = self._polish()
-        if not found and self.rho > self.threshold and self._cover(self.V.shape[1] // 2):
-            found = self._polish()
-        return found
+        found = self._polish() if self.V.shape[1] else None
+        if found or self.too_wide or (self.V.shape[1] and self.rho <= self.threshold):
+            return found
+        wanted = self.V.shape[1] // 2 or max(FIRST, columns_for(self.count or 0))
+        return self._polish() if self._cover(wanted) else None
 
     def _cover(self, columns: int) -> bool:
         """Append random blocks to V until rho <= threshold; False if that takes more than max_columns."""
@@ -140,53 +136,91 @@ class Subspace:
         return True
 
     def _polish(self) -> Triplets | None:
-        """Subspace iteration from V, extended by residual directions until the tolerance is met; None if it fails."""
+        """Subspace iteration from V, extended by residual directions until the tolerance is met; None if it fails.
+
+        Leaves orthonormal Ritz vectors in V.
+        """
         source = self.X.normalize_columns(self._matmul(self.V))
-        self.V, self.Y = self.V[:, :0], source[:, :0]
-        self.YtY = source.new_empty(0, 0, dtype=torch.float64)
+        self.B, self.Y = self.V[:, :0], source[:, :0]
+        self.BtB = self.YtY = source.new_empty(0, 0, dtype=torch.float64)
         for step in range(MAX_PASSES):
             Z = self._rmatmul(source)
-            if not source.shape[1] or not self._append(outside(Z, self.V, self.X) if step else torch.linalg.qr(Z).Q):
+            if not source.shape[1] or not self._append(outside(Z, self.V, self.X) if step else self._independent(Z)):
                 return None
             self.passes += 1
-            s, U, V = self._rayleigh_ritz()
-            if step == 0:
+            pairs, U = self._rayleigh_ritz()
+            if self.checked < self.rank or not self.threshold > 0:
                 self._bound_rest()
-            if self.checked < self.rank or not self.rho <= self.threshold or not self.threshold > 0:
                 return None
-            gain = self.gain(s, self.rho)
-            sketch = sketch_triplets(self.X, U, s, V, gain, self.generator)
+            guess = min(self.rho, math.sqrt(max(0.0, self.square - float(pairs.s.square().sum()))))
+            gain = self.gain(pairs.s[: self.checked], guess)
+            sketch = sketch_triplets(self.X, pairs, gain, self.generator)
+            if not self._certify(pairs.s, sketch):
+                return None
             tail = self._tail(sketch)
             if MARGIN * sketch.spectral + tail <= self.tol * self.threshold:
-                return self._result(s, U, sketch, tail)
+                return self._result(pairs.s, U, sketch, tail)
             source = U[:, gain**2 * sketch.columns > (0.5 * self.tol * self.threshold) ** 2 / max(1, self.rank)]
+            self._rotate(pairs)
         return None
+
+    def _certify(self, s: Tensor, sketch: Sketch) -> bool:
+        """Lower rho, from the Frobenius norm alone if that suffices, else from probes; False if it exceeds the
+        threshold.
+
+        ``||X (I - V V^T)||_F^2 = ||X||_F^2 - ||X V||_F^2``
+        """
+        lost = (self.X.m + EIGH_LOSS) * unit_roundoff(torch.float64) * self.square
+        rest = self.X.broadcast_float(self.square - float(s.square().sum())) + sketch.missing + lost
+        rho = math.sqrt(max(0.0, rest)) if rest < math.inf else math.inf
+        enough = QUIET * self.threshold
+        if self.count is None:  # the largest discarded Ritz value and R together
+            enough = math.sqrt(max(0.0, self.threshold**2 - max(self.mu[self.checked : self.checked + 1], default=0.0) ** 2))
+        self.rho = min(self.rho, rho)
+        if not self.rho <= enough:
+            self._bound_rest()
+        return self.rho <= self.threshold
 
     def _fits(self, columns: int) -> bool:
         """Whether V may grow by so many columns."""
         self.too_wide = self.V.shape[1] + columns > self.max_columns
         return columns > 0 and not self.too_wide
 
-    def _append(self, V: Tensor) -> bool:
-        """Append the block V ``[n, b]``, orthonormal and orthogonal to self.V; False if too wide or not finite."""
-        if not self._fits(V.shape[1]):
-            return False
-        Y = self._matmul(V)
-        own = self.X.inner(Y, Y)
-        if len(self.YtY):
-            cross = self.X.inner(self.Y, Y)
-            own = torch.cat([torch.cat([self.YtY, cross], 1), torch.cat([cross.mT, own], 1)])
-        self.V, self.Y, self.YtY = torch.cat([self.V, V], 1), torch.cat([self.Y, Y], 1), own
-        return math.isfinite(float(own.trace()))
+    def _independent(self, Z: Tensor) -> Tensor:
+        """Basis of the columns of Z ``[n, k]``: scaled to unit length or, if they are nearly dependent, orthonormal."""
+        B = torch.nn.functional.normalize(Z, dim=0)
+        L, failed = torch.linalg.cholesky_ex(inner(B, B))
+        smallest = 0.0 if int(failed) else float(L.diagonal().min())
+        return B if self.X.broadcast_float(smallest) > WELL else torch.linalg.qr(Z).Q
 
-    def _rayleigh_ritz(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rayleigh-Ritz triplets s ``[c]``, U ``[m, c]``, V ``[n, c]`` to verify."""
-        squares, Q = torch.linalg.eigh(self.YtY)
+    def _append(self, B: Tensor) -> bool:
+        """Append the block B ``[n, b]`` of unit columns to the basis; False if it gets too wide, or is not finite."""
+        self.V = self.V[:, :0] if not len(self.YtY) else self.V
+        if not self._fits(B.shape[1]):
+            return False
+        Y = self._matmul(B)
+        self.BtB = _bordered(self.BtB, inner(self.B, B), inner(B, B))
+        self.YtY = _bordered(self.YtY, self.X.inner(self.Y, Y), self.X.inner(Y, Y))
+        self.B, self.Y = (torch.cat(pair, 1) for pair in ((self.B, B), (self.Y, Y)))
+        return math.isfinite(float(self.YtY.trace()))
+
+    def _rayleigh_ritz(self) -> tuple[RitzPairs, Tensor]:
+        """Ritz pairs of the basis, their V into self.V, and U ``[m, c]`` of those to verify."""
+        L = torch.linalg.cholesky(self.BtB)
+        M = torch.linalg.solve_triangular(L, self.YtY, upper=False)
+        M = torch.linalg.solve_triangular(L, M.mT, upper=False)
+        squares, Q = torch.linalg.eigh(M)
         self._choose(squares)
-        c, dtype, Q = self.checked, self.V.dtype, Q.flip(1)
-        s = torch.tensor(self.mu[:c], dtype=torch.float64, device=Q.device)
-        self.right = product(self.V, Q[:, : columns_for(self.rank)].to(dtype))
-        return s, product(self.Y, (Q[:, :c] / s).to(dtype)), self.right[:, :c]
+        s = torch.tensor(self.mu, dtype=torch.float64, device=Q.device)
+        T = torch.linalg.solve_triangular(L.mT, Q.flip(1), upper=True)
+        self.V = product(self.B, T.to(self.B.dtype))
+        U = product(self.Y, (T[:, : self.checked] / s[: self.checked]).to(self.B.dtype))
+        return RitzPairs(self.B, self.Y, T, s), U
+
+    def _rotate(self, pairs: RitzPairs) -> None:
+        """Make the Ritz vectors the basis, so that directions outside can be appended."""
+        self.B, self.Y = self.V, product(self.Y, pairs.T.to(self.Y.dtype))
+        self.BtB, self.YtY = inner(self.B, self.B), self.X.inner(self.Y, self.Y)
 
     def _choose(self, squares: Tensor) -> None:
         """Set mu, descending, from ascending squares ``[k]``, and how many triplets to keep and to verify."""
@@ -225,7 +259,8 @@ class Subspace:
     def _result(self, s: Tensor, U: Tensor, sketch: Sketch, tail: float) -> Triplets:
         r, c = self.rank, self.checked
         below = max(math.hypot(*self.mu[c : c + 1], self.rho), *self.mu[r : r + 1], 0.0)
-        return Triplets(U[:, :r], s[:r], self.right[:, :r], sketch, tail, below, self.right)
+        basis = self.V[:, : columns_for(r)]
+        return Triplets(U[:, :r], s[:r], basis[:, :r], sketch, tail, below, basis)
 
     def _draw(self, columns: int) -> Tensor:
         return torch.randn(self.X.n, columns, generator=self.generator, dtype=self.V.dtype, device=self.V.device)
@@ -237,6 +272,11 @@ class Subspace:
     def _rmatmul(self, Y: Tensor) -> Tensor:
         self.products += Y.shape[1]
         return self.X.rmatmul(Y)
+
+
+def _bordered(G: Tensor, cross: Tensor, own: Tensor) -> Tensor:
+    """Gram matrix of two blocks of columns."""
+    return torch.cat([torch.cat([G, cross], 1), torch.cat([cross.mT, own], 1)]) if len(G) else own
 
 
 def _effective_rank(B: Tensor, Z: Tensor, X: RowSharded) -> int:
@@ -279,4 +319,4 @@ def even(columns: int) -> int:
 
 def columns_for(rank: int) -> int:
     """Columns of a basis kept for this rank: oversampled by SPARE and rounded up."""
-    return even(rank + SPARE)
+    return even(rank + SPARE + rank // PART)

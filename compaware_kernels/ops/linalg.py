@@ -7,10 +7,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["COLUMNS", "ROWS", "inner", "product", "small_svd", "sum_of_squares", "times", "wide_product", "without"]
+__all__ = ["COLUMNS", "ROWS", "inner", "product", "small_svd", "subspace_step", "sum_of_squares", "times", "wide_product", "without"]
 
 LARGE = 2**20  # multiplications; below, the oneDNN call overhead exceeds its gain
-COLUMNS = 8  # widths are rounded up to multiples of 8: oneDNN compiles a kernel per shape
+COLUMNS = 16  # widths are rounded up to multiples of it: whole vectors, and oneDNN compiles a kernel per shape
+WEAK = 16  # directions that subspace_step adds
 ROWS = 2**18  # elements per block
 
 
@@ -38,6 +39,31 @@ def wide_product(X: Tensor, Y: Tensor) -> Tensor:
 @wide_product.register_fake
 def _(X, Y):
     return Y.new_empty(X.shape[0], Y.shape[1], dtype=torch.float64)
+
+
+@torch.library.custom_op("compaware::subspace_step", mutates_args=())
+def subspace_step(X: Tensor, V: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One step of subspace iteration on X ``[m, n]`` from V ``[n, k]``, fp32, and a second one where it matters.
+
+    Returns B ``[n, c]``, near orthonormal: a basis of the columns of ``X^T X V``, and what ``X^T X`` adds to WEAK of them,
+    those that it lengthens least but above the threshold; ``Y = X B`` ``[m, c]``; and in fp64 the Gram matrices
+    ``[c, c]`` of B and of Y. No columns if those of ``X^T X V`` are nearly dependent.
+    """
+    B = torch.linalg.qr(product(X.mT, torch.nn.functional.normalize(product(X, V), dim=0))).Q
+    Y = product(X, B)
+    lengths = torch.linalg.vector_norm(Y, dim=0)
+    weak = lengths.masked_fill(lengths <= threshold, torch.inf).argsort()[: min(WEAK, int((lengths > threshold).sum()))]
+    more = without(product(X.mT, Y[:, weak] / lengths[weak]), B)
+    more = without(torch.linalg.qr(more).Q, B)
+    B, Y = torch.cat([B, more], 1), torch.cat([Y, product(X, more)], 1)
+    return B, Y, inner(B, B), inner(Y, Y)
+
+
+@subspace_step.register_fake
+def _(X, V, threshold):
+    columns = torch.library.get_ctx().new_dynamic_size()
+    gram = V.new_empty(columns, columns, dtype=torch.float64)
+    return V.new_empty(X.shape[1], columns), V.new_empty(X.shape[0], columns), gram, gram.clone()
 
 
 @torch.library.custom_op("compaware::sum_of_squares", mutates_args=())

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .._utils.constants import constant
 from ..distributed.row_sharded import RowSharded
-from ..ops.linalg import COLUMNS, inner, product, times, without
+from ..ops.linalg import COLUMNS, inner, product, subspace_step, times, without
 from .error_bounds import RitzPairs, Sketch, norm_from_log, sketch_triplets, unit_roundoff
 from .gram import EIGH_LOSS
 
@@ -48,7 +48,7 @@ __all__ = [
     "outside",
 ]
 
-SPARE, PART = 16, 16  # oversampling: SPARE + rank // PART right singular vectors more, which track the next ones
+SPARE = 8  # oversampling: right singular vectors kept beyond the rank, which track the next singular values
 FIRST = 32  # columns of a cold start
 PROBES = 24  # probes for the bound of ||X (I - V V^T)||_2
 MAX_PASSES, MAX_POWER = 5, 6
@@ -140,12 +140,9 @@ class Subspace:
 
         Leaves orthonormal Ritz vectors in V.
         """
-        source = self.X.normalize_columns(self._matmul(self.V))
-        self.B, self.Y = self.V[:, :0], source[:, :0]
-        self.BtB = self.YtY = source.new_empty(0, 0, dtype=torch.float64)
+        source = None
         for step in range(MAX_PASSES):
-            Z = self._rmatmul(source)
-            if not source.shape[1] or not self._append(outside(Z, self.V, self.X) if step else self._independent(Z)):
+            if not (self._extend(source) if step else self._start()):
                 return None
             self.passes += 1
             pairs, U = self._rayleigh_ritz()
@@ -186,16 +183,30 @@ class Subspace:
         self.too_wide = self.V.shape[1] + columns > self.max_columns
         return columns > 0 and not self.too_wide
 
-    def _independent(self, Z: Tensor) -> Tensor:
-        """Basis of the columns of Z ``[n, k]``: scaled to unit length or, if they are nearly dependent, orthonormal."""
-        B = torch.nn.functional.normalize(Z, dim=0)
-        L, failed = torch.linalg.cholesky_ex(inner(B, B))
-        smallest = 0.0 if int(failed) else float(L.diagonal().min())
-        return B if self.X.broadcast_float(smallest) > WELL else torch.linalg.qr(Z).Q
+    def _start(self) -> bool:
+        """Make an orthonormal basis B of the columns of ``X^T X V`` and ``Y = X B``; False if too wide, or not finite."""
+        k = self.V.shape[1]
+        if k > self.max_columns:
+            self.too_wide = True
+            return False
+        self.products += 3 * k
+        found = 0
+        if not self.X.groups and self.V.dtype == torch.float32:
+            self.B, self.Y, self.BtB, self.YtY = subspace_step(self.X.X, self.V, NEAR * self.threshold)
+            found = self.B.shape[1]
+            self.products += 2 * max(0, found - k)
+        if not found:  # sharded, in fp64, or nearly dependent columns
+            source = self.X.normalize_columns(self.X.matmul(self.V))
+            self.B = torch.linalg.qr(self.X.rmatmul(source)).Q
+            self.Y = self.X.matmul(self.B)
+            self.BtB, self.YtY = inner(self.B, self.B), self.X.inner(self.Y, self.Y)
+        return math.isfinite(float(self.YtY.trace()))
 
-    def _append(self, B: Tensor) -> bool:
-        """Append the block B ``[n, b]`` of unit columns to the basis; False if it gets too wide, or is not finite."""
-        self.V = self.V[:, :0] if not len(self.YtY) else self.V
+    def _extend(self, source: Tensor) -> bool:
+        """Append the directions ``X^T source`` outside of the basis; False if none, too wide, or not finite."""
+        if not source.shape[1]:
+            return False
+        B = outside(self._rmatmul(source), self.B, self.X)
         if not self._fits(B.shape[1]):
             return False
         Y = self._matmul(B)
@@ -276,7 +287,7 @@ class Subspace:
 
 def _bordered(G: Tensor, cross: Tensor, own: Tensor) -> Tensor:
     """Gram matrix of two blocks of columns."""
-    return torch.cat([torch.cat([G, cross], 1), torch.cat([cross.mT, own], 1)]) if len(G) else own
+    return torch.cat([torch.cat([G, cross], 1), torch.cat([cross.mT, own], 1)])
 
 
 def _effective_rank(B: Tensor, Z: Tensor, X: RowSharded) -> int:
@@ -319,4 +330,4 @@ def even(columns: int) -> int:
 
 def columns_for(rank: int) -> int:
     """Columns of a basis kept for this rank: oversampled by SPARE and rounded up."""
-    return even(rank + SPARE + rank // PART)
+    return even(rank + SPARE)

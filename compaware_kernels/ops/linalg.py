@@ -7,7 +7,18 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["COLUMNS", "ROWS", "inner", "product", "small_svd", "subspace_step", "sum_of_squares", "times", "wide_product", "without"]
+__all__ = [
+    "COLUMNS",
+    "ROWS",
+    "inner",
+    "product",
+    "small_svd",
+    "subspace_step",
+    "sum_of_squares",
+    "times",
+    "wide_product",
+    "without",
+]
 
 LARGE = 2**20  # multiplications; below, the oneDNN call overhead exceeds its gain
 COLUMNS = 16  # widths are rounded up to multiples of it: whole vectors, and oneDNN compiles a kernel per shape

@@ -106,32 +106,40 @@ class Sketch:
     missing: float  # >= ||s||^2 - ||X V||_F^2 over all k pairs; fails with probability at most 2 FAILURE
 
 
-def sketch_triplets(X: RowSharded, pairs: RitzPairs, gain: Tensor, generator: torch.Generator) -> Sketch:
-    """Backward error of the first r Ritz pairs of X ``[m, n]``, from probes in fp64.
+def sketch_triplets(
+    X: RowSharded, pairs: RitzPairs, U: Tensor, V: Tensor, gain: Tensor, generator: torch.Generator
+) -> Sketch:
+    """Backward error of the first r Ritz pairs, stored as U ``[m, r]`` and V ``[n, r]``, from probes in fp64.
 
-    The nearby matrix that has exactly these triplets is ``U diag(s) V^T + (I - U U^T) X (I - V V^T)``, at a distance of
-    at most ``(||E||^2 + ||F||^2)^(1/2)``, with ``E = X^T U - V s`` and ``F = X V - U s``: the latter is the rounding
-    error of Y. ``gain`` ``[r]`` weights the residual of each triplet by its effect on the result; it enters the estimate
-    only, never the bound.
+    For exactly orthonormal U, V the nearby matrix that has exactly these triplets is
+    ``U diag(s) V^T + (I - U U^T) X (I - V V^T)``, at a distance of at most ``(||E||^2 + ||F||^2)^(1/2)``, with
+    ``E = X^T U - V s`` and ``F = X V - U s``: the latter is the rounding error of Y. The bound adds what storing U and V
+    changes in U s and V s. ``gain`` ``[r]`` weights the residual of each triplet by its effect on the result; it enters
+    the estimate only, never the bound.
     """
     B, Y, T, s = pairs.B, pairs.Y, pairs.T, pairs.s
     r, p = len(gain), PROBES
     draw = {"generator": generator, "dtype": torch.float64, "device": B.device}
     right, inside = torch.randn(X.n, p, **draw), torch.randn(len(s), p, **draw)
-    mixed = T @ inside
-    X_right, X_inside = X.matmul(torch.cat([right, times(B, mixed)], 1)).split(p, 1)
-    F = X_inside - times(Y, mixed)
+    kept, scaled, mixed = inside[:r], s[:r, None] * inside[:r], T @ inside
+    B_inside, B_scaled = times(B, torch.cat([mixed, T[:, :r] @ scaled], 1)).split(p, 1)
+    Y_inside, Y_kept = times(Y, torch.cat([mixed, T[:, :r] @ kept], 1)).split(p, 1)
+    X_right, X_inside = X.matmul(torch.cat([right, B_inside], 1)).split(p, 1)
+    F = X_inside - Y_inside
     YX, YF = (T.mT @ X.inner(Y, torch.cat([X_right, F], 1))).split(p, 1)
     E = YX[:r] / s[:r, None] - s[:r, None] * (T.mT[:r] @ inner(B, right))
-    K = torch.stack([E.mT @ E, X.all_reduce(F.mT @ F), (gain[:, None] * E).mT @ (gain[:, None] * E), YF.mT @ YF])
-    K, columns = X.broadcast(K), X.broadcast(E.square().mean(1))
+    rows = X.all_reduce(torch.stack([R.mT @ R for R in (F, times(U, scaled) - Y_kept)]))
+    parts = (E, times(V, scaled) - B_scaled, gain[:, None] * E, YF)
+    K = X.broadcast(torch.cat([rows, torch.stack([R.mT @ R for R in parts])]))
+    columns = X.broadcast(E.square().mean(1))
     traces = K.diagonal(dim1=1, dim2=2).sum(1).tolist()
     if not math.isfinite(sum(traces)):
         return Sketch(math.inf, math.inf, torch.full_like(gain, math.inf), math.inf)
-    E, F, _, correlated = (_factor(p) * math.sqrt(trace) for trace in traces)
-    _, about_F, about_E, _ = spectral_estimates(K)
+    F, in_U, E, in_V, _, correlated = (_factor(p) * math.sqrt(trace) for trace in traces)
+    about_F, about_U, _, about_V, about_E, _ = spectral_estimates(K)
     inner_product = X.broadcast_float(float((inside * YF).sum()) / p) - _trace_deviation(correlated, p)
-    return Sketch(math.hypot(E, F), math.hypot(about_E, about_F), columns, -2 * inner_product)
+    spectral = math.hypot(about_E, about_F) + about_U + about_V
+    return Sketch(math.hypot(E, F) + in_U + in_V, spectral, columns, -2 * inner_product)
 
 
 def _trace_deviation(norm: float, probes: int) -> float:

@@ -151,7 +151,7 @@ class Subspace:
                 return None
             guess = min(self.rho, math.sqrt(max(0.0, self.square - float(pairs.s.square().sum()))))
             gain = self.gain(pairs.s[: self.checked], guess)
-            sketch = sketch_triplets(self.X, pairs, gain, self.generator)
+            sketch = sketch_triplets(self.X, pairs, U, self.V[:, : self.checked], gain, self.generator)
             if not self._certify(pairs.s, sketch):
                 return None
             tail = self._tail(sketch)
@@ -172,7 +172,9 @@ class Subspace:
         rho = math.sqrt(max(0.0, rest)) if rest < math.inf else math.inf
         enough = QUIET * self.threshold
         if self.count is None:  # the largest discarded Ritz value and R together
-            enough = math.sqrt(max(0.0, self.threshold**2 - max(self.mu[self.checked : self.checked + 1], default=0.0) ** 2))
+            enough = math.sqrt(
+                max(0.0, self.threshold**2 - max(self.mu[self.checked : self.checked + 1], default=0.0) ** 2)
+            )
         self.rho = min(self.rho, rho)
         if not self.rho <= enough:
             self._bound_rest()

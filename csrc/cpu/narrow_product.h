@@ -44,10 +44,11 @@ void narrow_product(const T* X, int64_t row, int64_t column, const Rows<A>& Y, i
                     const Rows<A>& out) {
   constexpr int64_t rows = 16;  // of a block
   const int64_t blocks = (m + rows - 1) / rows, grain = 1 + (1 << 20) / (n * Y.width * rows + 1);
+  const auto kernel = CK_OF_ISA(narrow_product<A, T>);
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * rows, last = std::min(m, end * rows);
-    CK_OF_ISA(narrow_product<A, T>)(X + first * row, row, column, Y.data, Y.stride, Y.width, last - first, n,
-                                    out.data + first * out.stride, out.stride);
+    kernel(X + first * row, row, column, Y.data, Y.stride, Y.width, last - first, n,
+           out.data + first * out.stride, out.stride);
   });
 }
 

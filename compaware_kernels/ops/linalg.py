@@ -56,9 +56,9 @@ def _(X, Y):
 def subspace_step(X: Tensor, V: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One step of subspace iteration on X ``[m, n]`` from V ``[n, k]``, fp32, and a second one where it matters.
 
-    Returns B ``[n, c]``, near orthonormal: a basis of the columns of ``X^T X V``, and what ``X^T X`` adds to WEAK of them,
-    those that it lengthens least but above the threshold; ``Y = X B`` ``[m, c]``; and in fp64 the Gram matrices
-    ``[c, c]`` of B and of Y. No columns if those of ``X^T X V`` are nearly dependent.
+    Returns B ``[n, c]``, near orthonormal: a basis of the columns of ``X^T X V``, and what ``X^T X`` adds to WEAK of
+    them, those that X lengthens least but above the threshold, as they converge last; ``Y = X B`` ``[m, c]``; and in
+    fp64 the Gram matrices ``[c, c]`` of B and of Y. No columns if those of ``X^T X V`` are nearly dependent.
     """
     B = torch.linalg.qr(product(X.mT, torch.nn.functional.normalize(product(X, V), dim=0))).Q
     Y = product(X, B)

@@ -87,7 +87,7 @@ def norm_from_norm(norm: float, probes: int = PROBES) -> float:
 class RitzPairs:
     """Rayleigh-Ritz pairs of X ``[m, n]`` in the span of a basis B ``[n, k]``, with Y = X B as it was computed.
 
-    ``V = B T`` and ``U = Y T / s`` are orthonormal in exact arithmetic, as T comes from ``B^T B`` and ``Y^T Y`` in fp64.
+    ``V = B T`` and ``U = Y T / s`` are orthonormal in exact arithmetic: T comes from ``B^T B`` and ``Y^T Y`` in fp64.
     """
 
     B: Tensor  # [n, k]
@@ -113,9 +113,9 @@ def sketch_triplets(
 
     For exactly orthonormal U, V the nearby matrix that has exactly these triplets is
     ``U diag(s) V^T + (I - U U^T) X (I - V V^T)``, at a distance of at most ``(||E||^2 + ||F||^2)^(1/2)``, with
-    ``E = X^T U - V s`` and ``F = X V - U s``: the latter is the rounding error of Y. The bound adds what storing U and V
-    changes in U s and V s. ``gain`` ``[r]`` weights the residual of each triplet by its effect on the result; it enters
-    the estimate only, never the bound.
+    ``E = X^T U - V s`` and ``F = X V - U s``: the latter is the rounding error of Y. The bound adds what storing U and
+    V changes in U s and V s. ``gain`` ``[r]`` weights the residual of each triplet by its effect on the result; it
+    enters the estimate only, never the bound.
     """
     B, Y, T, s = pairs.B, pairs.Y, pairs.T, pairs.s
     r, p = len(gain), PROBES

@@ -1,19 +1,21 @@
 """Subspace iteration: the leading singular triplets of one matrix X ``[m, n]``, m >= n, warm-started or from scratch.
 
 Only products of X with blocks of few columns: no n x n matrix, no O(n^3). V ``[n, k]`` approximates the right singular
-vectors: those of the last call plus random columns, or grown from nothing by blocks ``(X^T X) Omega``. One step of
-subspace iteration, ``V <- orth(X^T X V)``, and Rayleigh-Ritz,
+vectors: those of the last call, or grown from nothing by blocks ``(X^T X) Omega``. One step of subspace iteration gives
+a basis B of the columns of ``X^T X V``, extended by the directions that the singular triplets nearest to the threshold
+lack, as these converge last (:func:`torch.ops.compaware.subspace_step`); then Rayleigh-Ritz,
 
-    ``Y = X V = U diag(mu) Q^T``,   ``V' = V Q``,
+    ``B^T B = L L^T``,   ``L^-1 (X B)^T (X B) L^-T = Q diag(mu^2) Q^T``,   ``V = B T``,   ``T = L^-T Q``,
 
-after which ``X V' = U diag(mu)`` holds exactly; mu and Q come from ``Y^T Y`` in fp64. The residual of a triplet
-(u, mu, v) is ``E = X^T u - mu v``. It is measured by Gaussian probes in fp64, which include rounding errors
-(:func:`.error_bounds.sketch_triplets`). If it is too large, the residual directions are appended to V (a block Krylov
+after which ``X V = U diag(mu)`` holds exactly; all k x k matrices are in fp64. The residual of a triplet (u, mu, v) is
+``E = X^T u - mu v``. It is measured by Gaussian probes in fp64, which include rounding errors
+(:func:`.error_bounds.sketch_triplets`). If it is too large, the residual directions are appended to B (a block Krylov
 step).
 
 The discarded part must have no singular value above the threshold. Ritz triplets near the threshold are verified like
 the kept ones. The discarded part consists of the other Ritz pairs, ``U_e diag(mu_e)``, and of ``R = X (I - V V^T)``:
-its norm is at most ``sqrt(mu_e^2 + rho^2)``, with rho a bound of ``||R||_2`` from probes.
+its norm is at most ``sqrt(mu_e^2 + rho^2)``, with rho a bound of ``||R||_2``. The Frobenius norm of R is
+``(||X||_F^2 - ||X V||_F^2)^(1/2)``; where that is small enough, no probe is needed. Elsewhere rho comes from probes.
 
 Sources: Rutishauser, Numer. Math. 13, 1969; Halko, Martinsson & Tropp, SIAM Review 53(2), 2011; Musco & Musco, NIPS
 2015 (block Krylov).
@@ -162,8 +164,7 @@ class Subspace:
         return None
 
     def _certify(self, s: Tensor, sketch: Sketch) -> bool:
-        """Lower rho, from the Frobenius norm alone if that suffices, else from probes; False if it exceeds the
-        threshold.
+        """Whether rho, lowered from the Frobenius norm alone or, if that is not enough, from probes, is small enough.
 
         ``||X (I - V V^T)||_F^2 = ||X||_F^2 - ||X V||_F^2``
         """
@@ -186,7 +187,7 @@ class Subspace:
         return columns > 0 and not self.too_wide
 
     def _start(self) -> bool:
-        """Make an orthonormal basis B of the columns of ``X^T X V`` and ``Y = X B``; False if too wide, or not finite."""
+        """Make a basis B of the columns of ``X^T X V``, and ``Y = X B``; False if too wide, or not finite."""
         k = self.V.shape[1]
         if k > self.max_columns:
             self.too_wide = True

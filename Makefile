@@ -60,10 +60,11 @@ pretrained-study: .venv/built
 lora-study: .venv/built
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.studies.lora_study
 
-# Seeded cases, of which the tests run the first hundreds: 20,000 that try to break the error bounds, 20,000 of odd
+# Seeded cases, of which the tests run the first ones: twice 20,000 that try to break the error bounds, 20,000 of odd
 # tensors under transforms of torch, 10,000 of damaged files.
 hunt: .venv/built
 	$(BIN)/python -m tests.proximal.hunt 20000
+	$(BIN)/python -m tests.proximal.adversaries 20000
 	$(BIN)/python -m tests.fuzz.ops 20000
 	$(BIN)/python -m tests.fuzz.files 10000
 

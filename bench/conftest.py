@@ -8,23 +8,20 @@ import pytest
 import torch
 
 from bench.common import workloads
+from bench.common.racing import Race, timed
 from bench.nn import inference_tables
+from bench.proximal import peers
+from bench.proximal.cases import product_rate
 from compaware_kernels.environment import info
 
-SLOW, VERY_SLOW = 1e3, 3.5e3  # ms: baselines slower than this run three times, or once
 SAMPLE = 1e-3  # s: shorter calls are repeated until they add up to this
 LOAD = os.getloadavg()[0]  # load average before the benchmarks start
 
 shrink_rows: list[tuple[str, str, float, float]] = []  # op, name, median ms, ratio to the floor
 svt_rows: list[tuple] = []  # case, name, median ms, ratio to the SVD loop, to the floor, error, bound, correct
 gpu_rows: list[tuple] = []  # case, name, columns of gpu_race.py
+memory_rows: list[tuple] = []  # case, name, MB of the peak, of the weights
 training_rows: list[tuple] = []  # regime, ms of a training step, of a proximal step, its shares, error, correct
-
-
-def timed(function, *args) -> tuple[float, object]:
-    """Milliseconds of one call, and its result."""
-    results = []
-    return 1e3 * workloads.seconds(lambda: results.append(function(*args))), results[0]
 
 
 @pytest.fixture
@@ -60,37 +57,30 @@ def svt_race(benchmark):
     truth."""
 
     def run(case, weights, truths, ours, peers, floor, rounds=7):
-        work, times, checks, infos = {**peers, **ours}, {}, {}, {}
-        for name, function in work.items():
-            Ws = [W.clone() for W in weights]
-            took, infos[name] = timed(function, Ws)
-            checks[name] = workloads.check(Ws, truths, infos[name])
-            times[name] = [took] if took > VERY_SLOW else []
-        reset = [W.clone() for W in weights]
-
-        def once(name):
-            torch._foreach_copy_(reset, weights)
-            times[name].append(timed(work[name], reset)[0])
-
-        def setup():
-            for name in work:
-                done = times[name]
-                if len(done) < (1 if done and done[0] > VERY_SLOW else 3 if done and done[0] > SLOW else rounds):
-                    once(name)
-
-        first = next(iter(ours))
-        benchmark.pedantic(lambda: once(first), setup=setup, rounds=rounds)
-        medians = {name: median(samples) for name, samples in times.items()}
-        for name in work:
-            error, bound, correct = checks[name]
-            ratio = medians["svd"] / medians[name] if correct and "svd" in medians else None
-            of_floor = medians[name] / floor(infos[name]) if name in ours else None
-            svt_rows.append((case, name, medians[name], ratio, of_floor, error, bound, correct))
+        contest, first = Race(weights, truths, {**peers, **ours}), next(iter(ours))
+        benchmark.pedantic(lambda: contest.once(first), setup=lambda: contest.round(rounds), rounds=rounds)
+        rows = contest.result()
+        for name, row in rows.items():
+            ratio = rows["svd"].ms / row.ms if row.ok and "svd" in rows else None
+            of_floor = row.ms / floor(row.infos) if name in ours else None
+            svt_rows.append((case, name, row.ms, ratio, of_floor, row.error, row.bound, row.ok))
             benchmark.extra_info[name] = dict(
                 zip(("ms", "x svd", "x floor", "error", "bound", "ok"), svt_rows[-1][2:], strict=True)
             )
 
     return run
+
+
+@pytest.fixture
+def show_memory(benchmark):
+    """show_memory(case, measure): shows and keeps ``measure()``: name -> MB (:func:`bench.proximal.memory.measure`)."""
+
+    def show(case, measure):
+        rows = benchmark.pedantic(measure)
+        benchmark.extra_info |= rows
+        memory_rows.extend((case, name, row["peak MB"], row["weights MB"]) for name, row in rows.items())
+
+    return show
 
 
 @pytest.fixture
@@ -191,6 +181,15 @@ def pytest_terminal_summary(terminalreporter):
         text = f"{ratio:9.1f}x" if ratio else " " * 10 if correct else "     wrong"
         shown = [f"{of_floor:9.1f}" if of_floor else " " * 9, f"{error:11.1e}", f"{bound:11.1e}" if bound else ""]
         write(f"{case:28}{name:20}{value:11.2f}{text}{''.join(shown)}")
+    if svt_rows:
+        rates = (
+            f"{1e-9 * product_rate(dtype=dtype):.0f} GFLOP/s in {dtype}" for dtype in (torch.float32, torch.float64)
+        )
+        write(f"products with 128 columns, the floor: {', '.join(rates)}. {peers.MISSING}")
+    if memory_rows:
+        write(f"{'peak memory':28}{'':20}{'extra MB':>11}{'weights':>10}")
+    for case, name, peak, weights in memory_rows:
+        write(f"{case:28}{name:20}{peak:11.1f}{weights:10.1f}")
     if training_rows:
         write(f"{'training':24}{'step, ms':>10}{'prox, ms':>10}{'per epoch':>11}{'every 10':>10}{'error/tau':>11}")
     for regime, plain, extra, epoch, often, error, correct in training_rows:

@@ -15,7 +15,8 @@ from torch import Tensor
 import compaware_kernels as ck
 from bench.common import workloads
 from bench.models import step_model
-from bench.proximal.bench_svt import TAU, gram_eigh, gram_eigh_fp64, newton_schulz_clip, shrink, svd
+from bench.proximal.cases import TAU
+from bench.proximal.peers import gram_eigh, gram_eigh_fp64, newton_schulz_clip, shrink, svd
 
 SLOW, VERY_SLOW = 1e3, 3.5e3  # ms: baselines slower than this run three times, or once
 CALLS = 4  # calls until the state knows the ranks and has a basis of the step before

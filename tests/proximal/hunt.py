@@ -17,6 +17,7 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -39,7 +40,7 @@ class Case:
     state: ck.WarmState | None = None
     forced: bool = False  # force the subspace route
     first: int = subspace_iteration.FIRST  # columns of the first subspace
-    wrong: int | None = None  # seed of a wrong state that replaces the one after the first call
+    wrong: Callable[[dict], dict] | None = None  # wrong bases for a state, from those after the first call
 
 
 @dataclass
@@ -136,6 +137,11 @@ def _dim(rng) -> int:
     return int(rng.choice([1, 2, 7, 13, 31, 64, 65, 97, 127, 128])) if kind < 0.2 else int(rng.integers(8, 160))
 
 
+def _wrong_bases(bases: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    rng = np.random.default_rng(seed)
+    return {key: _wrong(V, rng) for key, V in bases.items()}
+
+
 def _wrong(V: torch.Tensor, rng) -> torch.Tensor:
     """Another finite matrix to replace the basis V [n, k] of a state."""
     n, k = V.shape
@@ -215,7 +221,7 @@ def case(seed: int, family: str | None = None, wanted: str | None = None, extrem
     calls = [[tensor(W) for W in A] for A in calls]
     made = Case(" + ".join(names), op, calls, parameter, kwargs, forced=bool(rng.random() < 0.6))
     made.first, made.state = int(rng.choice([1, 8, 32])), ck.WarmState(int(rng.integers(99))) if warm else None
-    made.wrong = int(rng.integers(1, 2**32)) if warm and rng.random() < 0.3 else None
+    made.wrong = partial(_wrong_bases, seed=int(rng.integers(1, 2**32))) if warm and rng.random() < 0.3 else None
     if wanted == f"firm_{op}" or (wanted is None and op in ("svt", "svt_") and rng.random() < 0.2):
         made.op = f"firm_{op}"
         kwargs["gamma"] = float(rng.choice([1.5, 2, 3, 1 + 10 ** rng.uniform(-1, 1), 1 + 10 ** rng.uniform(-4, 4)]))
@@ -239,9 +245,8 @@ def run(case: Case) -> list[tuple[list[torch.Tensor], list[ck.SvtInfo] | ValueEr
                     torch.equal(V, before.bases[key]) for key, V in (state.bases if state else {}).items()
                 )
                 return [*out, (weights, error)]
-            if case.wrong is not None and len(out) == 1:
-                rng = np.random.default_rng(case.wrong)
-                state.bases = {key: _wrong(V, rng) for key, V in state.bases.items()}
+            if case.wrong and len(out) == 1:
+                state.bases = case.wrong(state.bases)
     return out
 
 
@@ -365,14 +370,12 @@ def check(case: Case, found: list[Measured] | None = None) -> tuple[bool, float,
     return not problems, min((got.ratio for got in found), default=math.inf), "; ".join(problems)
 
 
-def main(
-    cases: int, seed: int = 0, family: str | None = None, op: str | None = None, extreme: bool = False, show: int = 30
-) -> None:
-    """Check the cases of so many seeds; exit with 1 if anything does not hold."""
+def search(seeds: range, make: Callable[[int], Case], check: Callable = check, show: int = 30) -> None:
+    """Check the cases of these seeds and print what does not hold; exit with 1 if anything does not."""
     torch.set_num_threads(1)
     count, ratio, use, bad = Counter(), defaultdict(lambda: math.inf), defaultdict(float), []
-    for at in track(range(seed, seed + cases), "Hunting"):
-        made, found = case(at, family, op, extreme), []
+    for at in track(seeds, "Hunting"):
+        made, found = make(at), []
         holds, _, message = check(made, found)
         for got in found:
             route = "several in one batch" if " + " in got.route else got.route
@@ -383,10 +386,17 @@ def main(
             if len(bad) <= show:
                 about = f"{made.op} of {made.name}{', forced' * made.forced}{', wrong state' * bool(made.wrong)}"
                 print(f"{at}: {about}: {message}")
-    print(f"{cases} cases, {sum(count.values())} results, {len(bad)} cases with violations: {bad}")
+    print(f"{len(seeds)} cases, {sum(count.values())} results, {len(bad)} cases with violations: {bad}")
     for route in sorted(count):
         print(f"{route:>20}: {count[route]:7}, bound / error >= {ratio[route]:8.3g}, tolerance use <= {use[route]:.3g}")
     raise typer.Exit(bool(bad))
+
+
+def main(
+    cases: int, seed: int = 0, family: str | None = None, op: str | None = None, extreme: bool = False, show: int = 30
+) -> None:
+    """Check the cases of so many seeds; exit with 1 if anything does not hold."""
+    search(range(seed, seed + cases), lambda at: case(at, family, op, extreme), show=show)
 
 
 if __name__ == "__main__":

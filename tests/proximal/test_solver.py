@@ -11,7 +11,7 @@ from compaware_kernels.ops import linalg
 from compaware_kernels.proximal import gram, jacobi, solver
 from tests.helpers.cases import low_rank, with_spectrum
 from tests.helpers.marks import slow_but
-from tests.proximal import hunt
+from tests.proximal import adversaries, hunt
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -383,4 +383,12 @@ def test_hunt(part):
     """The first few hundred cases of hunt.py."""
     for seed in range(100 * part, 100 * part + 100):
         holds, _, message = hunt.check(hunt.case(seed))
+        assert holds, (seed, message)
+
+
+@pytest.mark.parametrize("part", slow_but([0], range(10)))
+def test_adversaries(part):
+    """The first few hundred cases of adversaries.py."""
+    for seed in range(20 * part, 20 * part + 20):
+        holds, _, message = adversaries.check(adversaries.case(seed))
         assert holds, (seed, message)

@@ -67,7 +67,7 @@ def subspace(n: int, known: int, rank: int, checked: int | None = None, powers: 
     k, c = known, checked or rank
     back = 4 * n * (k + PROBES * (powers // 2))
     small = 8 * (3 + k + k**2 + k * 2 * CHECKS + 2 * CHECKS**2 + (powers + 1) // 2)
-    return Messages(reduced=back + small, spread=8 * (k + 6 * CHECKS**2 + c + 2 + powers // 2))
+    return Messages(reduced=back + small, spread=8 * (k + 6 * CHECKS**2 + c + 3 + powers // 2))
 
 
 def gram(n: int, size: int = 4) -> Messages:

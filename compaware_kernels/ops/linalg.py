@@ -23,6 +23,7 @@ __all__ = [
 LARGE = 2**20  # multiplications; below, the oneDNN call overhead exceeds its gain
 COLUMNS = 16  # widths are rounded up to multiples of it: whole vectors, and oneDNN compiles a kernel per shape
 WEAK = 16  # directions that subspace_step adds
+OUTSIDE = 0.98  # their squared lengths outside of the others; below, they are rounding errors
 ROWS = 2**18  # elements per block
 
 
@@ -66,6 +67,7 @@ def subspace_step(X: Tensor, V: Tensor, threshold: float) -> tuple[Tensor, Tenso
     weak = lengths.masked_fill(lengths <= threshold, torch.inf).argsort()[: min(WEAK, int((lengths > threshold).sum()))]
     more = without(product(X.mT, Y[:, weak] / lengths[weak]), B)
     more = without(torch.linalg.qr(more).Q, B)
+    more = more[:, : more.shape[1] * int((more.square().sum(0) > OUTSIDE).all())]
     B, Y = torch.cat([B, more], 1), torch.cat([Y, product(X, more)], 1)
     return B, Y, inner(B, B), inner(Y, Y)
 

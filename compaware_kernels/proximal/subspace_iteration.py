@@ -147,7 +147,10 @@ class Subspace:
             if not (self._extend(source) if step else self._start()):
                 return None
             self.passes += 1
-            pairs, U = self._rayleigh_ritz()
+            found = self._rayleigh_ritz()
+            if found is None:
+                return None
+            pairs, U = found
             if self.checked < self.rank or not self.threshold > 0:
                 self._bound_rest()
                 return None
@@ -218,9 +221,11 @@ class Subspace:
         self.B, self.Y = (torch.cat(pair, 1) for pair in ((self.B, B), (self.Y, Y)))
         return math.isfinite(float(self.YtY.trace()))
 
-    def _rayleigh_ritz(self) -> tuple[RitzPairs, Tensor]:
-        """Ritz pairs of the basis, their V into self.V, and U ``[m, c]`` of those to verify."""
-        L = torch.linalg.cholesky(self.BtB)
+    def _rayleigh_ritz(self) -> tuple[RitzPairs, Tensor] | None:
+        """Ritz pairs of the basis, their V into self.V, U ``[m, c]`` of those to verify; None: it is dependent."""
+        L, failed = torch.linalg.cholesky_ex(self.BtB)
+        if self.X.broadcast_float(float(failed)):
+            return None
         M = torch.linalg.solve_triangular(L, self.YtY, upper=False)
         M = torch.linalg.solve_triangular(L, M.mT, upper=False)
         squares, Q = torch.linalg.eigh(M)

@@ -18,6 +18,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kWeak = 16;        // directions added for the singular triplets that converge last
+constexpr double kOutside = 0.98;      // squared lengths below: the direction was rounding error
 constexpr double kDependent = 1e-5;  // smallest diagonal entry of the Cholesky factor of unit columns
 
 // Zeros [rows, width], aligned to vectors, that live as long as this does.
@@ -157,6 +158,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> subspace_step(const Tensor& X, const 
   remove(V, B1, k, B2, n);
   if (!orthonormalize(V, B2, n, more)) more = 0;
   remove(V, B1, k, B2, n);
+  const std::vector<double> squares = squared_lengths(B2, n);
+  if (std::any_of(squares.begin(), squares.begin() + more, [](double square) { return !(square > kOutside); })) more = 0;
   times(B2, columns(Y, start, kWeak));
   for (Block<float>* each : {&B, &Y})
     for (int64_t i = 0; i < each->memory.size(0) && start != k; ++i)

@@ -27,7 +27,7 @@ from bench.common.workloads import device_name, drifted, low_rank, resnet18, res
 from compaware_kernels.distributed.dtensor import placed
 from compaware_kernels.proximal.error_bounds import PROBES as CHECKS
 from compaware_kernels.proximal.solver import worth_it
-from compaware_kernels.proximal.subspace_iteration import FRESH, PART, PROBES, columns_for, even
+from compaware_kernels.proximal.subspace_iteration import PROBES, columns_for
 from tests.helpers.oracle import svt
 from tests.helpers.processes import run
 
@@ -64,10 +64,10 @@ def subspace(n: int, known: int, rank: int, checked: int | None = None, powers: 
 
     n: the shorter side. Norms and agreements of a few bytes are included.
     """
-    k, c = even(known + FRESH + known // PART), checked or rank
+    k, c = known, checked or rank
     back = 4 * n * (k + PROBES * (powers // 2))
-    small = 8 * (2 + k + k**2 + c * 2 * CHECKS + CHECKS**2 + (powers + 1) // 2)
-    return Messages(reduced=back + small, spread=8 * (k + 5 * CHECKS**2 + c + powers // 2))
+    small = 8 * (3 + k + k**2 + k * 2 * CHECKS + 2 * CHECKS**2 + (powers + 1) // 2)
+    return Messages(reduced=back + small, spread=8 * (k + 6 * CHECKS**2 + c + 3 + powers // 2))
 
 
 def gram(n: int, size: int = 4) -> Messages:

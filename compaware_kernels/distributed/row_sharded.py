@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..ops.linalg import ROWS, gram, inner, times
+from ..ops.linalg import ROWS, gram, inner, sum_of_squares, times
 
 __all__ = ["RowSharded"]
 
@@ -87,6 +87,11 @@ class RowSharded:
             dist.all_gather(parts, R.contiguous(), group)
             R = torch.cat(parts)
         return R
+
+    def square(self) -> float:
+        """``||X||_F^2`` in fp64."""
+        X = self.X if self.X.is_contiguous() else self.X.mT.contiguous()
+        return float(self.all_reduce(sum_of_squares(X)))
 
     def norm(self, Y: Tensor) -> float:
         """Frobenius norm of a matrix of which ``Y`` [m_i, k] is this rank's row shard."""

@@ -107,6 +107,8 @@ TABLE: dict[str, dict[str, list[Backend]]] = {  # op -> type of device -> its ba
     "small_svd": {"cpu": [CPP]},
     "gram_eigh": {"cpu": [CPP]},
     "wide_product": {"cpu": [CPP]},
+    "sum_of_squares": {"cpu": [CPP]},
+    "subspace_step": {"cpu": [CPP]},
     **{op: {"cpu": [CPP], "cuda": [CUDA_SHRINK]} for op in SHRINK_OPS},
     **{op: {"cpu": [], "cuda": []} for op in SPECTRAL_OPS},  # filled from above, by the solver and the step on a GPU
     "lowrank_pack": {"cpu": [CPP]},

@@ -17,13 +17,17 @@ __all__ = [
     "inner",
     "product",
     "small_svd",
+    "subspace_step",
+    "sum_of_squares",
     "times",
     "wide_product",
     "without",
 ]
 
 LARGE = 2**20  # multiplications; below, the oneDNN call overhead exceeds its gain
-COLUMNS = 8  # widths are rounded up to multiples of 8: oneDNN compiles a kernel per shape
+COLUMNS = 16  # widths are rounded up to multiples of it: whole vectors, and oneDNN compiles a kernel per shape
+WEAK = 16  # directions that subspace_step adds
+OUTSIDE = 0.98  # their squared lengths outside of the others; below, they are rounding errors
 ROWS = 2**18  # elements per block
 BLOCKS = 256  # columns from which a Gram matrix is computed in blocks
 
@@ -87,6 +91,41 @@ def _(X, Y):
     return Y.new_empty(X.shape[0], Y.shape[1], dtype=torch.float64)
 
 
+@torch.library.custom_op("compaware::subspace_step", mutates_args=())
+def subspace_step(X: Tensor, V: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One step of subspace iteration on X ``[m, n]`` from V ``[n, k]``, fp32, and a second one where it matters.
+
+    Returns B ``[n, c]``, near orthonormal: a basis of the columns of ``X^T X V``, and what ``X^T X`` adds to WEAK of
+    them, those that X lengthens least but above the threshold, as they converge last; ``Y = X B`` ``[m, c]``; and in
+    fp64 the Gram matrices ``[c, c]`` of B and of Y. No columns if those of ``X^T X V`` are nearly dependent.
+    """
+    B = torch.linalg.qr(product(X.mT, torch.nn.functional.normalize(product(X, V), dim=0))).Q
+    Y = product(X, B)
+    lengths = torch.linalg.vector_norm(Y, dim=0)
+    weak = lengths.masked_fill(lengths <= threshold, torch.inf).argsort()[: min(WEAK, int((lengths > threshold).sum()))]
+    more = without(product(X.mT, Y[:, weak] / lengths[weak]), B)
+    more = without(torch.linalg.qr(more).Q, B)
+    more = more[:, : more.shape[1] * int((more.square().sum(0) > OUTSIDE).all())]
+    B, Y = torch.cat([B, more], 1), torch.cat([Y, product(X, more)], 1)
+    return B, Y, inner(B, B), inner(Y, Y)
+
+
+@subspace_step.register_fake
+def _(X, V, threshold):
+    columns = torch.library.get_ctx().new_dynamic_size()
+    gram = V.new_empty(columns, columns, dtype=torch.float64)
+    return V.new_empty(X.shape[1], columns), V.new_empty(X.shape[0], columns), gram, gram.clone()
+
+
+@torch.library.custom_op("compaware::sum_of_squares", mutates_args=())
+def sum_of_squares(W: Tensor) -> Tensor:
+    """Sum of squares of a contiguous W, fp32 or fp64: a scalar in fp64, on its device."""
+    return W.double().square().sum()
+
+
+sum_of_squares.register_fake(lambda W: W.new_empty((), dtype=torch.float64))
+
+
 @cache
 def _onednn() -> bool:
     """Whether fp32 products on the CPU go through oneDNN: on CPUs with AVX-512.
@@ -98,12 +137,15 @@ def _onednn() -> bool:
 
 
 def product(A: Tensor, B: Tensor) -> Tensor:
-    """Product ``A B`` of ``[m, n]`` and ``[n, p]`` of the same dtype; large fp32 products on the CPU through oneDNN."""
+    """Product ``A B`` of ``[m, n]`` and ``[n, p]`` of the same dtype; large fp32 products on the CPU through oneDNN.
+
+    Where p < m the result is column-major, which oneDNN takes without a copy in the next product.
+    """
     work = A.shape[0] * A.shape[1] * B.shape[1]
     if work < LARGE or A.dtype != torch.float32 or A.device.type != "cpu" or not _onednn():
         return A @ B
-    if A.stride(0) == 1 and A.shape[0] >= B.shape[1]:  # (B^T A^T)^T takes the large A without a copy
-        return torch.ops.mkldnn._linear_pointwise(B.mT, A, None, "none", [], "").mT.contiguous()
+    if B.shape[1] < A.shape[0]:
+        return torch.ops.mkldnn._linear_pointwise(B.mT, A, None, "none", [], "").mT
     return torch.ops.mkldnn._linear_pointwise(A, B.mT, None, "none", [], "")
 
 

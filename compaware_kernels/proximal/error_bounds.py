@@ -32,6 +32,7 @@ __all__ = [
     "ORDINARY",
     "PROBES",
     "UNCHANGED",
+    "RitzPairs",
     "Sketch",
     "in_range",
     "norm_from_log",
@@ -83,43 +84,71 @@ def norm_from_norm(norm: float, probes: int = PROBES) -> float:
 
 
 @dataclass
+class RitzPairs:
+    """Rayleigh-Ritz pairs of X ``[m, n]`` in the span of a basis B ``[n, k]``, with Y = X B as it was computed.
+
+    ``V = B T`` and ``U = Y T / s`` are orthonormal in exact arithmetic: T comes from ``B^T B`` and ``Y^T Y`` in fp64.
+    """
+
+    B: Tensor  # [n, k]
+    Y: Tensor  # [m, k]
+    T: Tensor  # [k, k] fp64
+    s: Tensor  # [k] fp64, descending
+
+
+@dataclass
 class Sketch:
     """Backward error of r computed singular triplets: distance of X to a matrix that has exactly these triplets."""
 
     bound: float  # upper bound of the Frobenius norm; fails with probability at most 4 FAILURE
     spectral: float  # estimate of the spectral norm, the residual of each triplet weighted by its gain
     columns: Tensor  # [r] estimates of the squared residual norm of each triplet
+    missing: float  # >= ||s||^2 - ||X V||_F^2 over all k pairs; fails with probability at most 2 FAILURE
 
 
-def sketch_triplets(X: RowSharded, U: Tensor, s: Tensor, V: Tensor, gain: Tensor, generator: torch.Generator) -> Sketch:
-    """Backward error of the triplets U ``[m, r]``, s ``[r]``, V ``[n, r]`` of X ``[m, n]``, from probes in fp64.
+def sketch_triplets(
+    X: RowSharded, pairs: RitzPairs, U: Tensor, V: Tensor, gain: Tensor, generator: torch.Generator
+) -> Sketch:
+    """Backward error of the first r Ritz pairs, stored as U ``[m, r]`` and V ``[n, r]``, from probes in fp64.
 
-    For orthonormal U and V the nearby matrix that has exactly these triplets is
-    ``U diag(s) V^T + (I - U U^T) X (I - V V^T)``, at a distance of at most
-    ``(||X^T U - V s||^2 + ||X V - U s||^2)^(1/2)``. Computed U and V stand for the nearest orthonormal matrices, which
-    moves U s by about ``||(U^T U - I) s|| / 2``; the bound adds the whole norm. ``gain`` ``[r]`` weights the residual
-    of each triplet by its effect on the result; it enters the estimate only, never the bound.
+    For exactly orthonormal U, V the nearby matrix that has exactly these triplets is
+    ``U diag(s) V^T + (I - U U^T) X (I - V V^T)``, at a distance of at most ``(||E||^2 + ||F||^2)^(1/2)``, with
+    ``E = X^T U - V s`` and ``F = X V - U s``: the latter is the rounding error of Y. The bound adds what storing U and
+    V changes in U s and V s. ``gain`` ``[r]`` weights the residual of each triplet by its effect on the result; it
+    enters the estimate only, never the bound.
     """
-    draw = {"generator": generator, "dtype": torch.float64, "device": V.device}
-    right, inside = torch.randn(X.n, PROBES, **draw), torch.randn(len(s), PROBES, **draw)
-    scaled = s[:, None] * inside
-    V_inside, V_scaled = times(V, torch.cat([inside, scaled], 1)).split(PROBES, 1)
-    X_right, X_inside = X.matmul(torch.cat([right, V_inside], 1)).split(PROBES, 1)
-    U_scaled = times(U, scaled)
-    UX, UU = X.inner(U, torch.cat([X_right, U_scaled], 1)).split(PROBES, 1)
-    VR, VV = inner(V, torch.cat([right, V_scaled], 1)).split(PROBES, 1)
-    left = UX - s[:, None] * VR  # (X^T U - V s)^T Omega
-    F = X_inside - U_scaled
-    squares = [R.mT @ R for R in (left, F, UU - scaled, VV - scaled, gain[:, None] * left)]
-    squares[1] = X.all_reduce(squares[1])
-    K, columns = X.broadcast(torch.stack(squares)), X.broadcast(left.square().mean(1))
+    B, Y, T, s = pairs.B, pairs.Y, pairs.T, pairs.s
+    r, p = len(gain), PROBES
+    draw = {"generator": generator, "dtype": torch.float64, "device": B.device}
+    right, inside = torch.randn(X.n, p, **draw), torch.randn(len(s), p, **draw)
+    kept, scaled, mixed = inside[:r], s[:r, None] * inside[:r], T @ inside
+    B_inside, B_scaled = times(B, torch.cat([mixed, T[:, :r] @ scaled], 1)).split(p, 1)
+    Y_inside, Y_kept = times(Y, torch.cat([mixed, T[:, :r] @ kept], 1)).split(p, 1)
+    X_right, X_inside = X.matmul(torch.cat([right, B_inside], 1)).split(p, 1)
+    F = X_inside - Y_inside
+    YX, YF = (T.mT @ X.inner(Y, torch.cat([X_right, F], 1))).split(p, 1)
+    E = YX[:r] / s[:r, None] - s[:r, None] * (T.mT[:r] @ inner(B, right))
+    rows = X.all_reduce(torch.stack([R.mT @ R for R in (F, times(U, scaled) - Y_kept)]))
+    parts = (E, times(V, scaled) - B_scaled, gain[:, None] * E, YF)
+    K = X.broadcast(torch.cat([rows, torch.stack([R.mT @ R for R in parts])]))
+    columns = X.broadcast(E.square().mean(1))
     traces = K.diagonal(dim1=1, dim2=2).sum(1).tolist()
     if not math.isfinite(sum(traces)):
-        return Sketch(math.inf, math.inf, torch.full_like(s, math.inf))
-    E, F, skew_U, skew_V, _ = (_factor(PROBES) * math.sqrt(trace) for trace in traces)
-    _, about_F, about_skew_U, about_skew_V, about_E = spectral_estimates(K)
-    spectral = math.hypot(about_E, about_F) + about_skew_U + about_skew_V
-    return Sketch(math.hypot(E, F) + skew_U + skew_V, spectral, columns)
+        return Sketch(math.inf, math.inf, torch.full_like(gain, math.inf), math.inf)
+    F, in_U, E, in_V, _, correlated = (_factor(p) * math.sqrt(trace) for trace in traces)
+    about_F, about_U, _, about_V, about_E, _ = spectral_estimates(K)
+    inner_product = X.broadcast_float(float((inside * YF).sum()) / p) - _trace_deviation(correlated, p)
+    spectral = math.hypot(about_E, about_F) + about_U + about_V
+    return Sketch(math.hypot(E, F) + in_U + in_V, spectral, columns, -2 * inner_product)
+
+
+def _trace_deviation(norm: float, probes: int) -> float:
+    """By how much the mean of x^T M x over Gaussian probes x may exceed tr M; norm: upper bound of ||M||_F.
+
+    Fails with probability at most FAILURE. Source: Laurent & Massart, Ann. Stat. 28(5), 2000, lemma 1.
+    """
+    t = -math.log(FAILURE) / probes
+    return 2 * norm * (math.sqrt(t) + t)
 
 
 def spectral_estimates(K: Tensor) -> list[float]:

@@ -93,7 +93,7 @@ def _try_subspace(task: Task, X: RowSharded, dtype: torch.dtype) -> bool:
         return False
     known = task.basis is not None and bool(((task.basis.norm(dim=0) - 1).abs() < 0.1).all())
     V = task.basis.to(dtype) if known else X.X.new_empty(n, 0, dtype=dtype)
-    limits = {"max_columns": n // 2, "slack": 4 * u * task.norm}
+    limits = {"max_columns": n // 2, "slack": 4 * u * task.norm, "square": X.square()}
     search = Subspace(X, function.floor, V, task.tol, generator, **limits, gain=function.gain, count=function.count)
     found = search.run()
     if found is None:

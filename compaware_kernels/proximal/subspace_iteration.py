@@ -1,19 +1,21 @@
 """Subspace iteration: the leading singular triplets of one matrix X ``[m, n]``, m >= n, warm-started or from scratch.
 
 Only products of X with blocks of few columns: no n x n matrix, no O(n^3). V ``[n, k]`` approximates the right singular
-vectors: those of the last call plus random columns, or grown from nothing by blocks ``(X^T X) Omega``. One step of
-subspace iteration, ``V <- orth(X^T X V)``, and Rayleigh-Ritz,
+vectors: those of the last call, or grown from nothing by blocks ``(X^T X) Omega``. One step of subspace iteration gives
+a basis B of the columns of ``X^T X V``, extended by the directions that the singular triplets nearest to the threshold
+lack, as these converge last (:func:`torch.ops.compaware.subspace_step`); then Rayleigh-Ritz,
 
-    ``Y = X V = U diag(mu) Q^T``,   ``V' = V Q``,
+    ``B^T B = L L^T``,   ``L^-1 (X B)^T (X B) L^-T = Q diag(mu^2) Q^T``,   ``V = B T``,   ``T = L^-T Q``,
 
-after which ``X V' = U diag(mu)`` holds exactly; mu and Q come from ``Y^T Y`` in fp64. The residual of a triplet
-(u, mu, v) is ``E = X^T u - mu v``. It is measured by Gaussian probes in fp64, which include rounding errors
-(:func:`.error_bounds.sketch_triplets`). If it is too large, the residual directions are appended to V (a block Krylov
+after which ``X V = U diag(mu)`` holds exactly; all k x k matrices are in fp64. The residual of a triplet (u, mu, v) is
+``E = X^T u - mu v``. It is measured by Gaussian probes in fp64, which include rounding errors
+(:func:`.error_bounds.sketch_triplets`). If it is too large, the residual directions are appended to B (a block Krylov
 step).
 
 The discarded part must have no singular value above the threshold. Ritz triplets near the threshold are verified like
 the kept ones. The discarded part consists of the other Ritz pairs, ``U_e diag(mu_e)``, and of ``R = X (I - V V^T)``:
-its norm is at most ``sqrt(mu_e^2 + rho^2)``, with rho a bound of ``||R||_2`` from probes.
+its norm is at most ``sqrt(mu_e^2 + rho^2)``, with rho a bound of ``||R||_2``. The Frobenius norm of R is
+``(||X||_F^2 - ||X V||_F^2)^(1/2)``; where that is small enough, no probe is needed. Elsewhere rho comes from probes.
 
 Sources: Rutishauser, Numer. Math. 13, 1969; Halko, Martinsson & Tropp, SIAM Review 53(2), 2011; Musco & Musco, NIPS
 2015 (block Krylov).
@@ -30,15 +32,14 @@ from torch import Tensor
 
 from .._utils.constants import constant
 from ..distributed.row_sharded import RowSharded
-from ..ops.linalg import COLUMNS, inner, product, times, without
-from .error_bounds import Sketch, norm_from_log, sketch_triplets
+from ..ops.linalg import COLUMNS, inner, product, subspace_step, times, without
+from .error_bounds import RitzPairs, Sketch, norm_from_log, sketch_triplets, unit_roundoff
+from .gram import EIGH_LOSS
 
 __all__ = [
     "FIRST",
-    "FRESH",
     "MARGIN",
     "NEAR",
-    "PART",
     "PROBES",
     "SPARE",
     "Subspace",
@@ -50,7 +51,6 @@ __all__ = [
 ]
 
 SPARE = 8  # oversampling: right singular vectors kept beyond the rank, which track the next singular values
-FRESH, PART = 12, 5  # random columns added to k warm ones: FRESH + k // PART
 FIRST = 32  # columns of a cold start
 PROBES = 24  # probes for the bound of ||X (I - V V^T)||_2
 MAX_PASSES, MAX_POWER = 5, 6
@@ -86,6 +86,7 @@ class Subspace:
         generator: draws the probes; V must be independent of it.
         max_columns: give up if V needs more columns.
         slack: bound of the rounding error of a product of X with a unit vector.
+        square: ``||X||_F^2``, up to the rounding errors of sums in fp64.
         gain: effect of a unit residual of each triplet on the result: (s ``[r]``, upper bound of all other singular
             values) -> ``[r]``.
         count: number of leading triplets.
@@ -101,26 +102,23 @@ class Subspace:
         *,
         max_columns: int,
         slack: float,
+        square: float,
         gain: Callable[[Tensor, float], Tensor],
         count: int | None = None,
     ):
         self.X, self.threshold, self.V, self.tol, self.generator = X, threshold, V, tol, generator
-        self.max_columns, self.slack, self.gain, self.count = max_columns, slack, gain, count
+        self.max_columns, self.slack, self.square, self.gain, self.count = max_columns, slack, square, gain, count
         self.rho = math.inf  # >= ||X (I - V V^T)||_2
         self.passes = self.products = 0
         self.too_wide = False  # needs more than max_columns, in any precision
 
     def run(self) -> Triplets | None:
         """The triplets, or None if a dense factorization should be used instead."""
-        if not self.V.shape[1]:
-            return self._polish() if self._cover(max(FIRST, columns_for(self.count or 0))) else None
-        known = self.V.shape[1]
-        fresh = even(known + FRESH + known // PART) - known
-        self.V = torch.cat([self.V, without(self._draw(fresh), self.V)], 1)
-        found = self._polish()
-        if not found and self.rho > self.threshold and self._cover(self.V.shape[1] // 2):
-            found = self._polish()
-        return found
+        found = self._polish() if self.V.shape[1] else None
+        if found or self.too_wide or (self.V.shape[1] and self.rho <= self.threshold):
+            return found
+        wanted = self.V.shape[1] // 2 or max(FIRST, columns_for(self.count or 0))
+        return self._polish() if self._cover(wanted) else None
 
     def _cover(self, columns: int) -> bool:
         """Append random blocks to V until rho <= threshold; False if that takes more than max_columns."""
@@ -140,53 +138,108 @@ class Subspace:
         return True
 
     def _polish(self) -> Triplets | None:
-        """Subspace iteration from V, extended by residual directions until the tolerance is met; None if it fails."""
-        source = self.X.normalize_columns(self._matmul(self.V))
-        self.V, self.Y = self.V[:, :0], source[:, :0]
-        self.YtY = source.new_empty(0, 0, dtype=torch.float64)
+        """Subspace iteration from V, extended by residual directions until the tolerance is met; None if it fails.
+
+        Leaves orthonormal Ritz vectors in V.
+        """
+        source = None
         for step in range(MAX_PASSES):
-            Z = self._rmatmul(source)
-            if not source.shape[1] or not self._append(outside(Z, self.V, self.X) if step else torch.linalg.qr(Z).Q):
+            if not (self._extend(source) if step else self._start()):
                 return None
             self.passes += 1
-            s, U, V = self._rayleigh_ritz()
-            if step == 0:
-                self._bound_rest()
-            if self.checked < self.rank or not self.rho <= self.threshold or not self.threshold > 0:
+            found = self._rayleigh_ritz()
+            if found is None:
                 return None
-            gain = self.gain(s, self.rho)
-            sketch = sketch_triplets(self.X, U, s, V, gain, self.generator)
+            pairs, U = found
+            if self.checked < self.rank or not self.threshold > 0:
+                self._bound_rest()
+                return None
+            guess = min(self.rho, math.sqrt(max(0.0, self.square - float(pairs.s.square().sum()))))
+            gain = self.gain(pairs.s[: self.checked], guess)
+            sketch = sketch_triplets(self.X, pairs, U, self.V[:, : self.checked], gain, self.generator)
+            if not self._certify(pairs.s, sketch):
+                return None
             tail = self._tail(sketch)
             if MARGIN * sketch.spectral + tail <= self.tol * self.threshold:
-                return self._result(s, U, sketch, tail)
+                return self._result(pairs.s, U, sketch, tail)
             source = U[:, gain**2 * sketch.columns > (0.5 * self.tol * self.threshold) ** 2 / max(1, self.rank)]
+            self._rotate(pairs)
         return None
+
+    def _certify(self, s: Tensor, sketch: Sketch) -> bool:
+        """Whether rho, lowered from the Frobenius norm alone or, if that is not enough, from probes, is small enough.
+
+        ``||X (I - V V^T)||_F^2 = ||X||_F^2 - ||X V||_F^2``
+        """
+        lost = (self.X.m + EIGH_LOSS) * unit_roundoff(torch.float64) * self.square
+        rest = self.X.broadcast_float(self.square - float(s.square().sum())) + sketch.missing + lost
+        rho = math.sqrt(max(0.0, rest)) if rest < math.inf else math.inf
+        enough = QUIET * self.threshold
+        if self.count is None:  # the largest discarded Ritz value and R together
+            enough = math.sqrt(
+                max(0.0, self.threshold**2 - max(self.mu[self.checked : self.checked + 1], default=0.0) ** 2)
+            )
+        self.rho = min(self.rho, rho)
+        if not self.rho <= enough:
+            self._bound_rest()
+        return self.rho <= self.threshold
 
     def _fits(self, columns: int) -> bool:
         """Whether V may grow by so many columns."""
         self.too_wide = self.V.shape[1] + columns > self.max_columns
         return columns > 0 and not self.too_wide
 
-    def _append(self, V: Tensor) -> bool:
-        """Append the block V ``[n, b]``, orthonormal and orthogonal to self.V; False if too wide or not finite."""
-        if not self._fits(V.shape[1]):
+    def _start(self) -> bool:
+        """Make a basis B of the columns of ``X^T X V``, and ``Y = X B``; False if too wide, or not finite."""
+        k = self.V.shape[1]
+        if k > self.max_columns:
+            self.too_wide = True
             return False
-        Y = self._matmul(V)
-        own = self.X.inner(Y, Y)
-        if len(self.YtY):
-            cross = self.X.inner(self.Y, Y)
-            own = torch.cat([torch.cat([self.YtY, cross], 1), torch.cat([cross.mT, own], 1)])
-        self.V, self.Y, self.YtY = torch.cat([self.V, V], 1), torch.cat([self.Y, Y], 1), own
-        return math.isfinite(float(own.trace()))
+        self.products += 3 * k
+        found = 0
+        if not self.X.groups and self.V.dtype == torch.float32:
+            self.B, self.Y, self.BtB, self.YtY = subspace_step(self.X.X, self.V, NEAR * self.threshold)
+            found = self.B.shape[1]
+            self.products += 2 * max(0, found - k)
+        if not found:  # sharded, in fp64, or nearly dependent columns
+            source = self.X.normalize_columns(self.X.matmul(self.V))
+            self.B = torch.linalg.qr(self.X.rmatmul(source)).Q
+            self.Y = self.X.matmul(self.B)
+            self.BtB, self.YtY = inner(self.B, self.B), self.X.inner(self.Y, self.Y)
+        return math.isfinite(float(self.YtY.trace()))
 
-    def _rayleigh_ritz(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rayleigh-Ritz triplets s ``[c]``, U ``[m, c]``, V ``[n, c]`` to verify."""
-        squares, Q = torch.linalg.eigh(self.YtY)
+    def _extend(self, source: Tensor) -> bool:
+        """Append the directions ``X^T source`` outside of the basis; False if none, too wide, or not finite."""
+        if not source.shape[1]:
+            return False
+        B = outside(self._rmatmul(source), self.B, self.X)
+        if not self._fits(B.shape[1]):
+            return False
+        Y = self._matmul(B)
+        self.BtB = _bordered(self.BtB, inner(self.B, B), inner(B, B))
+        self.YtY = _bordered(self.YtY, self.X.inner(self.Y, Y), self.X.inner(Y, Y))
+        self.B, self.Y = (torch.cat(pair, 1) for pair in ((self.B, B), (self.Y, Y)))
+        return math.isfinite(float(self.YtY.trace()))
+
+    def _rayleigh_ritz(self) -> tuple[RitzPairs, Tensor] | None:
+        """Ritz pairs of the basis, their V into self.V, U ``[m, c]`` of those to verify; None: it is dependent."""
+        L, failed = torch.linalg.cholesky_ex(self.BtB)
+        if self.X.broadcast_float(float(failed)):
+            return None
+        M = torch.linalg.solve_triangular(L, self.YtY, upper=False)
+        M = torch.linalg.solve_triangular(L, M.mT, upper=False)
+        squares, Q = torch.linalg.eigh(M)
         self._choose(squares)
-        c, dtype, Q = self.checked, self.V.dtype, Q.flip(1)
-        s = torch.tensor(self.mu[:c], dtype=torch.float64, device=Q.device)
-        self.right = product(self.V, Q[:, : columns_for(self.rank)].to(dtype))
-        return s, product(self.Y, (Q[:, :c] / s).to(dtype)), self.right[:, :c]
+        s = torch.tensor(self.mu, dtype=torch.float64, device=Q.device)
+        T = torch.linalg.solve_triangular(L.mT, Q.flip(1), upper=True)
+        self.V = product(self.B, T.to(self.B.dtype))
+        U = product(self.Y, (T[:, : self.checked] / s[: self.checked]).to(self.B.dtype))
+        return RitzPairs(self.B, self.Y, T, s), U
+
+    def _rotate(self, pairs: RitzPairs) -> None:
+        """Make the Ritz vectors the basis, so that directions outside can be appended."""
+        self.B, self.Y = self.V, product(self.Y, pairs.T.to(self.Y.dtype))
+        self.BtB, self.YtY = inner(self.B, self.B), self.X.inner(self.Y, self.Y)
 
     def _choose(self, squares: Tensor) -> None:
         """Set mu, descending, from ascending squares ``[k]``, and how many triplets to keep and to verify."""
@@ -225,7 +278,8 @@ class Subspace:
     def _result(self, s: Tensor, U: Tensor, sketch: Sketch, tail: float) -> Triplets:
         r, c = self.rank, self.checked
         below = max(math.hypot(*self.mu[c : c + 1], self.rho), *self.mu[r : r + 1], 0.0)
-        return Triplets(U[:, :r], s[:r], self.right[:, :r], sketch, tail, below, self.right)
+        basis = self.V[:, : columns_for(r)]
+        return Triplets(U[:, :r], s[:r], basis[:, :r], sketch, tail, below, basis)
 
     def _draw(self, columns: int) -> Tensor:
         return torch.randn(self.X.n, columns, generator=self.generator, dtype=self.V.dtype, device=self.V.device)
@@ -237,6 +291,11 @@ class Subspace:
     def _rmatmul(self, Y: Tensor) -> Tensor:
         self.products += Y.shape[1]
         return self.X.rmatmul(Y)
+
+
+def _bordered(G: Tensor, cross: Tensor, own: Tensor) -> Tensor:
+    """Gram matrix of two blocks of columns."""
+    return torch.cat([torch.cat([G, cross], 1), torch.cat([cross.mT, own], 1)])
 
 
 def _effective_rank(B: Tensor, Z: Tensor, X: RowSharded) -> int:

@@ -17,7 +17,7 @@ from .svt_info import SvtInfo
 
 __all__ = ["SOLVER", "firm_svt_", "svt_"]
 
-SOLVER = backends.Backend("solver", ops=("small_svd", "gram_eigh", "wide_product"))
+SOLVER = backends.Backend("solver", ops=("small_svd", "gram_eigh", "wide_product", "sum_of_squares", "subspace_step"))
 for _op in backends.SPECTRAL_OPS:
     for _rows in backends.TABLE[_op].values():
         _rows.append(SOLVER)

@@ -21,7 +21,7 @@ class WarmState:
     time: no error bound relies on them. A layer that is new or has changed shape starts cold; one whose weights were
     edited takes a few more iterations.
 
-    Holds at most ``(rank + 15) min(m, n)`` numbers per matrix, in its compute dtype, on its device. The same calls with
+    Holds at most ``(rank + 23) min(m, n)`` numbers per matrix, in its compute dtype, on its device. The same calls with
     the same seed and number of threads give the same results, also after :meth:`load_state_dict`.
 
     Args:

@@ -38,8 +38,8 @@ inline Isa isa() {
 
 // `kernel` as compiled for the chosen instruction set.
 #ifdef CK_X86_LEVELS
-#define CK_OF_ISA(kernel) \
-  (isa() == Isa::avx512 ? avx512::kernel : isa() == Isa::avx2 ? avx2::kernel : baseline::kernel)
+#define CK_OF_ISA(...) \
+  (isa() == Isa::avx512 ? avx512::__VA_ARGS__ : isa() == Isa::avx2 ? avx2::__VA_ARGS__ : baseline::__VA_ARGS__)
 #else
-#define CK_OF_ISA(kernel) (isa(), baseline::kernel)
+#define CK_OF_ISA(...) (isa(), baseline::__VA_ARGS__)
 #endif

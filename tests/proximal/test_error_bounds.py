@@ -69,10 +69,11 @@ def test_two_parts_below_the_threshold_may_exceed_it_together():
     """A singular pair just below the threshold, and the rest orthogonal to it: sqrt(0.8^2 + 0.7^2) > 1."""
     V = torch.eye(6, 2, dtype=torch.float64)
     search = Subspace(
-        torch.eye(6).double(), 1.0, V, 1e-3, torch.Generator(), max_columns=3, slack=0.01, gain=SoftThreshold(1.0).gain
-    )
+        torch.eye(6).double(), 1.0, V, 1e-3, torch.Generator(), max_columns=3, slack=0.01, square=6.0,
+        gain=SoftThreshold(1.0).gain,
+    )  # fmt: skip
     search.mu, search.checked, search.rho = [3.0, 0.8, 0.1], 1, 0.7
-    sketch = error_bounds.Sketch(bound=0.02, spectral=0.0, columns=torch.zeros(1))
+    sketch = error_bounds.Sketch(bound=0.02, spectral=0.0, columns=torch.zeros(1), missing=0.0)
     assert search._tail(sketch) == pytest.approx(math.hypot(0.8, 0.7) + 0.03 - 1)
     search.mu, search.rho = [3.0], 1.01
     assert search._tail(sketch) == math.inf

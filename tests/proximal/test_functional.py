@@ -251,9 +251,11 @@ def test_opcheck(name, dtype):
     if name.endswith("_"):
         given["tau"] = given["l1"] = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
     given["floor"], given["both"] = torch.tensor([0.1, 0.2], dtype=torch.float64), True
-    if name in ("small_svd", "wide_product"):
-        given["W"] = given["W"].detach()
+    if name in ("small_svd", "wide_product", "sum_of_squares", "subspace_step"):
+        given["W"], given["V"], given["threshold"] = given["W"].detach().to(compute), torch.randn(4, 2), 0.5
         given["X"], given["Y"] = torch.randn(5, 4).to(compute), torch.randn(4, 3, dtype=torch.float64)
+    if name == "subspace_step":
+        given["X"] = torch.randn(5, 4)
     if name == "gram_eigh":
         given["X"] = [torch.randn(5, 4).to(compute), torch.randn(2, 3).to(compute)]
     opcheck(op, tuple(given[argument.name] for argument in op._schema.arguments))

@@ -156,7 +156,7 @@ class Factorizer:
         def factors(choice: _Choice) -> tuple[Tensor, Tensor]:
             return choice.truncation.factors(choice.rank, choice.truncation.M.dtype)
 
-        found = in_parallel(factors, choices, lambda choice: work(choice.truncation.M), "factors", self.progress)
+        found = in_parallel(factors, choices, lambda choice: work(choice.truncation.M), "factorize", self.progress)
         for (name, fold, rank, _), (U, V) in zip(choices, found, strict=True):
             dense = model.get_submodule(name)
             model = replace(model, name, low_rank_type(dense).from_factors(dense, rank, fold, U, V))

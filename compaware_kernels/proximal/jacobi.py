@@ -114,7 +114,7 @@ def _compute_alike(groups: Sequence[Group], tol: float, ball: bool) -> None:
     s = s.double()
     new = batched(functions, repeats)(s)
     gain = (new / s.clamp_min(NOT_ZERO)).to(dtype)[:, None, :]
-    left, right = (U * gain, U.mT @ X) if tall else (X @ V, (V * gain).mT)
+    left, right = (U * gain, U.mT.contiguous() @ X) if tall else (X @ V, (V * gain).mT)
     P = X.baddbmm_(left, right, beta=float(ball), alpha=-1 if ball else 1)
     moved = (LOSS + sum(X.shape[1:])) * unit_roundoff(dtype) * size
     error = moved * _lipschitz_constants(functions, s, moved, repeats)

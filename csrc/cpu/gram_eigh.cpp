@@ -49,6 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> gram_eigh(const std::vector<Tensor>& X, const
   const double* const above = floor.const_data_ptr<double>();
   double *const s = values.mutable_data_ptr<double>(), *const V = vectors.mutable_data_ptr<double>(),
          *const left = residuals.mutable_data_ptr<double>();
+  isa();  // refuses a wrong COMPAWARE_ISA, which a thread could not
   std::iota(order.begin(), order.end(), 0);
   const auto work = [&](int64_t i) { return X[i].numel() * std::min(X[i].size(0), X[i].size(1)); };
   std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return work(i) > work(j); });

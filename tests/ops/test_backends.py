@@ -13,7 +13,13 @@ from compaware_kernels.proximal import svt_op
 from compaware_kernels.proximal.cuda import backend as gpu
 
 CPU = torch.device("cpu")
-PARTS = ("small_svd", "gram_eigh", "wide_product")  # kernels that the solver is made of
+PARTS = ("small_svd", "gram_eigh", "wide_product", "sum_of_squares", "subspace_step")  # what the solver is made of
+    "small_svd",
+    "gram_eigh",
+    "wide_product",
+    "sum_of_squares",
+    "subspace_step",
+)  # kernels that the solver is made of
 MODULES = (linalg, lowrank, shrinkage, svt, svt_op)
 BODIES = {op: next(getattr(module, op) for module in MODULES if hasattr(module, op)) for op in backends.TABLE}
 
@@ -56,6 +62,8 @@ def arguments(op):
         "small_svd": (W[None],),
         "gram_eigh": ([W], taus[:1]),
         "wide_product": (W, W.mT.contiguous()),
+        "sum_of_squares": (W,),
+        "subspace_step": (W, torch.randn(5, 2), 0.3),
         "sparse_group_shrink": (W, tau, tau),
         "sparse_group_shrink_": (weights, taus, taus),
         "neuron_shrink_": (weights, [torch.randn(len(W)) for W in weights], taus),

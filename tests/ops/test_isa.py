@@ -71,6 +71,8 @@ def check_refusals():
         (ops.small_svd, x[None]),
         (ops.gram_eigh, [x], torch.ones(1, dtype=torch.float64)),
         (ops.wide_product, x, x.mT.double()),
+        (ops.sum_of_squares, x),
+        (ops.subspace_step, x, torch.ones(3, 1), 0.0),
         (ops.soft_threshold, x, tau),
         (ops.group_shrink, x, tau),
         (ops.sparse_group_shrink_, [x], tau, tau),

@@ -153,7 +153,7 @@ def test_records_can_be_ignored(monkeypatch):
 
 def test_changed_code_needs_a_new_test(monkeypatch):
     failing("step")
-    monkeypatch.setattr(quarantine, "_code", lambda: "of another version")
+    monkeypatch.setattr(quarantine, "code", lambda: "of another version")
     quarantine.found.cache_clear()
     assert quarantine.refused("step", CPU) == ""
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import compaware_kernels as ck
-from compaware_kernels.proximal import solver
+from compaware_kernels.proximal import gram_list, solver
 from compaware_kernels.training.replicas import MODES
 from tests.helpers.processes import run
 
@@ -202,6 +202,11 @@ def fsdp_model(mesh=None):
 
 
 def sharded(rank, processes, mode):
+    with mock.patch.object(gram_list, "MEDIUM", 0):  # small layers as large ones, with a basis in the state
+        sharded_as_large(rank, processes, mode)
+
+
+def sharded_as_large(rank, processes, mode):
     model = fsdp_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     prox = ck.ProximalStep(model, optimizer, **PENALTIES, every=2, division=mode)

@@ -33,24 +33,24 @@ BLOCKS = 256  # columns from which a Gram matrix is computed in blocks
 
 
 @torch.library.custom_op("compaware::small_svd", mutates_args=())
-def small_svd(W: Tensor, both: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def small_svd(W: Tensor, scaled: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVD of ``[B, m, n]``, fp32 or fp64: U ``[B, m, k]``, s ``[B, k]`` descending, V ``[B, n, k]``.
 
     Args:
-        both: False: only the singular vectors of the longer side, faster; U or V has no matrices then (B = 0), and
-            vectors of zero singular values may be zero.
+        scaled: the singular vectors of the shorter side times s, which is faster: ``V diag(s) = W^T U`` if m >= n, else
+            ``U diag(s) = W V``; those of the longer side may be zero where s is.
     """
     U, s, Vh = torch.linalg.svd(W, full_matrices=False)
-    U, V, tall = U.contiguous(), Vh.mT.contiguous(), W.shape[1] >= W.shape[2]
-    return U if both or tall else U[:0].clone(), s, V if both or not tall else V[:0].clone()
+    U, V = U.contiguous(), Vh.mT.contiguous()
+    (V if W.shape[1] >= W.shape[2] else U).mul_(s[:, None, :] if scaled else 1)
+    return U, s, V
 
 
 @small_svd.register_fake
-def _(W, both=True):
+def _(W, scaled=False):
     B, m, n = W.shape
     k = min(m, n)
-    tall, wide = (B if both or m >= n else 0), (B if both or m < n else 0)
-    return W.new_empty(tall, m, k), W.new_empty(B, k), W.new_empty(wide, n, k)
+    return W.new_empty(B, m, k), W.new_empty(B, k), W.new_empty(B, n, k)
 
 
 @torch.library.custom_op("compaware::gram_eigh", mutates_args=())

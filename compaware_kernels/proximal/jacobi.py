@@ -1,7 +1,7 @@
 """Jacobi route of the solver: spectral functions of batches of small matrices, by a one-sided Jacobi SVD.
 
 For X ``[m, n]`` with m >= n, else its transpose: ``f(X) = U diag(g(s)) U^T X``, ``g(s) = f(s) / s``, with the singular
-vectors of the longer side. Those of the shorter side are not needed, and half of the rotations are saved.
+vectors of the longer side. Those of the shorter side take no rotations of their own.
 """
 
 from __future__ import annotations
@@ -109,13 +109,11 @@ def _compute_alike(groups: Sequence[Group], tol: float, ball: bool) -> None:
     double = bool(coarse.any()) or groups[0].W.dtype == torch.float64
     dtype = torch.float64 if double else torch.float32
     X = X.to(dtype)
-    tall = X.shape[1] >= X.shape[2]
-    U, s, V = torch.ops.compaware.small_svd(X, False)
+    U, s, V = torch.ops.compaware.small_svd(X, True)
     s = s.double()
     new = batched(functions, repeats)(s)
-    gain = (new / s.clamp_min(NOT_ZERO)).to(dtype)[:, None, :]
-    left, right = (U * gain, U.mT.contiguous() @ X) if tall else (X @ V, (V * gain).mT)
-    P = X.baddbmm_(left, right, beta=float(ball), alpha=-1 if ball else 1)
+    gain = (new / s.clamp_min(NOT_ZERO)).to(dtype)
+    P = X.baddbmm_(U.mul_(gain[:, None, :]), V.mT, beta=float(ball), alpha=-1 if ball else 1)
     moved = (LOSS + sum(X.shape[1:])) * unit_roundoff(dtype) * size
     error = moved * _lipschitz_constants(functions, s, moved, repeats)
     if exponents:

@@ -29,12 +29,12 @@ class Record:
     groups: int = 1
     fold: str | None = "paper"
     stored_as: torch.dtype | None = field(default=None, init=False)  # if the result is rounded to another dtype later
-    tied_to: Record | None = field(default=None, init=False)  # an earlier record of the same weight
     shards: MatrixSharding | None = field(default=None, init=False)  # sharding of the matrix over ranks
     target: Tensor = field(init=False)  # [..., m, n], contiguous; updated in place by the operator
     target_center: Tensor | None = field(default=None, init=False)  # [..., m, n], the center of target
     _local_weight: Tensor = field(init=False)  # this rank's shard, or the gathered weight
     _gathered: bool = field(default=False, init=False)
+    _tied_to: Record | None = field(default=None, init=False)  # an earlier record of the same weight
     _is_view: bool = field(default=True, init=False)  # whether target shares the memory of the weight
 
     @property
@@ -43,8 +43,8 @@ class Record:
 
         Tied weights share one key, so that they draw the same probes and get the same bits.
         """
-        if self.tied_to is not None:
-            return self.tied_to.key
+        if self._tied_to is not None:
+            return self._tied_to.key
         return str(self.index) if self.name is None else self.name
 
     @property
@@ -105,4 +105,4 @@ def unfold_all(records: Sequence[Record]) -> None:
         first = seen.setdefault(record.address, record)
         if record.target.numel() and first is not record:
             record.own_target()
-            record.tied_to = first
+            record._tied_to = first

@@ -207,10 +207,6 @@ def _shrink_by_routes(records, functions, tol: float, state: WarmState | None, b
     for route, kind in ((jacobi, jacobi.Group), (gram_list, gram_list.Listed)):
         if mine := [group for group in groups if type(group) is kind]:
             route.compute(mine, tol, ball)
-    entries = dict(zip(map(id, records), work, strict=True))
-    for record, entry in zip(records, work, strict=True):
-        if isinstance(entry, jacobi.Group) and record.tied_to is not None:
-            entry.P = entries[id(record.tied_to)].P  # last bits depend on the place in the batch
     in_parallel(compute, tasks)
     for task in tasks:
         check_fits(task, ball)

@@ -22,9 +22,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 template <class T>
-double run(const Tensor& X, double floor, double* values, double* vectors) {
+using Kernel = double (*)(const T*, int64_t, int64_t, int64_t, int64_t, double, double*, double*);
+
+template <class T>
+double run(Kernel<T> kernel, const Tensor& X, double floor, double* values, double* vectors) {
   const int64_t tall = X.size(0) >= X.size(1) ? 0 : 1, wide = 1 - tall;  // axes
-  const auto kernel = CK_OF_ISA(gram_eigh<T>);
   return kernel(X.const_data_ptr<T>(), X.size(tall), X.size(wide), X.stride(tall), X.stride(wide), floor, values,
                 vectors);
 }
@@ -49,17 +51,18 @@ std::tuple<Tensor, Tensor, Tensor> gram_eigh(const std::vector<Tensor>& X, const
   const double* const above = floor.const_data_ptr<double>();
   double *const s = values.mutable_data_ptr<double>(), *const V = vectors.mutable_data_ptr<double>(),
          *const left = residuals.mutable_data_ptr<double>();
-  isa();  // refuses a wrong COMPAWARE_ISA, which a thread could not
   std::iota(order.begin(), order.end(), 0);
   const auto work = [&](int64_t i) { return X[i].numel() * std::min(X[i].size(0), X[i].size(1)); };
   std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return work(i) > work(j); });
+  const Kernel<float> single = CK_OF_ISA(gram_eigh<float>);  // may raise, which threads must not
+  const Kernel<double> wide = CK_OF_ISA(gram_eigh<double>);
   std::atomic<int64_t> next{0};  // threads take the largest that is left
   torch::stable::parallel_for(0, L, 1, [&](int64_t begin, int64_t end) {
     for (int64_t at; begin < end && (at = next++) < L;) {
       const int64_t i = order[at];
       if (!X[i].numel()) continue;
-      left[i] = X[i].scalar_type() == ScalarType::Float ? run<float>(X[i], above[i], s + i * K, V + start[i])
-                                                        : run<double>(X[i], above[i], s + i * K, V + start[i]);
+      left[i] = X[i].scalar_type() == ScalarType::Float ? run(single, X[i], above[i], s + i * K, V + start[i])
+                                                        : run(wide, X[i], above[i], s + i * K, V + start[i]);
     }
   });
   return {values, vectors, residuals};

@@ -23,7 +23,7 @@ using baseline::kNullNorm, baseline::kScaleExponent;
 template <class T>
 struct Kernel {
   int64_t lanes;
-  void (*solve)(T* X, T* norms, int* exponents, int64_t m, int64_t n, int64_t length, int64_t stride);
+  void (*solve)(T* X, T* Y, T* norms, int* exponents, int64_t m, int64_t n, int64_t stride);
 };
 
 template <class T>
@@ -31,14 +31,15 @@ Kernel<T> kernel() {
   return {CK_OF_ISA(kLanes<T>), CK_OF_ISA(jacobi<T>)};
 }
 
-// W [B, m, n] of any strides, transposed if that makes it tall. U [B, m, n], s [B, n], V [B, n, n], contiguous. Without
-// V, which is null then, the columns of U that belong to zero singular values are zero.
+// W [B, m, n] of any strides, transposed if that makes it tall. U [B, m, n], s [B, n], V [B, n, n], contiguous. If
+// scaled, V is V diag(s), and the columns of U that belong to zero singular values are zero.
 template <class T>
 struct Job {
   int64_t B, m, n;  // m >= n
   const T* W;
   int64_t matrix, row, column;  // strides of W
   T *U, *s, *V;
+  bool scaled;
 };
 
 // Dot product of x [n] and y [n], in independent partial sums that vectorize.
@@ -87,7 +88,7 @@ struct Group {
   };
   const Job<T>& job;
   const Kernel<T> kernel;
-  const int64_t m, n, even, length, stride, lanes;  // even: n, or n + 1, with a column of zeros
+  const int64_t m, n, even, stride, lanes;  // even: n, or n + 1, with a column of zeros
   std::vector<Line> memory;
   T *X, *norms;
   std::vector<int> exponents;
@@ -96,11 +97,14 @@ struct Group {
 
   // The stride is odd: columns a large power of two apart would compete for the same cache lines.
   Group(const Job<T>& job, const Kernel<T>& kernel)
-      : job(job), kernel(kernel), m(job.m), n(job.n), even(n + n % 2), length(job.V ? m + even : m), stride(length | 1),
-        lanes(kernel.lanes), memory((stride + 1) * even * lanes * sizeof(T) / sizeof(Line) + 1),
-        X(reinterpret_cast<T*>(memory.data())), norms(X + stride * even * lanes), exponents(lanes), place(n * lanes), rows(n * lanes) {}
+      : job(job), kernel(kernel), m(job.m), n(job.n), even(n + n % 2), stride((m + even) | 1), lanes(kernel.lanes),
+        memory((stride + 1 + (job.scaled ? m : 0)) * even * lanes * sizeof(T) / sizeof(Line) + 1),
+        X(reinterpret_cast<T*>(memory.data())), norms(X + stride * even * lanes), exponents(lanes), place(n * lanes),
+        rows(n * lanes) {}
 
   T& x(int64_t i, int64_t j, int64_t lane) { return X[(j * stride + i) * lanes + lane]; }
+
+  T* original() { return job.scaled ? norms + even * lanes : nullptr; }  // a buffer for W
 
   void load(int64_t first, int64_t count) {
     std::fill(memory.begin(), memory.end(), Line{});
@@ -108,7 +112,7 @@ struct Group {
       for (int64_t lane = 0; lane < count; ++lane)
         for (int64_t j = 0; j < n; ++j)
           x(i, j, lane) = job.W[(first + lane) * job.matrix + i * job.row + j * job.column];
-    for (int64_t j = 0; job.V && j < n; ++j) std::fill_n(&x(m + j, j, 0), lanes, T(1));
+    for (int64_t j = 0; !job.scaled && j < n; ++j) std::fill_n(&x(m + j, j, 0), lanes, T(1));
   }
 
   // Descending insertion sort, which stays in bounds even with NaN.
@@ -134,7 +138,7 @@ struct Group {
   void store(int64_t first, int64_t count) {
     for (int64_t lane = 0; lane < lanes; ++lane) sort(lane);
     store_rows(job.U + first * m * n, count, 0, m);
-    if (job.V) store_rows(job.V + first * n * n, count, m, n);
+    store_rows(job.V + first * n * n, count, m, n);
     for (int64_t lane = 0; lane < count; ++lane) {
       int64_t rank = 0;
       for (int64_t j = 0; j < n; ++j) {
@@ -142,7 +146,7 @@ struct Group {
         rank += !(norm <= kNullNorm<T>);
         job.s[(first + lane) * n + place[j * lanes + lane]] = std::ldexp(norm, exponents[lane] - kScaleExponent);
       }
-      if (job.V) complete(job.U + (first + lane) * m * n, m, n, rank);
+      if (!job.scaled) complete(job.U + (first + lane) * m * n, m, n, rank);
     }
   }
 };
@@ -156,30 +160,30 @@ void run(const Job<T>& job) {
     for (int64_t first = begin * k.lanes; first < std::min(job.B, end * k.lanes); first += k.lanes) {
       const int64_t count = std::min(k.lanes, job.B - first);
       group.load(first, count);
-      k.solve(group.X, group.norms, group.exponents.data(), group.m, group.even, group.length, group.stride);
+      k.solve(group.X, group.original(), group.norms, group.exponents.data(), group.m, group.even, group.stride);
       group.store(first, count);
     }
   });
 }
 
 template <class T>
-void decompose(const Tensor& W, Tensor& U, Tensor& s, Tensor& V, bool both) {
+void decompose(const Tensor& W, Tensor& U, Tensor& s, Tensor& V, bool scaled) {
   const int64_t tall = W.size(1) >= W.size(2) ? 1 : 2, wide = 3 - tall;  // axes
-  Tensor &longer = tall == 1 ? U : V, &shorter = tall == 1 ? V : U;
   run<T>({W.size(0), W.size(tall), W.size(wide), W.const_data_ptr<T>(), W.stride(0), W.stride(tall), W.stride(wide),
-          longer.mutable_data_ptr<T>(), s.mutable_data_ptr<T>(), both ? shorter.mutable_data_ptr<T>() : nullptr});
+          (tall == 1 ? U : V).mutable_data_ptr<T>(), s.mutable_data_ptr<T>(),
+          (tall == 1 ? V : U).mutable_data_ptr<T>(), scaled});
 }
 
-std::tuple<Tensor, Tensor, Tensor> small_svd(const Tensor& W, bool both) {
+std::tuple<Tensor, Tensor, Tensor> small_svd(const Tensor& W, bool scaled) {
   STD_TORCH_CHECK(W.device().type() == DeviceType::CPU, "W: wanted a tensor on the CPU; got one on another device");
   STD_TORCH_CHECK(W.dim() == 3, "W: wanted a batch of matrices, [B, m, n]; got ", W.dim(), " axes");
   STD_TORCH_CHECK(W.scalar_type() == ScalarType::Float || W.scalar_type() == ScalarType::Double,
                   "W: wanted fp64 or fp32; got ", W.scalar_type());
   const int64_t B = W.size(0), m = W.size(1), n = W.size(2), k = std::min(m, n);
-  Tensor U = torch::stable::new_empty(W, {both || m >= n ? B : 0, m, k}), s = torch::stable::new_empty(W, {B, k}),
-         V = torch::stable::new_empty(W, {both || m < n ? B : 0, n, k});
+  Tensor U = torch::stable::new_empty(W, {B, m, k}), s = torch::stable::new_empty(W, {B, k}),
+         V = torch::stable::new_empty(W, {B, n, k});
   if (s.numel() == 0) return {U, s, V};
-  W.scalar_type() == ScalarType::Float ? decompose<float>(W, U, s, V, both) : decompose<double>(W, U, s, V, both);
+  W.scalar_type() == ScalarType::Float ? decompose<float>(W, U, s, V, scaled) : decompose<double>(W, U, s, V, scaled);
   return {U, s, V};
 }
 

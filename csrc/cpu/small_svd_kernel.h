@@ -3,6 +3,7 @@
 // Pairs of columns are rotated until all are orthogonal: X V = U diag(s). All lanes go through the same pairs; a lane
 // whose pair is orthogonal already rotates by zero, so no matrix depends on its neighbors. Included once per
 // instruction set, whose namespace is CK_ISA (each_isa.h).
+#include <algorithm>
 #include <limits>
 
 #include "simd.h"
@@ -144,17 +145,28 @@ struct Jacobi {
   }
 };
 
-// X [n, stride]: the columns of W [m], and below each that of the identity [n], if length is m + n, not m; n is even.
-// Leaves U in X, with zeros for zero singular values, and V below it. norms [n]: unsorted, s times 2^(kScaleExponent - exponents [lanes]).
+// X [n, stride]: the columns of W [m], and below each that of the identity [n], or room for it; n is even. Leaves U in
+// X, with zeros for zero singular values, and below it V, or, if there is a buffer Y [n, m], W^T U = V diag(s), for
+// which no rotations of V are needed. norms [n]: unsorted, s times 2^(kScaleExponent - exponents [lanes]).
 template <class T>
-void jacobi(T* X, T* norms, int* exponents, int64_t m, int64_t n, int64_t length, int64_t stride) {
+void jacobi(T* X, T* Y, T* norms, int* exponents, int64_t m, int64_t n, int64_t stride) {
   using P = Vector<T>;
   const T tol = std::numeric_limits<T>::epsilon() * std::sqrt(static_cast<T>(m));
-  Jacobi<T> group{reinterpret_cast<P*>(X), reinterpret_cast<P*>(norms), m, n, length, stride, tol * tol};
+  P *const x = reinterpret_cast<P*>(X), *const y = reinterpret_cast<P*>(Y);
+  Jacobi<T> group{x, reinterpret_cast<P*>(norms), m, n, Y ? m : m + n, stride, tol * tol};
   group.scale(exponents);
+  for (int64_t j = 0; Y && j < n; ++j) std::copy_n(x + j * stride, m, y + j * m);
   for (int k = 0; k < kMaxSweeps && group.sweep(); ++k) {
   }
   group.normalize();
+  if (!Y) return;
+  P first{}, second{};
+  for (int lane = 0; lane < kLanes<T>; ++lane) {
+    const int shift = exponents[lane] - kScaleExponent;
+    first[lane] = std::ldexp(T(1), shift / 2), second[lane] = std::ldexp(T(1), shift - shift / 2);
+  }
+  for (int64_t k = 0; k < n; ++k)
+    for (int64_t j = 0; j < n; ++j) x[k * stride + m + j] = dot(x + k * stride, y + j * m, m) * first * second;
 }
 
 }  // namespace compaware::CK_ISA

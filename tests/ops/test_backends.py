@@ -13,13 +13,8 @@ from compaware_kernels.proximal import svt_op
 from compaware_kernels.proximal.cuda import backend as gpu
 
 CPU = torch.device("cpu")
-PARTS = ("small_svd", "gram_eigh", "wide_product", "sum_of_squares", "subspace_step")  # what the solver is made of
-    "small_svd",
-    "gram_eigh",
-    "wide_product",
-    "sum_of_squares",
-    "subspace_step",
-)  # kernels that the solver is made of
+# what the solver is made of
+PARTS = ("small_svd", "gram_eigh", "wide_product", "sum_of_squares", "subspace_step")
 MODULES = (linalg, lowrank, shrinkage, svt, svt_op)
 BODIES = {op: next(getattr(module, op) for module in MODULES if hasattr(module, op)) for op in backends.TABLE}
 

@@ -135,14 +135,27 @@ def test_scale(dtype):
     check(small_svd, mixed)
 
 
+@both_bodies
+@both_dtypes
+def test_vectors_of_the_shorter_side_times_s(svd, dtype):
+    for shape in SHAPES:
+        low, full = with_spectrum((19, *shape), "rank 1", dtype), gaussian((19, *shape), dtype)
+        for W in (low, full, full * 2.0**80, full * 2.0**-80):
+            U, s, V = svd(W, True)
+            error, norm = (torch.linalg.matrix_norm(X.double()) for X in (U.double() @ V.double().mT - W, W))
+            assert bool((error <= 84 * torch.finfo(dtype).eps * norm).all()), shape
+            assert torch.equal(s, svd(W)[1]) or svd is not small_svd
+
+
 @kernel
 @both_dtypes
 def test_a_matrix_does_not_depend_on_its_batch(dtype):
     W = torch.cat([gaussian((20, 12, 9), dtype), with_spectrum((20, 12, 9), "rank 1", dtype)])
     W = W[torch.randperm(40, generator=torch.Generator().manual_seed(0))]
-    together, alone = small_svd(W), [small_svd(W[b : b + 1]) for b in range(40)]
-    for i in range(3):
-        assert torch.equal(together[i], torch.cat([one[i] for one in alone]))
+    for scaled in (False, True):
+        together, alone = small_svd(W, scaled), [small_svd(W[b : b + 1], scaled) for b in range(40)]
+        for i in range(3):
+            assert torch.equal(together[i], torch.cat([one[i] for one in alone]))
 
 
 @kernel

@@ -250,7 +250,7 @@ def test_opcheck(name, dtype):
     given["l1"] = given["tau"]
     if name.endswith("_"):
         given["tau"] = given["l1"] = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
-    given["floor"], given["both"] = torch.tensor([0.1, 0.2], dtype=torch.float64), True
+    given["floor"], given["scaled"] = torch.tensor([0.1, 0.2], dtype=torch.float64), True
     if name in ("small_svd", "wide_product", "sum_of_squares", "subspace_step"):
         given["W"], given["V"], given["threshold"] = given["W"].detach().to(compute), torch.randn(4, 2), 0.5
         given["X"], given["Y"] = torch.randn(5, 4).to(compute), torch.randn(4, 3, dtype=torch.float64)

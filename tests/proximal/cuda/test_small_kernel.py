@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from compaware_kernels.proximal.jacobi import COARSE, LOSS
+from compaware_kernels._utils.constants import constant
+from compaware_kernels.proximal.jacobi import LOSS
 from tests.emulation import emulator
 from tests.emulation.emulator import Launch
 from tests.helpers import cases, oracle
@@ -14,7 +15,7 @@ from tests.proximal.cuda.test_block_kernels import SANITIZERS, longest_first
 
 pytestmark = [pytest.mark.emulation, pytest.mark.skipif(bool(emulator.missing), reason=emulator.missing)]
 
-BYTES = 96 * 1024  # kSmallBytes
+BYTES, COARSE = 96 * 1024, constant("kCoarse")  # BYTES: kSmallBytes
 TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # DType of csrc/core/shrink.h
 BELOW, FP32, FP64, REFUSED = 0, 1, 2, 7
 SHAPES = [(1, 1), (1, 9), (9, 1), (7, 5), (12, 40), (33, 17), (64, 27), (64, 64), (16, 144), (300, 13)]
